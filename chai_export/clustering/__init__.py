@@ -1,0 +1,1 @@
+"""The offline phase: how many KV heads each layer keeps."""

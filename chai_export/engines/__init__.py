@@ -1,0 +1,1 @@
+"""Building engines from a bundle, one module per backend."""

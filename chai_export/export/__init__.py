@@ -1,0 +1,1 @@
+"""From a Hugging Face model to an ONNX graph with separate past and present caches."""

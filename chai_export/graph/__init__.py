@@ -1,0 +1,1 @@
+"""The rewrite: attention subgraphs become ClusteredHeadAttention nodes."""

@@ -1,0 +1,1 @@
+"""Hugging Face models: loading, geometry, what is supported, and the torch oracle."""

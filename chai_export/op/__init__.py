@@ -1,0 +1,1 @@
+"""The definition of chai::ClusteredHeadAttention: schema, reference, function body and its cases."""

@@ -1,0 +1,1 @@
+"""The runner: sessions, caches, sampling and the generation loop."""
