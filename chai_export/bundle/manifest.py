@@ -1,0 +1,192 @@
+"""manifest.json: what a bundle says about itself, as typed and validated values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from chai_export.bundle.atomic import atomic_file
+from chai_export.errors import ChaiError
+
+FORMAT: Final = "chai-bundle/1"
+FILE_NAME = "manifest.json"
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+ITEM_SIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+Count = Annotated[int, Field(ge=1)]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class FileRecord(_Strict):
+    """One file of the bundle: its SHA-256 (lower-case hexadecimal) and its size in bytes."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    size: Annotated[int, Field(ge=0)]
+
+
+class Source(_Strict):
+    """Where the model came from: a Hugging Face model ("hf") or another exporter's graph ("onnx")."""
+
+    kind: Literal["hf", "onnx"]
+    name: str
+    model_type: str | None = None
+
+
+class Proof(_Strict):
+    """The numerical comparison that was made before the bundle was written."""
+
+    compared: str
+    max_abs_diff: float
+    tolerance: float
+
+
+class GenerationSettings(_Strict):
+    """What `run` needs to behave as transformers does with the same model.
+
+    ``add_bos`` is what the tokenizer does with plain text. Sampling defaults hold when sampling is asked for.
+    """
+
+    eos_token_ids: list[TokenId] = []
+    bos_token_id: TokenId | None = None
+    pad_token_id: TokenId | None = None
+    add_bos: bool = False
+    has_chat_template: bool = False
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+class EngineRecord(_Strict):
+    """An engine inside the bundle: what it was built with, for which limits, and its files.
+
+    ``model_sha256`` is the hash of the model.onnx it was built from. Fields that a backend does not have
+    are None: ONNX Runtime has neither a GPU architecture nor (with the function body) a plugin.
+    """
+
+    backend: str
+    runtime_version: str
+    model_sha256: str
+    max_batch: Count
+    max_seq: Count
+    op_version: Count
+    gpu_architecture: str | None = None
+    plugin_version: str | None = None
+    files: dict[str, FileRecord] = {}
+    settings: dict[str, str | int | float | bool] = {}
+    created_with: str
+
+
+class Manifest(_Strict):
+    """Everything a runner must know about a bundle. Lengths are in tokens, sizes in bytes.
+
+    ``max_positions`` is a hard limit (length of a learned position table), ``context_length`` the length
+    the model was trained for. ``files`` maps paths relative to the bundle to their hash and size.
+    """
+
+    format: Literal["chai-bundle/1"] = FORMAT
+    op_version: Count
+    dtype: Dtype
+    num_layers: Count
+    num_query_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    value_head_dim: Count
+    vocab_size: Count
+    max_positions: Count | None = None
+    context_length: Count | None = None
+    kept_heads: list[Count]
+    probe_tokens: Count = 5
+    opset: Count
+    source: Source
+    proof: Proof | None = None
+    generation: GenerationSettings = GenerationSettings()
+    files: dict[str, FileRecord] = {}
+    engines: dict[str, EngineRecord] = {}
+    created_with: str
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"{name} lies outside the bundle")
+        return files
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        if self.num_query_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_query_heads {self.num_query_heads} is no multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if len(self.kept_heads) != self.num_layers:
+            raise ValueError(f"kept_heads has {len(self.kept_heads)} numbers for {self.num_layers} layers")
+        if max(self.kept_heads) > self.num_kv_heads:
+            raise ValueError(
+                f"kept_heads has {max(self.kept_heads)}, more than the {self.num_kv_heads} KV heads there are"
+            )
+        return self
+
+    def heads(self, mode: str) -> list[int]:
+        """KV heads in the K cache of each layer: ``"chai"`` the kept ones, ``"all"`` every one."""
+        return self.kept_heads if mode == "chai" else [self.num_kv_heads] * self.num_layers
+
+    def kv_bytes_per_token(self, mode: str = "chai") -> int:
+        """Bytes of K and V cache that one token of one row takes, over all layers."""
+        keys = sum(self.heads(mode)) * self.head_dim
+        values = self.num_layers * self.num_kv_heads * self.value_head_dim
+        return (keys + values) * ITEM_SIZE[self.dtype]
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and validate ``directory/manifest.json``.
+
+    Raises:
+        ChaiError: it is missing, is not JSON, has another format version, or a field is wrong.
+    """
+    path = directory / FILE_NAME
+    again = "run `chai-export export` (or `rewrite`) again"
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ChaiError(
+            f"{directory} is not a bundle (no {FILE_NAME}); name a directory written by `chai-export export` "
+            "or `chai-export rewrite`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ChaiError(f"{path} cannot be read ({error}); {again}") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise ChaiError(
+            f"{path} has format {found!r} and this version of chai_export reads {FORMAT!r}; {again} with it"
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise ChaiError(f"{path} is not valid: {first_problem(error)}; {again}") from error
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write ``directory/manifest.json`` in one step.
+
+    Raises:
+        ChaiError: the directory cannot be written or the disk is full.
+    """
+    with atomic_file(directory / FILE_NAME) as file:
+        file.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first finding of a validation as ``field: what is wrong``, in one line."""
+    finding = error.errors()[0]
+    where = ".".join(str(part) for part in finding["loc"])
+    message = " ".join(finding["msg"].split()).removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
