@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,38 +11,18 @@ import onnx.reference
 import pytest
 from onnx import TensorProto, helper
 
-from chai_export.op.cases import CASES, Case, check, numpy_dtype
+from chai_export.op.cases import CASES, Case, check
 from chai_export.op.function import function_proto
+from chai_export.op.model import node_model
 from chai_export.op.reference import AttentionResult, clustered_head_attention
-from chai_export.op.schema import DOMAIN, INPUT_NAMES, OP_TYPE, OUTPUT_NAMES, register_schema_once
+from chai_export.op.schema import OUTPUT_NAMES, register_schema_once
 
 by_name = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def model_of(case: Case, dtype: str, opset: int = 18, *, with_function: bool = True) -> onnx.ModelProto:
-    """One op node with every dim symbolic."""
-    element = helper.np_dtype_to_tensor_dtype(numpy_dtype(dtype))
-    shapes = {
-        "query": "B H S D", "key": "B G S D", "value": "B G S E", "past_key": "B R C D",
-        "past_value": "B G C E", "past_head_map": "B H", "past_lengths": "B", "lengths": "B",
-        "output": "B S O", "present_key": "B R C D", "present_value": "B G C E", "present_head_map": "B H",
-    }  # fmt: skip
-
-    def info(name: str) -> onnx.ValueInfoProto:
-        integer = name in ("past_head_map", "past_lengths", "lengths", "present_head_map")
-        return helper.make_tensor_value_info(
-            name, TensorProto.INT32 if integer else element, shapes[name].split()
-        )
-
-    node = helper.make_node(OP_TYPE, INPUT_NAMES, OUTPUT_NAMES, domain=DOMAIN, **case.attributes())
-    graph = helper.make_graph([node], case.name, [*map(info, INPUT_NAMES)], [*map(info, OUTPUT_NAMES)])
-    return helper.make_model(
-        graph,
-        functions=[function_proto(opset)] if with_function else [],
-        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)],
-        ir_version=10,
-    )
+def model_of(case: Case, dtype: str, **options: Any) -> onnx.ModelProto:
+    return node_model(case.attributes(), dtype, **options)
 
 
 @every_case
@@ -76,7 +57,7 @@ def test_function_body_passes_the_checker_and_runs_in_every_opset(opset):
     import onnxruntime
 
     case = by_name["mixed_phases"]
-    model = model_of(case, "float32", opset)
+    model = model_of(case, "float32", opset=opset)
     onnx.checker.check_model(model, full_check=True)
     inputs = case.inputs()
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

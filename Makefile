@@ -1,0 +1,40 @@
+# Everything a newcomer needs. Each target sets up what it uses in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint types check clean help
+
+help:
+	@echo "make demo   compile the demo model and compare all heads with CHAI"
+	@echo "make test   run the tests"
+	@echo "make check  lint, types and tests, as CI does"
+
+$(BIN)/python:
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
+
+$(STAMP): pyproject.toml constraints-dev.txt CMakeLists.txt $(shell find plugins -type f) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints-dev.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints-dev.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/chai-export make engines/demo.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf build engines/out .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,43 @@
+"""`chai-export build`: an engine inside the bundle."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from chai_export.cli.output import print_json
+
+NAME = "build"
+HELP = "Build an engine for a backend inside a bundle."
+EXAMPLE = "chai-export build ./bundle --backend onnxruntime --max-seq 4096"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="directory from `export` or `rewrite`")
+    parser.add_argument("--backend", metavar="NAME", required=True, help="onnxruntime")
+    parser.add_argument(
+        "--max-batch", metavar="N", type=int, default=8, help="largest batch (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-seq", metavar="N", type=int, help="largest capacity in tokens (default: the model's)"
+    )
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Build and show the record."""
+    from chai_export.engines.build import build
+
+    record = build(
+        arguments.bundle,
+        backend=arguments.backend,
+        max_batch=arguments.max_batch,
+        max_seq=arguments.max_seq,
+    )
+    if arguments.json:
+        print_json(record.model_dump(mode="json"))
+        return 0
+    print(
+        f"{record.backend} {record.runtime_version}: batch up to {record.max_batch}, {record.max_seq} tokens"
+    )
+    return 0

@@ -1,0 +1,47 @@
+"""`chai-export export`: a Hugging Face model becomes a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from chai_export.cli.inspect import print_bundle
+
+NAME = "export"
+HELP = "Export a Hugging Face model, rewrite its attention and write a bundle."
+EXAMPLE = "chai-export export ./model --clusters clusters.json -o ./bundle"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("model", metavar="MODEL", help="directory of a Hugging Face model, or a hub id")
+    parser.add_argument(
+        "--clusters", metavar="FILE", type=Path, required=True, help="from `chai-export calibrate`"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="BUNDLE", type=Path, required=True, help="directory to write"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], default="float32",
+        help="of weights and caches (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--probe-tokens", metavar="N", type=int, default=5, help="tokens that decide the head map"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Export, rewrite, prove and write."""
+    from chai_export.export.stage import export
+
+    bundle = export(
+        arguments.model,
+        arguments.clusters,
+        arguments.output,
+        dtype=arguments.dtype,
+        probe_tokens=arguments.probe_tokens,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    print_bundle(bundle, as_json=arguments.json)
+    return 0

@@ -1,0 +1,103 @@
+"""`chai-export inspect`: what is inside a bundle or an ONNX file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chai_export.cli.output import bytes_text, print_json, print_table
+
+if TYPE_CHECKING:
+    from chai_export.bundle.bundle import Bundle
+    from chai_export.graph.explain import Explanation
+
+NAME = "inspect"
+HELP = "Show what is inside a bundle or an ONNX file: layers, kept heads, ops, cache bytes, files."
+EXAMPLE = "chai-export inspect ./bundle"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument(
+        "path", metavar="BUNDLE|ONNX", type=Path, help="a bundle, an ONNX file or its directory"
+    )
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Inspect either kind."""
+    from chai_export.bundle.bundle import Bundle
+    from chai_export.bundle.manifest import FILE_NAME
+
+    if (arguments.path / FILE_NAME).is_file():
+        print_bundle(Bundle.load(arguments.path), as_json=arguments.json)
+        return 0
+    from chai_export.graph.stage import explain
+
+    return print_explanation(explain(arguments.path), as_json=arguments.json)
+
+
+def describe_bundle(bundle: Bundle) -> dict[str, Any]:
+    """JSON object of ``inspect --json`` for a bundle; byte counts are for one token of one row."""
+    from chai_export.graph.summary import count_ops
+
+    manifest = bundle.manifest
+    return {
+        "kind": "bundle",
+        "path": str(bundle.path),
+        "model": manifest.source.name,
+        "model_type": manifest.source.model_type,
+        "dtype": manifest.dtype,
+        "num_layers": manifest.num_layers,
+        "num_query_heads": manifest.num_query_heads,
+        "num_kv_heads": manifest.num_kv_heads,
+        "head_dim": manifest.head_dim,
+        "kept_heads": list(manifest.kept_heads),
+        "probe_tokens": manifest.probe_tokens,
+        "ops": count_ops(bundle.model_path),
+        "kv_bytes_per_token": manifest.kv_bytes_per_token("chai"),
+        "kv_bytes_per_token_all_heads": manifest.kv_bytes_per_token("all"),
+        "proof": manifest.proof.model_dump(mode="json") if manifest.proof else None,
+        "engines": {name: record.runtime_version for name, record in manifest.engines.items()},
+        "files": {name: record.size for name, record in manifest.files.items()},
+    }
+
+
+def print_bundle(bundle: Bundle, *, as_json: bool) -> None:
+    """Print a bundle's description as JSON or for people."""
+    facts = describe_bundle(bundle)
+    if as_json:
+        print_json(facts)
+        return
+    cache, full = facts["kv_bytes_per_token"], facts["kv_bytes_per_token_all_heads"]
+    print_table(
+        ["bundle", facts["path"]],
+        [
+            ("model", f"{facts['model']} ({facts['model_type'] or 'unknown type'}), {facts['dtype']}"),
+            ("layers", facts["num_layers"]),
+            (
+                "heads",
+                f"{facts['num_query_heads']} query, {facts['num_kv_heads']} KV, head dim {facts['head_dim']}",
+            ),
+            ("kept KV heads", ", ".join(map(str, facts["kept_heads"]))),
+            (
+                "KV cache per token",
+                f"{bytes_text(cache)} (all heads: {bytes_text(full)}, saved {1 - cache / full:.1%})",
+            ),
+            ("engines", ", ".join(facts["engines"]) or "none; `chai-export build` makes one"),
+        ],
+    )
+    print()
+    print_table(["op", "count"], sorted(facts["ops"].items(), key=lambda item: (-item[1], item[0])))
+    print()
+    print_table(["file", "size"], [(name, bytes_text(size)) for name, size in facts["files"].items()])
+
+
+def print_explanation(explanation: Explanation, *, as_json: bool) -> int:
+    """Print what the rewrite finds in an ONNX file; exit code 0 if it can be rewritten, else 1."""
+    if as_json:
+        print_json(explanation.to_json())
+    else:
+        print_table(explanation.columns, explanation.rows())
+        print(explanation.verdict)
+    return 0 if explanation.rewritable else 1

@@ -1,0 +1,46 @@
+"""`chai-export rewrite`: an ONNX file of another exporter becomes a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from chai_export.cli.inspect import print_bundle, print_explanation
+from chai_export.errors import UsageError
+
+NAME = "rewrite"
+HELP = "Rewrite an ONNX model of another exporter into a bundle, or explain what would match."
+EXAMPLE = "chai-export rewrite ./model.onnx --clusters clusters.json --tokenizer ./model -o ./bundle"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("onnx", metavar="ONNX", type=Path, help="ONNX file, or a directory that holds one")
+    parser.add_argument("--clusters", metavar="FILE", type=Path, help="from `chai-export calibrate`")
+    parser.add_argument("-o", "--output", metavar="BUNDLE", type=Path, help="directory to write")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", type=Path, help="Hugging Face tokenizer to put in the bundle"
+    )
+    parser.add_argument(
+        "--probe-tokens", metavar="N", type=int, default=5, help="tokens that decide the head map"
+    )
+    parser.add_argument("--explain", action="store_true", help="only print what matched, or the nearest miss")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Rewrite, or explain."""
+    from chai_export.graph.stage import explain, rewrite
+
+    if arguments.explain:
+        return print_explanation(explain(arguments.onnx), as_json=arguments.json)
+    if arguments.clusters is None or arguments.output is None:
+        raise UsageError("rewrite needs --clusters FILE and -o BUNDLE (or --explain to only look)")
+    bundle = rewrite(
+        arguments.onnx,
+        arguments.clusters,
+        arguments.output,
+        tokenizer=arguments.tokenizer,
+        probe_tokens=arguments.probe_tokens,
+    )
+    print_bundle(bundle, as_json=arguments.json)
+    return 0

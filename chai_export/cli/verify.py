@@ -1,0 +1,55 @@
+"""`chai-export verify`: the gate between a bundle and its use."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from chai_export.cli.output import print_json, print_table
+
+NAME = "verify"
+HELP = "Compare a bundle with its Hugging Face model; exit 1 unless logits and greedy tokens agree."
+EXAMPLE = "chai-export verify ./bundle --reference ./model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="directory from `export` or `rewrite`")
+    parser.add_argument(
+        "--reference", metavar="MODEL", required=True, help="the Hugging Face model it came from"
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", type=Path, help="text for the prompts (default: random tokens)"
+    )
+    parser.add_argument("--backend", metavar="NAME", default="onnxruntime", help="(default %(default)s)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Verify and show each figure beside its tolerance."""
+    from chai_export.quality.verify import verify
+
+    result = verify(
+        arguments.bundle,
+        arguments.reference,
+        text=arguments.text,
+        backend=arguments.backend,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    report = result.to_json()
+    if arguments.json:
+        print_json(report)
+        return 0 if result.ok else 1
+    rows = [
+        (
+            heads,
+            against,
+            f"{report['max_abs_logit_diff'][heads]:.2e} (tolerance {report['tolerance']:.0e})",
+            "identical" if report["greedy_match"][heads] else "DIFFERENT",
+        )
+        for heads, against in (("all", "Hugging Face model"), ("chai", "torch oracle"))
+    ]
+    print_table(["heads", "against", "largest logit difference", "greedy tokens"], rows)
+    print(f"head-map agreement: {report['head_map_agreement']:.4f}")
+    print("verified" if result.ok else "NOT verified: this bundle does not compute what its model computes")
+    return 0 if result.ok else 1

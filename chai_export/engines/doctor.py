@@ -1,0 +1,124 @@
+"""Probing this machine: each capability by a known answer where one is to be had, not by a version."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from typing import Any
+
+KNOWN_ANSWER_CASE = "mixed_phases"
+"""Fresh, continuing, padded and inactive rows in one call of the op."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was found, whether it works, and the command that mends it otherwise."""
+
+    name: str
+    works: bool
+    found: str
+    fix: str = ""
+    is_backend: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON object of ``doctor --json``."""
+        return asdict(self)
+
+
+def diagnose() -> list[Finding]:
+    """All checks, the backends first."""
+    return [
+        _function_body(),
+        _native_library(),
+        _gpu(),
+        *(_package(name, fix) for name, fix in _PACKAGES.items()),
+        Finding("python", True, platform.python_version()),
+    ]
+
+
+_PACKAGES = {
+    "torch": "pip install torch",
+    "transformers": "pip install transformers",
+    "onnx": "pip install onnx",
+    "onnxruntime": "pip install onnxruntime",
+}
+
+
+def _function_body() -> Finding:
+    name = "onnxruntime, portable function body"
+    try:
+        answer = _known_answer(native=False)
+    except Exception as error:
+        return Finding(name, False, _one_line(error), "pip install --upgrade onnxruntime", is_backend=True)
+    return Finding(name, True, answer, is_backend=True)
+
+
+def _native_library() -> Finding:
+    from chai_export.runtime.native import find_library
+
+    name = "onnxruntime, native library"
+    fix = (
+        "install a C++17 compiler (apt install g++), then pip install --force-reinstall --no-deps chai-export"
+    )
+    library = find_library("chai_onnxruntime")
+    if library is None:
+        return Finding(name, False, "libchai_onnxruntime.so was not built; the function body is used", fix)
+    try:
+        answer = _known_answer(native=True)
+    except Exception as error:
+        return Finding(name, False, _one_line(error), fix, is_backend=True)
+    return Finding(name, True, answer, is_backend=True)
+
+
+def _known_answer(*, native: bool) -> str:
+    """Run one case of the op in ONNX Runtime and compare with the reference.
+
+    Raises:
+        AssertionError: the answer is wrong. Anything ONNX Runtime raises passes through.
+    """
+    import onnxruntime
+
+    from chai_export.op.cases import CASES, check
+    from chai_export.op.model import node_model
+    from chai_export.op.reference import AttentionResult
+    from chai_export.op.schema import OUTPUT_NAMES
+    from chai_export.runtime.native import find_library
+
+    case = next(case for case in CASES if case.name == KNOWN_ANSWER_CASE)
+    options = onnxruntime.SessionOptions()
+    if native:
+        options.register_custom_ops_library(str(find_library("chai_onnxruntime")))
+    model = node_model(case.attributes(), "float32", with_function=not native)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    inputs = case.inputs()
+    check(case, inputs, AttentionResult(*session.run(list(OUTPUT_NAMES), inputs)))
+    return f"onnxruntime {onnxruntime.__version__} gives the known answer"
+
+
+def _gpu() -> Finding:
+    fix = "install NVIDIA's driver; everything on ONNX Runtime's CPU provider works without a GPU"
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return Finding("GPU", False, "no nvidia-smi", fix)
+    query = [tool, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    lines = answer.stdout.strip().splitlines()
+    if answer.returncode or not lines:
+        return Finding("GPU", False, _one_line(answer.stderr or "nvidia-smi lists none"), fix)
+    return Finding("GPU", True, "; ".join(lines))
+
+
+def _package(name: str, fix: str) -> Finding:
+    try:
+        return Finding(name, True, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, False, "not installed", fix)
+
+
+def _one_line(problem: object) -> str:
+    return " ".join(str(problem).split())[:200]

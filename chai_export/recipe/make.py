@@ -1,0 +1,208 @@
+"""Run a recipe: calibrate, export, build, verify, eval, run; each stage only if something changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chai_export.bundle.atomic import atomic_file
+from chai_export.bundle.manifest import FILE_NAME as MANIFEST
+from chai_export.errors import ChaiError
+from chai_export.recipe.cache import StageCache, stage_key
+from chai_export.recipe.recipe import Recipe, RunSettings
+
+Report = Callable[[str], None]
+
+
+@dataclass
+class MakeResult:
+    """What a recipe produced. ``stages`` maps each stage to "done" or "up to date"."""
+
+    output: Path
+    bundle: Path
+    stages: dict[str, str] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON object of ``make --json``."""
+        return {
+            "output": str(self.output),
+            "bundle": str(self.bundle),
+            "stages": self.stages,
+            **self.results,
+        }
+
+
+def make(recipe: Recipe, report: Report = lambda line: None) -> MakeResult:
+    """Run the stages of a recipe that are not up to date.
+
+    Args:
+        recipe: from :func:`chai_export.recipe.recipe.load_recipe`.
+        report: called with one line per stage.
+
+    Raises:
+        ChaiError: a stage failed (verification included); what finished before it is kept.
+    """
+    assert recipe.output is not None, "load_recipe resolves the output"
+    return _Make(recipe, recipe.output, report).run()
+
+
+class _Make:
+    def __init__(self, recipe: Recipe, output: Path, report: Report) -> None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ChaiError(
+                f"{output} cannot be written ({error.strerror}); change `output` in the recipe"
+            ) from error
+        self._recipe = recipe
+        self._output = output
+        self._report = report
+        self._cache = StageCache(output)
+        self._clusters = output / "clusters.json"
+        self._result = MakeResult(output, output / "bundle")
+
+    def run(self) -> MakeResult:
+        recipe, bundle = self._recipe, self._result.bundle
+        model = [Path(recipe.model)]
+        common = {"model": recipe.model, "probe_tokens": recipe.probe_tokens}
+        calibrate = {**common, **recipe.calibrate.model_dump()}
+        self._stage("calibrate", calibrate, [*model, *recipe.calibrate.text], self._clusters, self._calibrate)
+        export = {**common, **recipe.export.model_dump()}
+        exported = self._stage("export", export, [*model, self._clusters], bundle / MANIFEST, self._export)
+        build = {**recipe.build.model_dump(), "export": exported}
+        built = self._stage("build", build, [], bundle / "engines", self._build)
+        for name, settings, inputs, act in (
+            ("verify", recipe.verify, [], self._verify),
+            ("eval", recipe.eval, [recipe.eval.text] if recipe.eval else [], self._eval),
+            ("run", recipe.run, [], self._run),
+        ):
+            if settings is not None:
+                key = {**settings.model_dump(), "build": built}
+                self._measure(name, key, inputs, act)
+        return self._result
+
+    def _stage(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Iterable[Path],
+        output: Path,
+        act: Callable[[], None],
+    ) -> str:
+        key = stage_key(settings, inputs)
+        if self._cache.is_fresh(name, key, output):
+            self._result.stages[name] = "up to date"
+        else:
+            self._report(f"{name} …")
+            act()
+            self._cache.record(name, key)
+            self._result.stages[name] = "done"
+        self._report(f"{name}: {self._result.stages[name]}")
+        return key
+
+    def _measure(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Iterable[Path],
+        act: Callable[[], dict[str, Any]],
+    ) -> None:
+        """A stage whose output is one JSON file."""
+        path = self._output / f"{name}.json"
+
+        def write() -> None:
+            result = act()
+            with atomic_file(path) as file:
+                file.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+        self._stage(name, settings, inputs, path, write)
+        self._result.results[name] = json.loads(path.read_text(encoding="utf-8"))
+
+    def _calibrate(self) -> None:
+        from chai_export.clustering.calibrate import calibrate
+        from chai_export.clustering.plot import plot_curves
+
+        settings = self._recipe.calibrate
+        clusters = calibrate(
+            self._recipe.model,
+            settings.text,
+            keep=settings.keep,
+            samples=settings.samples,
+            seq_len=settings.seq_len,
+            probe_tokens=self._recipe.probe_tokens,
+            state=self._output / "clusters.json.state",
+            trust_remote_code=self._recipe.trust_remote_code,
+        )
+        clusters.save(self._clusters)
+        plot_curves(clusters, self._output / "error_curves.png")
+
+    def _export(self) -> None:
+        from chai_export.export.stage import export
+
+        export(
+            self._recipe.model,
+            self._clusters,
+            self._result.bundle,
+            dtype=self._recipe.export.dtype,
+            probe_tokens=self._recipe.probe_tokens,
+            trust_remote_code=self._recipe.trust_remote_code,
+        )
+
+    def _build(self) -> None:
+        from chai_export.engines.build import build
+
+        settings = self._recipe.build
+        build(
+            self._result.bundle,
+            backend=settings.backend,
+            max_batch=settings.max_batch,
+            max_seq=settings.max_seq,
+        )
+
+    def _verify(self) -> dict[str, Any]:
+        from chai_export.quality.verify import verify
+
+        assert self._recipe.verify is not None
+        result = verify(
+            self._result.bundle,
+            self._recipe.model,
+            text=self._recipe.verify.text,
+            backend=self._recipe.build.backend,
+            trust_remote_code=self._recipe.trust_remote_code,
+        )
+        if not result.ok:
+            raise ChaiError(
+                f"verification failed ({json.dumps(result.to_json())}); the bundle must not be used, "
+                f"see `chai-export verify {self._result.bundle} --reference {self._recipe.model}`"
+            )
+        return result.to_json()
+
+    def _eval(self) -> dict[str, Any]:
+        from chai_export.quality.evaluate import evaluate
+
+        settings = self._recipe.eval
+        assert settings is not None
+        return evaluate(
+            self._result.bundle,
+            settings.text,
+            backend=self._recipe.build.backend,
+            max_tokens=settings.max_tokens,
+            window=settings.window,
+        )
+
+    def _run(self) -> dict[str, Any]:
+        settings = self._recipe.run
+        assert settings is not None
+        return {heads: self._generate(settings, heads) for heads in ("all", "chai")}
+
+    def _generate(self, settings: RunSettings, heads: str) -> dict[str, Any]:
+        from chai_export.runtime.report import run_report
+        from chai_export.runtime.runner import load
+
+        runner = load(self._result.bundle, backend=self._recipe.build.backend, heads=heads)
+        generations = runner.generate(settings.prompts, max_new_tokens=settings.max_new_tokens)
+        return run_report(runner, generations)

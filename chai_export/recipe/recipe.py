@@ -1,0 +1,116 @@
+"""A recipe file (``engines/*.yaml``): the settings of every stage, validated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chai_export.bundle.manifest import first_problem
+from chai_export.errors import ChaiError
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CalibrateSettings(_Settings):
+    """Settings of the offline phase; see `chai-export calibrate --help`."""
+
+    text: list[Path]
+    samples: Count = 128
+    seq_len: Count = 256
+    keep: str = "elbow"
+
+
+class ExportSettings(_Settings):
+    """Settings of the export; see `chai-export export --help`."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+class BuildSettings(_Settings):
+    """Settings of the engine; see `chai-export build --help`."""
+
+    backend: str = "onnxruntime"
+    max_batch: Count = 8
+    max_seq: Count | None = None
+
+
+class VerifySettings(_Settings):
+    """Settings of the gate; see `chai-export verify --help`."""
+
+    text: Path | None = None
+
+
+class EvalSettings(_Settings):
+    """Settings of the quality measurement; see `chai-export eval --help`."""
+
+    text: Path
+    max_tokens: Count | None = None
+    window: Count = 512
+
+
+class RunSettings(_Settings):
+    """Prompts to continue, with all heads and with CHAI."""
+
+    prompts: list[str]
+    max_new_tokens: Count = 64
+
+
+class Recipe(_Settings):
+    """One recipe. Paths are relative to the recipe's folder; the output defaults to ``out/<name>``."""
+
+    name: str
+    model: str
+    output: Path | None = None
+    probe_tokens: Count = 5
+    trust_remote_code: bool = False
+    calibrate: CalibrateSettings
+    export: ExportSettings = ExportSettings()
+    build: BuildSettings = BuildSettings()
+    verify: VerifySettings | None = VerifySettings()
+    eval: EvalSettings | None = None
+    run: RunSettings | None = None
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe and resolve its paths.
+
+    Raises:
+        ChaiError: the file is missing, is not YAML, or a setting is wrong; names the setting.
+    """
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChaiError(f"recipe {path} cannot be read ({error}); check the path") from error
+    except yaml.YAMLError as error:
+        raise ChaiError(f"recipe {path} is not YAML ({error}); mend it") from error
+    if not isinstance(content, dict):
+        raise ChaiError(f"recipe {path} is empty or no mapping; see engines/demo.yaml for an example")
+    try:
+        recipe = Recipe.model_validate({"name": path.stem, **content})
+    except ValidationError as error:
+        raise ChaiError(f"recipe {path}: {first_problem(error)}; mend it there") from error
+    return _resolve(recipe, path.parent)
+
+
+def _resolve(recipe: Recipe, folder: Path) -> Recipe:
+    """Paths as seen from the recipe's folder; a model that is no folder there stays a hub id."""
+    model = folder / recipe.model
+    update: dict[str, Any] = {
+        "model": str(model) if model.exists() or recipe.model.startswith((".", "/")) else recipe.model,
+        "output": folder / (recipe.output or Path("out") / recipe.name),
+        "calibrate": recipe.calibrate.model_copy(
+            update={"text": [folder / text for text in recipe.calibrate.text]}
+        ),
+    }
+    if recipe.eval is not None:
+        update["eval"] = recipe.eval.model_copy(update={"text": folder / recipe.eval.text})
+    if recipe.verify is not None and recipe.verify.text is not None:
+        update["verify"] = recipe.verify.model_copy(update={"text": folder / recipe.verify.text})
+    return recipe.model_copy(update=update)
