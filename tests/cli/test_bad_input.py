@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Command, Outcome
+from tests.cli.conftest import Command, Outcome
 
 
 def fails(outcome: Outcome, *parts: str, code: int = 1) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import REPOSITORY, Command
+from tests.cli.conftest import REPOSITORY, Command
 
 COMMANDS = (
     "calibrate", "export", "rewrite", "build", "run", "verify", "eval", "inspect", "make", "doctor",
