@@ -1,0 +1,148 @@
+"""The op as an attention function of transformers: any family that follows its interface runs through it.
+
+Registered under the name "chai" with ``AttentionInterface`` (called with the query heads and the KV heads
+of a layer, after RoPE, KV heads not yet repeated) and with ``AttentionMaskInterface`` (the mask is then
+None exactly when it is causal and nothing else, so any other mask is noticed and refused).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from chai_export.errors import ChaiError
+from chai_export.models.quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "chai"
+LayerFunction = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+"""(layer, query [B,H,S,D], key [B,G,S,D], value [B,G,S,Dv], scale) -> attended values [B,H,S,Dv]."""
+
+_QUERY_BLOCK = 256
+# What a family passes when its scores are more than scale * QK^T.
+_FOREIGN_TERMS = ("softcap", "s_aux", "position_bias", "alibi", "sinks")
+
+
+class _Run:
+    """One forward pass: the layer function and which layer comes next."""
+
+    def __init__(self, function: LayerFunction, layers: int) -> None:
+        self.function = function
+        self.layers = layers
+        self.layers_seen = 0
+
+
+_ACTIVE: ContextVar[_Run | None] = ContextVar("chai_attention_run", default=None)
+
+
+@contextmanager
+def attention_of(model: PreTrainedModel, function: LayerFunction) -> Iterator[None]:
+    """Let ``model`` compute its attention with ``function`` inside the block (one forward pass).
+
+    Raises:
+        ChaiError: a layer did not go through transformers' attention interface, or its scores have terms
+            that the op does not know (a mask that is not causal, a soft cap, sinks, a bias).
+    """
+    _register()
+    before = model.config._attn_implementation
+    run = _Run(function, model.config.num_hidden_layers)
+    token = _ACTIVE.set(run)
+    try:
+        with quiet():
+            model.set_attn_implementation(NAME)
+        yield
+        if run.layers_seen != run.layers:
+            raise ChaiError(
+                f"only {run.layers_seen} of the {run.layers} layers of this {model.config.model_type} model "
+                "compute attention through transformers' attention interface; the others cannot be clustered"
+            )
+    finally:
+        _ACTIVE.reset(token)
+        with quiet():
+            model.set_attn_implementation(before)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Exact causal attention of heads against as many keys and values, in float32, block by block.
+
+    Args:
+        query: [B, H, S, D].
+        key: [B, H, S, D].
+        value: [B, H, S, Dv].
+        scale: factor on the scores.
+
+    Returns:
+        float32 [B, H, S, Dv]. Peak memory grows with S, not with S squared.
+    """
+    tokens = query.shape[2]
+    keys, values = key.float().transpose(2, 3), value.float()
+    blocks = []
+    for start in range(0, tokens, _QUERY_BLOCK):
+        end = min(start + _QUERY_BLOCK, tokens)
+        scores = query[:, :, start:end].float() @ keys[..., :end] * scale
+        blocks.append(torch.softmax(_hide_future(scores, start), dim=-1) @ values[:, :, :end])
+    return torch.cat(blocks, dim=2)
+
+
+def probe_probabilities(query: Tensor, key: Tensor, scale: float, tokens: int) -> Tensor:
+    """Causal probabilities of the first ``tokens`` tokens of every head, float32 [B, H, t, t].
+
+    Args:
+        query: [B, H, S, D], after RoPE.
+        key: [B, G, S, D], H a multiple of G.
+        scale: factor on the scores.
+        tokens: t, at most S.
+    """
+    group = query.shape[1] // key.shape[1]
+    keys = key[:, :, :tokens].float().repeat_interleave(group, dim=1)
+    scores = query[:, :, :tokens].float() @ keys.transpose(2, 3) * scale
+    return torch.softmax(_hide_future(scores, 0), dim=-1)
+
+
+def _hide_future(scores: Tensor, start: int) -> Tensor:
+    rows, columns = scores.shape[-2:]
+    future = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).triu(start + 1)
+    return scores.masked_fill(future, float("-inf"))
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **terms: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in place of its own attention; returns [B, S, H, Dv]."""
+    run = _ACTIVE.get()
+    if run is None:
+        raise RuntimeError("attention implementation 'chai' works only inside chai_export")
+    layer = run.layers_seen
+    run.layers_seen += 1
+    if layer >= run.layers:
+        raise ChaiError("its layers compute attention more than once each, which the op cannot express")
+    for name in _FOREIGN_TERMS:
+        if terms.get(name) is not None:
+            raise ChaiError(f"layer {layer}: its attention uses {name}, which the op cannot express")
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
+        raise ChaiError(f"layer {layer}: its attention mask is not causal, which the op cannot express")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    attended = run.function(layer, query, key, value, scale)
+    return attended.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if NAME not in AttentionInterface._global_mapping:
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)

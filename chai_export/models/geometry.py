@@ -1,0 +1,107 @@
+"""The numbers of a decoder that the other stages need, read from its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from chai_export.errors import ChaiError
+
+# Families whose position table has one learned row per position: past its end there is nothing to look up.
+LEARNED_POSITIONS = frozenset({"biogpt", "gpt-sw3", "gpt2", "gpt_bigcode", "opt"})
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a decoder-only model.
+
+    Attributes:
+        model_type: the family, as transformers names it ("llama", "opt", …).
+        num_layers: attention layers (L).
+        num_query_heads: query heads per layer (H).
+        num_kv_heads: KV heads per layer (G); H is a multiple of G.
+        head_dim: width of a query or key head (D).
+        value_head_dim: width of a value head (Dv).
+        hidden_size: width of the residual stream.
+        vocab_size: rows of the output head (V).
+        max_positions: length of a learned position table, a hard limit in tokens; None without one.
+        context_length: tokens of context that the model was trained for; None when it does not say.
+    """
+
+    model_type: str
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int | None
+    context_length: int | None
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head (H / G)."""
+        return self.num_query_heads // self.num_kv_heads
+
+    def kv_bytes_saved(self, kept_heads: list[int] | tuple[int, ...]) -> float:
+        """Share of the KV cache that disappears when layer i keeps ``kept_heads[i]`` heads in its K cache."""
+        dropped = sum(self.num_kv_heads - kept for kept in kept_heads) * self.head_dim
+        whole = self.num_layers * self.num_kv_heads * (self.head_dim + self.value_head_dim)
+        return dropped / whole
+
+
+def describe(config: Any) -> Geometry:
+    """Geometry of a transformers configuration.
+
+    Raises:
+        ChaiError: the configuration lacks a size, or its heads do not divide evenly.
+    """
+    model_type = str(getattr(config, "model_type", "unknown"))
+    heads = _size(config, model_type, "num_attention_heads")
+    hidden = _size(config, model_type, "hidden_size")
+    kv_heads = _kv_heads(config, heads)
+    if heads % kv_heads:
+        raise ChaiError(
+            f"config.json of this {model_type} model has {heads} query heads for {kv_heads} KV heads, "
+            "which do not divide evenly; correct num_attention_heads or num_key_value_heads"
+        )
+    head_dim, value_head_dim = _head_dims(config, hidden // heads)
+    context = getattr(config, "max_position_embeddings", None)
+    return Geometry(
+        model_type=model_type,
+        num_layers=_size(config, model_type, "num_hidden_layers"),
+        num_query_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_head_dim=value_head_dim,
+        hidden_size=hidden,
+        vocab_size=_size(config, model_type, "vocab_size"),
+        max_positions=int(context) if context and model_type in LEARNED_POSITIONS else None,
+        context_length=int(context) if context else None,
+    )
+
+
+def _size(config: Any, model_type: str, name: str) -> int:
+    value = getattr(config, name, None)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ChaiError(
+            f"config.json of this {model_type} model has no usable {name} ({value!r}); "
+            "only decoder-only models with the same heads in every layer can be compiled"
+        )
+    return value
+
+
+def _kv_heads(config: Any, heads: int) -> int:
+    if getattr(config, "multi_query", False) and getattr(config, "model_type", "") == "gpt_bigcode":
+        return 1
+    value = getattr(config, "num_key_value_heads", None)
+    return heads if not isinstance(value, int) or value < 1 else value
+
+
+def _head_dims(config: Any, default: int) -> tuple[int, int]:
+    """(D, Dv). Latent-attention families give the two halves of a key head and the value head separately."""
+    if isinstance(getattr(config, "qk_nope_head_dim", None), int):
+        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    head_dim = getattr(config, "head_dim", None) or default
+    return int(head_dim), int(getattr(config, "v_head_dim", None) or head_dim)

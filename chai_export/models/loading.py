@@ -1,0 +1,215 @@
+"""Loading a decoder and its tokenizer from a directory or the hub, with errors that a user can act on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from chai_export.errors import ChaiError, UsageError
+from chai_export.models.quiet import quiet
+from chai_export.models.support import drop_idle_windows, require_supported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("float32", "float16", "bfloat16")
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_HUB_TIMEOUT_SECONDS = 8.0
+
+
+def load_model(
+    source: str | Path | PreTrainedModel, *, dtype: str = "float32", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a decoder-only language model that the op can express.
+
+    Args:
+        source: a directory, a hub id, or a model (used as it is, copied if its dtype differs).
+        dtype: "float32", "float16" or "bfloat16" of the weights.
+        trust_remote_code: run Python code that the model brings along.
+
+    Returns:
+        The model in evaluation mode on the CPU, all weights present.
+
+    Raises:
+        ChaiError: it does not exist, cannot be reached, is incomplete or damaged, needs remote code, is
+            not a decoder, or computes attention that the op cannot express (by layer).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+
+    wanted = _torch_dtype(dtype)
+    if isinstance(source, PreTrainedModel):
+        require_supported(source.config)
+        model = source if source.dtype == wanted else copy.deepcopy(source).to(dtype=wanted)
+        return model.eval()
+    where, offline = resolve_source(source)
+    config = load_config(source, trust_remote_code=trust_remote_code, offline=offline)
+    require_supported(config)
+    drop_idle_windows(config)
+    if isinstance(where, Path):
+        _require_weights(where)
+    try:
+        with quiet(), torch.device("cpu"):
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                where,
+                config=config,
+                dtype=wanted,
+                trust_remote_code=trust_remote_code,
+                local_files_only=offline,
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers, safetensors and torch each raise types of their own here
+        raise ChaiError(
+            f"the weights of {source} cannot be read ({_first_line(error)}); download the model again"
+        ) from error
+    missing = sorted(info.get("missing_keys") or [])
+    if missing:
+        # transformers would fill these with random numbers.
+        raise ChaiError(
+            f"{source} lacks {len(missing)} of its weights ({', '.join(missing[:3])}"
+            f"{', …' if len(missing) > 3 else ''}); download the model again"
+        )
+    return loaded.eval()
+
+
+def load_config(source: str | Path, *, trust_remote_code: bool = False, offline: bool | None = None) -> Any:
+    """Configuration of a directory or hub id.
+
+    Raises:
+        ChaiError: missing, unreachable, not valid JSON, of an unknown family, or in need of remote code.
+    """
+    from transformers import AutoConfig
+
+    where, unreachable = resolve_source(source)
+    if isinstance(where, Path):
+        _require_config(where, trust_remote_code)
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(
+                where,
+                trust_remote_code=trust_remote_code,
+                local_files_only=unreachable if offline is None else offline,
+            )
+    except Exception as error:  # same as in load_model
+        if "trust_remote_code" in str(error):
+            raise ChaiError(_remote_code_message(source)) from error
+        if isinstance(where, Path):
+            raise ChaiError(
+                f"{where / 'config.json'} cannot be used ({_first_line(error)}); correct or replace it"
+            ) from error
+        raise ChaiError(_hub_message(where, error)) from error
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
+    """Tokenizer of a directory or hub id; None when a directory has none.
+
+    Raises:
+        ChaiError: the tokenizer files are there but cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    where, offline = resolve_source(source)
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if isinstance(where, Path) and not any((where / name).is_file() for name in names):
+        return None
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=offline)
+    except Exception as error:  # same as in load_model
+        raise ChaiError(
+            f"the tokenizer of {source} cannot be read ({_first_line(error)}); "
+            "copy the tokenizer files of the model again"
+        ) from error
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def resolve_source(source: str | Path) -> tuple[Path | str, bool]:
+    """(directory or hub id, whether only the local hub cache can be used).
+
+    Raises:
+        ChaiError: it reads like a path and no such directory exists.
+    """
+    text = str(source)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path, False
+    if path.is_file():
+        raise ChaiError(f"{text} is a file; give the directory that holds config.json and the weights")
+    if isinstance(source, Path) or path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
+        raise ChaiError(f"there is no model directory {text}; check the path or give a hub id (owner/name)")
+    return text, not _hub_reachable()
+
+
+def _hub_reachable() -> bool:
+    """One quick request: the hub client itself would retry for half a minute before it gives up."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE", "0") not in ("0", ""):
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_SECONDS)
+    except Exception:  # the client library behind the session varies, and so do its errors
+        return False
+    return True
+
+
+def _require_config(directory: Path, trust_remote_code: bool) -> None:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ChaiError(f"{directory} has no config.json, so it is no Hugging Face model; check the path")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ChaiError(f"{path} is not valid JSON ({_first_line(error)}); copy it again") from error
+    if not isinstance(content, dict):
+        raise ChaiError(f"{path} is not a JSON object; copy it again")
+    from transformers import CONFIG_MAPPING
+
+    if content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
+        raise ChaiError(_remote_code_message(directory))
+
+
+def _require_weights(directory: Path) -> None:
+    if not any((directory / name).is_file() for name in _WEIGHT_FILES):
+        raise ChaiError(
+            f"{directory} has no weights (none of {', '.join(_WEIGHT_FILES)}); download the model again"
+        )
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
+def _remote_code_message(source: object) -> str:
+    return f"{source} brings Python code of its own, which is not run; --trust-remote-code allows it"
+
+
+def _hub_message(hub_id: str, error: Exception) -> str:
+    name = type(error.__cause__ or error).__name__
+    if "RepositoryNotFound" in name or "not a valid model identifier" in str(error):
+        return f"there is no model {hub_id} on the hub, nor a directory of that name; check the spelling"
+    if "Gated" in name or "gated repo" in str(error):
+        return f"{hub_id} is gated; accept its terms on the hub and log in with `hf auth login`"
+    if "LocalEntryNotFound" in name or "connect" in str(error) or "offline" in str(error):
+        return (
+            f"{hub_id} is neither a directory nor in the local hub cache, and the hub cannot be reached; "
+            "check the path or the network"
+        )
+    return f"{hub_id} cannot be loaded from the hub ({_first_line(error)})"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(" .:")[:200]

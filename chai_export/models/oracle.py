@@ -1,0 +1,219 @@
+"""The torch oracle: a Hugging Face model whose attention is the op over one fresh prefill.
+
+It is the truth that engines are compared with: written against torch, on the model itself, sharing with
+the other implementations only the integer choice of the head map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from chai_export.errors import ChaiError
+from chai_export.models.attention import attention_of, causal_attention, probe_probabilities
+from chai_export.models.geometry import describe
+from chai_export.op.head_map import distances, greedy_head_map, quantise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HeadMapRule = Callable[[NDArray[np.float32], int, int], NDArray[np.int32]]
+"""(probe probabilities float32 [H, t, t], G, R) -> head map int32 [H]."""
+
+
+def op_head_map(probabilities: NDArray[np.float32], num_kv_heads: int, kept: int) -> NDArray[np.int32]:
+    """The op's rule (design section 3, step 1): greedy k-medoids on quantised probabilities."""
+    return greedy_head_map(distances(quantise(probabilities)), num_kv_heads, kept)
+
+
+class Oracle:
+    """A model run through the op's semantics in torch.
+
+    Args:
+        model: a supported decoder, see :func:`chai_export.models.loading.load_model`.
+        kept_heads: R of each layer, 1 … G.
+        probe_tokens: P, tokens that are exact and decide the head map.
+        online: False applies given maps to every token, the first P included (static membership).
+        rule: how a head map is chosen from probe probabilities; the op's rule unless given.
+
+    Raises:
+        ChaiError: ``kept_heads`` does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        kept_heads: Sequence[int],
+        probe_tokens: int = 5,
+        *,
+        online: bool = True,
+        rule: HeadMapRule = op_head_map,
+    ) -> None:
+        self.model = model
+        self.geometry = describe(model.config)
+        self.kept_heads = tuple(int(kept) for kept in kept_heads)
+        self.probe_tokens = probe_tokens
+        self.online = online
+        self._rule = rule
+        self._maps: list[NDArray[np.int32]] = []
+        layers, most = self.geometry.num_layers, self.geometry.num_kv_heads
+        if len(self.kept_heads) != layers or not all(1 <= kept <= most for kept in self.kept_heads):
+            raise ChaiError(
+                f"kept heads {list(self.kept_heads)} do not fit a model of {layers} layers "
+                f"with {most} KV heads; calibrate this model"
+            )
+
+    @property
+    def head_maps(self) -> NDArray[np.int32]:
+        """Query head to representative query head in the last call: int32 [L, 1, H]."""
+        if not self._maps:
+            raise RuntimeError("no call yet, so there are no head maps")
+        return np.stack(self._maps)
+
+    def logits(
+        self, token_ids: Sequence[int] | NDArray[Any], head_maps: NDArray[np.integer[Any]] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits at every position of one sequence fed as one fresh prefill.
+
+        Args:
+            token_ids: T token ids.
+            head_maps: [L, H] or [L, 1, H], used instead of the maps that the probe would give.
+
+        Returns:
+            float32 [T, V].
+        """
+        given = None if head_maps is None else self._checked(head_maps)
+        if given is None and not self.online:
+            raise ValueError("static membership needs head_maps")
+        self._maps = []
+
+        def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+            head_map = self._choose(index, query, key, scale) if given is None else given[index]
+            self._maps.append(head_map[None])
+            exact = min(self.probe_tokens, query.shape[2]) if self.online else 0
+            return clustered_attention(query, key, value, torch.from_numpy(head_map).long(), scale, exact)
+
+        with attention_of(self.model, layer):
+            return _forward(self.model, token_ids)
+
+    def greedy(
+        self,
+        token_ids: Sequence[int],
+        count: int,
+        head_maps: NDArray[np.integer[Any]] | None = None,
+    ) -> list[int]:
+        """The next ``count`` tokens, the most probable one each time, by repeated prefills."""
+        sequence = [int(token) for token in token_ids]
+        for _ in range(count):
+            sequence.append(int(self.logits(sequence, head_maps)[-1].argmax()))
+        return sequence[len(token_ids) :]
+
+    def _choose(self, layer: int, query: Tensor, key: Tensor, scale: float) -> NDArray[np.int32]:
+        kept, groups = self.kept_heads[layer], key.shape[1]
+        tokens = min(self.probe_tokens, query.shape[2])
+        probabilities = probe_probabilities(query, key, scale, tokens)[0]
+        return self._rule(probabilities.numpy(), groups, kept)
+
+    def _checked(self, head_maps: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        layers, heads = self.geometry.num_layers, self.geometry.num_query_heads
+        maps = np.asarray(head_maps)
+        if maps.shape == (layers, 1, heads):
+            maps = maps[:, 0]
+        if maps.shape != (layers, heads) or maps.min() < 0 or maps.max() >= heads:
+            raise ValueError(
+                f"head maps must be [{layers}, {heads}], entries below {heads}; got {maps.shape}"
+            )
+        return maps.astype(np.int32)
+
+
+def clustered_attention(
+    query: Tensor, key: Tensor, value: Tensor, head_map: Tensor, scale: float, exact: int
+) -> Tensor:
+    """Step 4 of the op for one fresh row without padding.
+
+    Args:
+        query: [1, H, S, D].
+        key: [1, G, S, D].
+        value: [1, G, S, Dv].
+        head_map: int64 [H], query head to representative query head.
+        scale: factor on the scores.
+        exact: the first tokens, which use their own head's query and key.
+
+    Returns:
+        float32 [1, H, S, Dv].
+    """
+    group = query.shape[1] // key.shape[1]
+    values = value.repeat_interleave(group, dim=1)
+    representative_keys = key[:, head_map // group]
+    shared = causal_attention(query[:, head_map], representative_keys, values, scale)
+    if exact == 0:
+        return shared
+    own_keys = key[:, :, :exact].repeat_interleave(group, dim=1)
+    own = causal_attention(query[:, :, :exact], own_keys, values[:, :, :exact], scale)
+    return torch.cat([own, shared[:, :, exact:]], dim=2)
+
+
+def model_logits(model: PreTrainedModel, token_ids: Sequence[int] | NDArray[Any]) -> NDArray[np.float32]:
+    """Logits of the unchanged model, float32 [T, V]: the truth for all heads."""
+    return _forward(model, token_ids)
+
+
+def probe_features(
+    model: PreTrainedModel, windows: Sequence[Sequence[int]], probe_tokens: int
+) -> list[NDArray[np.float32]]:
+    """Probe probabilities of each layer for a batch of token windows.
+
+    Attention is causal, so the first P tokens of a sequence decide its features and nothing more is fed:
+    no attention matrix of a whole text ever exists.
+
+    Args:
+        model: a supported decoder.
+        windows: B windows of exactly ``probe_tokens`` token ids, each the start of a sequence.
+        probe_tokens: P.
+
+    Returns:
+        Per layer float32 [B, H, P, P].
+    """
+    features: list[NDArray[np.float32]] = []
+
+    def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        probabilities = probe_probabilities(query, key, scale, probe_tokens)
+        features.append(probabilities.numpy())
+        return probabilities @ value.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+    with attention_of(model, layer), torch.inference_mode():
+        model.base_model(input_ids=torch.tensor([list(map(int, w)) for w in windows]), use_cache=False)
+    return features
+
+
+def require_same_with_all_heads(model: PreTrainedModel, tolerance: float = 1e-3) -> None:
+    """Raise unless the oracle with all heads kept computes what the model computes, on a few fixed tokens.
+
+    For families that no test of ours covers: it notices attention terms that no configuration names.
+
+    Raises:
+        ChaiError: the two differ, or a layer does not follow transformers' attention interface.
+    """
+    geometry = describe(model.config)
+    tokens = [(7 * index + 3) % geometry.vocab_size for index in range(12)]
+    expected = model_logits(model, tokens)
+    got = Oracle(model, [geometry.num_kv_heads] * geometry.num_layers).logits(tokens)
+    worst = float(np.abs(expected - got).max())
+    if not worst <= tolerance * max(1.0, float(np.abs(expected).max())):
+        raise ChaiError(
+            f"attention of this {geometry.model_type} model is not what the op computes (logits with all "
+            f"heads kept differ by {worst:.2g}); choose a model of a supported family"
+        )
+
+
+def _forward(model: PreTrainedModel, token_ids: Sequence[int] | NDArray[Any]) -> NDArray[np.float32]:
+    """float32 [T, V] of one sequence, without a cache."""
+    batch = torch.tensor([list(map(int, token_ids))], dtype=torch.long)
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = model(input_ids=batch, use_cache=False).logits[0].float().numpy()
+    return logits

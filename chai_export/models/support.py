@@ -1,0 +1,163 @@
+"""Which models the op can express, decided from the configuration alone and explained by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chai_export.errors import ChaiError
+
+# Built from a tiny random configuration each in the tests: calibration, export, rewrite and generation.
+TESTED_FAMILIES = frozenset(
+    {
+        "gpt2", "gpt_neox", "llama", "mistral", "olmo", "olmo2",
+        "opt", "phi", "qwen2", "qwen3", "stablelm",
+    }
+)  # fmt: skip
+
+# Attention layer kinds that are plain causal attention over a key cache.
+_PLAIN_LAYERS = frozenset({"full_attention"})
+_SINK_FAMILIES = frozenset({"flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash"})
+_ALIBI_FAMILIES = frozenset({"bloom"})
+_SOFTCAP_NAMES = ("attn_logit_softcapping", "attn_logit_softcap")
+
+
+def unsupported_reasons(config: Any) -> list[str]:
+    """Everything about this model that CHAI's op cannot express, one sentence each; empty when it can.
+
+    A reason that concerns single layers starts with them: "layers 0-5: …".
+    """
+    whole = _not_a_decoder(config)
+    if whole:
+        return whole
+    layers = _num_layers(config)
+    reasons = [*_layer_kinds(config, layers), *_scores(config, layers), *_caches(config, layers)]
+    # An unusual layer is the root cause; that the class has no attention interface is only its symptom.
+    return reasons or _no_interface(config)
+
+
+def require_supported(config: Any) -> None:
+    """Raise unless :func:`unsupported_reasons` is empty.
+
+    Raises:
+        ChaiError: names the family, every layer concerned and the reason.
+    """
+    reasons = unsupported_reasons(config)
+    if reasons:
+        family = getattr(config, "model_type", "unknown")
+        raise ChaiError(
+            f"this {family} model cannot be compiled: {'; '.join(reasons)}; "
+            f"choose a decoder of a supported family ({', '.join(sorted(TESTED_FAMILIES))})"
+        )
+
+
+def drop_idle_windows(config: Any) -> None:
+    """Turn sliding windows that no position of the context can reach past into plain causal attention.
+
+    Changes ``config`` in place, and only when every window is at least as long as the context: the model
+    then computes the same, and exporters do not emit window arithmetic for it.
+    """
+    window = getattr(config, "sliding_window", None)
+    context = getattr(config, "max_position_embeddings", None)
+    if not window or not context or window < context:
+        return
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        if any(kind in (getattr(config, "rope_parameters", None) or {}) for kind in kinds):
+            return  # the kinds choose the rotary frequencies too
+        config.layer_types = ["full_attention" if kind == "sliding_attention" else kind for kind in kinds]
+    config.sliding_window = None
+
+
+def _num_layers(config: Any) -> int:
+    value = getattr(config, "num_hidden_layers", 0)
+    return value if isinstance(value, int) else 0
+
+
+def _not_a_decoder(config: Any) -> list[str]:
+    family = getattr(config, "model_type", "unknown")
+    if getattr(config, "is_encoder_decoder", False):
+        return [f"{family} is an encoder-decoder, not a decoder-only language model"]
+    if config.get_text_config() is not config:
+        return [f"{family} is a composite model (text and other inputs); export its language model by itself"]
+    if getattr(config, "add_cross_attention", False):
+        return ["it has cross-attention to an encoder"]
+    # GPT-NeoX inherits a flag from its encoder past that says nothing about it.
+    encoder = getattr(config, "is_decoder", True) is False and not family.startswith("gpt_neox")
+    if encoder or (_model_class(config) is None and not getattr(config, "auto_map", None)):
+        return [f"{family} is not a decoder-only language model"]
+    return []
+
+
+def _model_class(config: Any) -> Any | None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def _layer_kinds(config: Any, layers: int) -> list[str]:
+    kinds = list(getattr(config, "layer_types", None) or [])
+    if not kinds and getattr(config, "sliding_window", None):
+        # Families without a list of kinds apply their window everywhere, unless a switch turns it off.
+        kinds = ["sliding_attention"] * layers if getattr(config, "use_sliding_window", True) else []
+    reasons = []
+    for kind in dict.fromkeys(kinds):
+        where = layer_ranges([index for index, each in enumerate(kinds) if each == kind])
+        if kind == "sliding_attention":
+            window = getattr(config, "sliding_window", None)
+            context = getattr(config, "max_position_embeddings", None)
+            if window and (not context or window < context):
+                limit = f"the context of {context} tokens" if context else "an unlimited context"
+                reasons.append(f"{where}: a sliding window of {window} tokens is smaller than {limit}")
+        elif kind not in _PLAIN_LAYERS:
+            reasons.append(f"{where}: '{kind}' is not plain causal attention over a key cache")
+    return reasons
+
+
+def _scores(config: Any, layers: int) -> list[str]:
+    """Terms added to or applied on the attention scores."""
+    everywhere = layer_ranges(list(range(layers)))
+    family = getattr(config, "model_type", "")
+    reasons = []
+    nested = getattr(config, "attn_config", None)
+    nested_alibi = nested.get("alibi") if isinstance(nested, dict) else getattr(nested, "alibi", False)
+    if family in _ALIBI_FAMILIES or getattr(config, "alibi", False) or nested_alibi:
+        reasons.append(f"{everywhere}: ALiBi adds a bias of its own per head to the scores")
+    for name in _SOFTCAP_NAMES:
+        if getattr(config, name, None):
+            reasons.append(f"{everywhere}: the scores are soft-capped ({name} = {getattr(config, name)})")
+    if family in _SINK_FAMILIES:
+        reasons.append(f"{everywhere}: attention sinks take part in the softmax")
+    return reasons
+
+
+def _caches(config: Any, layers: int) -> list[str]:
+    """Caches that are not one K and one V tensor per layer, and weights that cannot be exported."""
+    reasons = []
+    shared = getattr(config, "num_kv_shared_layers", 0) or 0
+    if shared:
+        where = layer_ranges(list(range(layers - shared, layers)))
+        reasons.append(f"{where}: keys and values are shared with an earlier layer")
+    if getattr(config, "quantization_config", None) is not None:
+        reasons.append("its weights are quantised; use the original float checkpoint")
+    return reasons
+
+
+def _no_interface(config: Any) -> list[str]:
+    model_class = _model_class(config)
+    # transformers itself decides this way whether a class follows its attention interface.
+    if model_class is None or model_class._can_set_attn_implementation():
+        return []
+    layers = layer_ranges(list(range(_num_layers(config))))
+    return [f"{layers}: {config.model_type} computes attention outside transformers' attention interface"]
+
+
+def layer_ranges(layers: list[int]) -> str:
+    """Name layers in few words: [0, 1, 2, 5] becomes "layers 0-2, 5", [3] becomes "layer 3"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"layer {text}" if len(layers) == 1 else f"layers {text}"

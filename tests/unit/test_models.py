@@ -1,0 +1,200 @@
+"""Loading models, reading their geometry, and refusing what the op cannot express."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from chai_export.errors import ChaiError, UsageError
+from chai_export.models.geometry import describe
+from chai_export.models.loading import load_model, load_tokenizer
+from chai_export.models.oracle import require_same_with_all_heads
+from chai_export.models.support import layer_ranges, unsupported_reasons
+from tests.families import FAMILIES, family_config, family_model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    directory = tmp_path / "model"
+    family_model("llama-gqa").save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_supported_and_described(name):
+    config = family_config(name)
+    assert unsupported_reasons(config) == []
+    geometry = describe(config)
+    assert (geometry.num_layers, geometry.num_query_heads, geometry.vocab_size) == (2, 8, 96)
+    assert geometry.num_kv_heads == FAMILIES[name][1].get("num_key_value_heads", 8)
+    assert geometry.head_dim == geometry.value_head_dim == (16 if name.startswith("qwen3") else 8)
+    assert geometry.context_length == 128
+    assert geometry.max_positions == (128 if name in ("opt", "gpt2") else None)
+
+
+def test_bytes_saved_count_the_key_cache_only():
+    geometry = describe(family_config("llama-mha"))
+    assert geometry.kv_bytes_saved([8, 8]) == 0.0
+    assert geometry.kv_bytes_saved([4, 8]) == pytest.approx(4 * 8 / (2 * 8 * 16))
+
+
+def sliding(**options):
+    return family_config("mistral-mha", **options)
+
+
+def of_type(model_type, **options):
+    return AutoConfig.for_model(model_type, **options)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            sliding(sliding_window=64),
+            "layers 0-1: a sliding window of 64 tokens is smaller than the context of 128",
+        ),
+        (of_type("bloom", n_layer=3), "layers 0-2: ALiBi"),
+        (of_type("falcon", alibi=True, num_hidden_layers=2), "layers 0-1: ALiBi"),
+        (of_type("mpt"), "ALiBi"),
+        (of_type("gemma2"), "soft-capped"),
+        (of_type("gpt_oss"), "attention sinks"),
+        (of_type("llama4_text", num_hidden_layers=4), "layers 0-2: 'chunked_attention'"),
+        (of_type("mamba", num_hidden_layers=2), "'linear_attention'"),
+        (of_type("falcon", num_hidden_layers=2), "outside transformers' attention interface"),
+        (of_type("gemma3n_text"), "shared with an earlier layer"),
+        (of_type("t5"), "encoder-decoder"),
+        (of_type("bert"), "not a decoder-only"),
+        (of_type("vit"), "not a decoder-only"),
+        (of_type("llava"), "composite"),
+    ],
+)
+def test_what_the_op_cannot_express_is_refused_with_the_reason(config, reason):
+    assert reason in "; ".join(unsupported_reasons(config))
+
+
+def test_mixed_windows_name_their_layers():
+    config = of_type(
+        "qwen2", num_hidden_layers=4, use_sliding_window=True, sliding_window=16, max_window_layers=2
+    )
+    assert unsupported_reasons(config) == [
+        "layers 2-3: a sliding window of 16 tokens is smaller than the context of 32768 tokens"
+    ]
+    assert layer_ranges([0, 2, 3, 4, 9]) == "layers 0, 2-4, 9"
+    assert layer_ranges([7]) == "layer 7"
+
+
+@pytest.mark.parametrize("name", ["mistral-mha", "qwen2-gqa"])
+def test_a_window_as_long_as_the_context_is_dropped(name, tmp_path):
+    options = {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 0}
+    family_model(name, **options).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert model.config.sliding_window is None
+    assert "sliding_attention" not in (getattr(model.config, "layer_types", None) or [])
+
+
+def test_a_loaded_model_has_the_weights_and_dtype_asked_for(saved):
+    model = load_model(saved, dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+    torch.testing.assert_close(load_model(saved).lm_head.weight, family_model("llama-gqa").lm_head.weight)
+
+
+def test_a_given_model_is_not_changed_by_another_dtype():
+    model = family_model("gpt2")
+    assert load_model(model) is model
+    assert load_model(model, dtype="float16").dtype == torch.float16
+    assert model.dtype == torch.float32
+
+
+def refusal(source, **options):
+    with pytest.raises(ChaiError) as caught:
+        load_model(source, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_missing_directory_says_so(tmp_path):
+    assert "there is no model directory" in refusal(tmp_path / "nothing")
+    assert "there is no model directory" in refusal("./models/nothing/here")
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in refusal(tmp_path / "file")
+
+
+def test_unreachable_hub_says_so_at_once(monkeypatch):
+    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
+    assert "the hub cannot be reached" in refusal("nobody/this-model-does-not-exist")
+
+
+def test_missing_or_broken_config_is_named(saved):
+    (saved / "config.json").write_text('{"model_type": ')
+    assert "config.json is not valid JSON" in refusal(saved)
+    (saved / "config.json").write_text('{"model_type": "no-such-family"}')
+    assert "config.json cannot be used" in refusal(saved)
+    (saved / "config.json").unlink()
+    assert "has no config.json" in refusal(saved)
+
+
+def test_missing_or_corrupted_weights_are_named(saved):
+    weights = saved / "model.safetensors"
+    whole = weights.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"\xff" * 64 + whole[64:], b""):
+        weights.write_bytes(damage)
+        assert "weights" in refusal(saved)
+    weights.unlink()
+    assert "has no weights" in refusal(saved)
+
+
+def test_weights_that_are_absent_are_not_filled_with_random_numbers(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    (saved / "config.json").write_text(json.dumps(config))
+    assert "lacks 9 of its weights (model.layers.2" in refusal(saved)
+
+
+def test_an_encoder_is_refused(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    BertModel(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=30)
+    ).save_pretrained(tmp_path)
+    assert "bert is not a decoder-only language model" in refusal(tmp_path)
+
+
+def test_remote_code_needs_the_flag(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"model_type": "own_thing", "auto_map": {"AutoConfig": "code.Config"}}
+    (saved / "config.json").write_text(json.dumps(config))
+    (saved / "code.py").write_text("raise SystemExit('was run')")
+    assert "--trust-remote-code" in refusal(saved)
+
+
+def test_unknown_dtype_is_wrong_usage(saved):
+    with pytest.raises(UsageError, match="float64"):
+        load_model(saved, dtype="float64")
+
+
+def test_errors_leave_nothing_on_the_terminal(saved, capfd):
+    (saved / "model.safetensors").write_bytes(b"")
+    refusal(saved)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_without_tokenizer_has_none(saved):
+    assert load_tokenizer(saved) is None
+    (saved / "tokenizer.json").write_text("{")
+    with pytest.raises(ChaiError, match=r"the tokenizer of .* cannot be read"):
+        load_tokenizer(saved)
+
+
+def test_an_untested_family_is_checked_by_numbers():
+    config = AutoConfig.for_model(
+        "diffllama", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=32, vocab_size=64,
+    )  # fmt: skip
+    with pytest.raises(ChaiError):
+        require_same_with_all_heads(AutoModelForCausalLM.from_config(config).eval())
+    require_same_with_all_heads(family_model("phi-gqa"))
