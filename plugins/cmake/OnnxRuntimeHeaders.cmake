@@ -1,0 +1,101 @@
+# chai_find_onnxruntime_headers(VARIABLE): the folder of onnxruntime_c_api.h, or an empty string. In order:
+#   1. CHAI_ONNXRUNTIME_INCLUDE_DIR
+#   2. the system
+#   3. what was fetched before, in CHAI_DOWNLOAD_DIR
+#   4. the official release archive, pinned by SHA-256
+#   5. Debian's libonnxruntime-dev through apt, where only that is reachable, its headers pinned by SHA-256
+# Any version from 1.18 on will do: the library asks the runtime for the C API of that version only.
+
+set(CHAI_ONNXRUNTIME_VERSION 1.23.2)
+set(CHAI_ONNXRUNTIME_SHA256 1fa4dcaef22f6f7d5cd81b28c2800414350c10116f5fdd46a2160082551c5f9b)
+# SHA-256 over the SHA-256s of all onnxruntime_*.h, in the order of their names: Debian 13's 1.21.0 and 1.23.2.
+set(CHAI_ONNXRUNTIME_HEADER_SETS
+    6c77556a675858bc670c4dde4b2f69c91515be8a79edf7284e257a647473a4c4
+    d5fcf134054680797f5c32030dbed9c1c2e4df5bc0dd951b8251e6d3e634708e)
+
+function(chai_header_set_digest directory variable)
+  file(GLOB headers "${directory}/onnxruntime_*.h")
+  list(SORT headers)
+  set(all "")
+  foreach(header IN LISTS headers)
+    file(SHA256 "${header}" digest)
+    string(APPEND all "${digest}")
+  endforeach()
+  string(SHA256 digest "${all}")
+  set(${variable} "${digest}" PARENT_SCOPE)
+endfunction()
+
+function(chai_fetch_release_headers directory)
+  set(name "onnxruntime-linux-x64-${CHAI_ONNXRUNTIME_VERSION}")
+  set(archive "${CHAI_DOWNLOAD_DIR}/${name}.tgz")
+  message(STATUS "Fetching ONNX Runtime ${CHAI_ONNXRUNTIME_VERSION} for its headers")
+  file(DOWNLOAD
+       "https://github.com/microsoft/onnxruntime/releases/download/v${CHAI_ONNXRUNTIME_VERSION}/${name}.tgz"
+       "${archive}" STATUS status TIMEOUT 300 INACTIVITY_TIMEOUT 15)
+  list(GET status 0 code)
+  if(code EQUAL 0)
+    file(SHA256 "${archive}" digest)
+    if(digest STREQUAL CHAI_ONNXRUNTIME_SHA256)
+      file(ARCHIVE_EXTRACT INPUT "${archive}" DESTINATION "${CHAI_DOWNLOAD_DIR}" PATTERNS "${name}/include/*.h")
+      file(RENAME "${CHAI_DOWNLOAD_DIR}/${name}/include" "${directory}")
+    else()
+      message(STATUS "The archive's SHA-256 is ${digest}, expected ${CHAI_ONNXRUNTIME_SHA256}: not used")
+    endif()
+  else()
+    list(GET status 1 reason)
+    message(STATUS "The release archive cannot be fetched: ${reason}")
+  endif()
+  file(REMOVE "${archive}")
+endfunction()
+
+function(chai_fetch_debian_headers directory)
+  find_program(CHAI_APT_GET apt-get)
+  if(NOT CHAI_APT_GET)
+    return()
+  endif()
+  message(STATUS "Fetching Debian's libonnxruntime-dev for its headers")
+  set(unchecked "${CHAI_DOWNLOAD_DIR}/unchecked")
+  file(REMOVE_RECURSE "${unchecked}")
+  execute_process(
+    COMMAND sh "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/fetch_debian_headers.sh" "${unchecked}"
+    RESULT_VARIABLE code OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  if(NOT code EQUAL 0)
+    message(STATUS "apt cannot fetch it: ${output}")
+    return()
+  endif()
+  chai_header_set_digest("${unchecked}" digest)
+  if(digest IN_LIST CHAI_ONNXRUNTIME_HEADER_SETS)
+    file(RENAME "${unchecked}" "${directory}")
+  else()
+    message(STATUS "Debian's headers are a set that is not pinned (${digest}): not used")
+    file(REMOVE_RECURSE "${unchecked}")
+  endif()
+endfunction()
+
+function(chai_find_onnxruntime_headers variable)
+  set(fetched "${CHAI_DOWNLOAD_DIR}/onnxruntime-headers")
+  if(CHAI_ONNXRUNTIME_INCLUDE_DIR)
+    if(NOT EXISTS "${CHAI_ONNXRUNTIME_INCLUDE_DIR}/onnxruntime_c_api.h")
+      message(FATAL_ERROR "CHAI_ONNXRUNTIME_INCLUDE_DIR has no onnxruntime_c_api.h: ${CHAI_ONNXRUNTIME_INCLUDE_DIR}")
+    endif()
+    set(${variable} "${CHAI_ONNXRUNTIME_INCLUDE_DIR}" PARENT_SCOPE)
+    return()
+  endif()
+  find_path(CHAI_SYSTEM_ONNXRUNTIME onnxruntime_c_api.h PATH_SUFFIXES onnxruntime onnxruntime/core/session)
+  if(CHAI_SYSTEM_ONNXRUNTIME)
+    set(${variable} "${CHAI_SYSTEM_ONNXRUNTIME}" PARENT_SCOPE)
+    return()
+  endif()
+  if(CHAI_FETCH_HEADERS AND NOT EXISTS "${fetched}")
+    file(MAKE_DIRECTORY "${CHAI_DOWNLOAD_DIR}")
+    chai_fetch_release_headers("${fetched}")
+    if(NOT EXISTS "${fetched}")
+      chai_fetch_debian_headers("${fetched}")
+    endif()
+  endif()
+  if(EXISTS "${fetched}/onnxruntime_c_api.h")
+    set(${variable} "${fetched}" PARENT_SCOPE)
+  else()
+    set(${variable} "" PARENT_SCOPE)
+  endif()
+endfunction()

@@ -1,0 +1,75 @@
+#include <string>
+
+#include "chai/attention.h"
+#include "chai/head_map.h"
+
+namespace chai {
+namespace {
+
+std::string row_name(std::int64_t b) {
+  return "row " + std::to_string(b) + ": ";
+}
+
+std::string check_shape(const AttentionCall& call) {
+  const AttentionShape& s = call.shape;
+  const std::int64_t dims[] = {s.batch, s.tokens,   s.heads,   s.kv_heads,
+                               s.kept,  s.capacity, s.key_dim, s.value_dim};
+  for (std::int64_t dim : dims) {
+    if (dim < 1) return "every dimension must be at least 1";
+  }
+  if (s.heads % s.kv_heads != 0) {
+    return std::to_string(s.heads) + " query heads are not a multiple of " + std::to_string(s.kv_heads) +
+           " KV heads";
+  }
+  if (s.kept > s.kv_heads) {
+    return "the K cache has " + std::to_string(s.kept) + " slots for " + std::to_string(s.kv_heads) +
+           " KV heads";
+  }
+  if (call.probe_tokens < 1)
+    return "probe_tokens must be at least 1, got " + std::to_string(call.probe_tokens);
+  return "";
+}
+
+std::string check_map(const AttentionCall& call, std::int64_t b) {
+  const AttentionShape& s = call.shape;
+  const std::int32_t* map = call.past_head_map + b * s.heads;
+  for (std::int64_t h = 0; h < s.heads; ++h) {
+    if (map[h] < 0 || map[h] >= s.heads) {
+      return row_name(b) + "head map entry " + std::to_string(h) + " is " + std::to_string(map[h]) +
+             ", must be between 0 and " + std::to_string(s.heads - 1);
+    }
+  }
+  const std::int64_t used = assign_slots(map, s.heads, s.kv_heads).used;
+  if (used > s.kept) {
+    return row_name(b) + "the head map keeps " + std::to_string(used) + " KV heads, the K cache has " +
+           std::to_string(s.kept) + " slots";
+  }
+  return "";
+}
+
+std::string check_row(const AttentionCall& call, std::int64_t b) {
+  const AttentionShape& s = call.shape;
+  const std::int64_t past = call.past_lengths[b];
+  const std::int64_t new_tokens = call.lengths[b];
+  if (new_tokens < 0 || new_tokens > s.tokens) {
+    return row_name(b) + "lengths is " + std::to_string(new_tokens) + ", must be between 0 and " +
+           std::to_string(s.tokens);
+  }
+  if (past < 0) return row_name(b) + "past_lengths is " + std::to_string(past) + ", must not be negative";
+  if (new_tokens == 0) return "";
+  if (past + new_tokens > s.capacity) {
+    return row_name(b) + std::to_string(past) + " cached and " + std::to_string(new_tokens) +
+           " new tokens exceed the capacity " + std::to_string(s.capacity);
+  }
+  return call.online && past == 0 ? "" : check_map(call, b);
+}
+
+}  // namespace
+
+std::string check(const AttentionCall& call) {
+  std::string problem = check_shape(call);
+  for (std::int64_t b = 0; problem.empty() && b < call.shape.batch; ++b) problem = check_row(call, b);
+  return problem;
+}
+
+}  // namespace chai

@@ -1,0 +1,37 @@
+// The running state of one softmax row, and how two partial results of a row become one.
+//
+// Scores are in units of log2: exp(x) = exp2(x * log2(e)), and the factor is folded into the query.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+// Forced inline: this header is compiled for several instruction sets in one library, and the linker must
+// never pick the copy of the widest one for everybody.
+#define CHAI_INLINE inline __attribute__((always_inline))
+
+namespace chai {
+
+struct SoftmaxState {
+  float max = -FLT_MAX;  // largest score seen
+  float sum = 0.0f;      // sum of exp2(score - max)
+
+  CHAI_INLINE bool empty() const { return sum == 0.0f; }
+
+  // Include another part of the same row.
+  CHAI_INLINE void merge(const SoftmaxState& part) {
+    const float merged = part.max > max ? part.max : max;
+    sum = sum * exp2f(max - merged) + part.sum * exp2f(part.max - merged);
+    max = merged;
+  }
+
+  // What the unnormalised output of `part` counts in this state, after all parts were merged and with the
+  // division by the sum included. The empty state (a row that sees no key) weighs nothing.
+  CHAI_INLINE float weight_of(const SoftmaxState& part) const {
+    return part.empty() ? 0.0f : exp2f(part.max - max) / sum;
+  }
+
+  CHAI_INLINE float inverse_sum() const { return empty() ? 0.0f : 1.0f / sum; }
+};
+
+}  // namespace chai
