@@ -1,0 +1,58 @@
+"""The key and value caches of one batch: compact K, full V, one pair of arrays per layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from chai_export.bundle.manifest import Manifest
+from chai_export.errors import ChaiError
+
+_NUMPY_TYPE: dict[str, Any] = {"float32": np.float32, "float16": np.float16}
+MOST_TOKENS = 1 << 30
+
+
+class KvCache:
+    """K caches [B,R_i,C,D] and V caches [B,G,C,Dv] by graph name, without "past_" or "present_".
+
+    What has not been written is undefined: the op never reads it.
+    """
+
+    def __init__(self, manifest: Manifest, heads: str, batch: int, capacity: int) -> None:
+        self.batch = batch
+        self.capacity = capacity
+        shapes: dict[str, tuple[int, int, int, int]] = {}
+        for layer, kept in enumerate(manifest.heads(heads)):
+            shapes[f"key.{layer}"] = (batch, kept, capacity, manifest.head_dim)
+            shapes[f"value.{layer}"] = (batch, manifest.num_kv_heads, capacity, manifest.value_head_dim)
+        item = _NUMPY_TYPE[manifest.dtype]
+        self.nbytes = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()) * item().itemsize
+        _require_memory(self.nbytes, batch, capacity)
+        self.arrays: dict[str, NDArray[Any]] = {name: np.empty(shape, item) for name, shape in shapes.items()}
+
+    def copy_from(self, other: KvCache) -> None:
+        """Take over all positions of a smaller cache of the same batch."""
+        assert other.batch == self.batch
+        assert other.capacity <= self.capacity
+        for name, array in other.arrays.items():
+            self.arrays[name][:, :, : other.capacity] = array
+
+
+def grown_capacity(capacity: int, needed: int, limit: int = MOST_TOKENS) -> int:
+    """``capacity`` doubled until it holds ``needed`` tokens, but no more than ``limit``."""
+    assert needed <= limit
+    while capacity < needed:
+        capacity *= 2
+    return min(capacity, limit)
+
+
+def _require_memory(needed: int, batch: int, capacity: int) -> None:
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise ChaiError(
+            f"a KV cache for {batch} rows of {capacity} tokens takes {needed / 2**30:.1f} GiB and "
+            f"{available / 2**30:.1f} GiB are free; lower --max-seq or give shorter or fewer prompts"
+        )

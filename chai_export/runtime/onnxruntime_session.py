@@ -1,0 +1,246 @@
+"""A bundle on ONNX Runtime's CPU provider, with caches that are bound once and never copied by us.
+
+With the native library the op appends in place: each cache is one buffer, bound as past and as present.
+Without it ONNX Runtime inlines the function body, which reads the whole past while it writes the whole
+present, so there are two sets of buffers that swap roles. The head map always has two.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.manifest import Manifest
+from chai_export.errors import ChaiError
+from chai_export.runtime.cache import KvCache
+from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, SWITCH, find_library
+
+_ORT_TYPE = {"float32": "tensor(float)", "float16": "tensor(float16)"}
+_QUIET = 3
+
+
+class OnnxRuntimeSession:
+    """The :class:`~chai_export.runtime.session.Session` of ONNX Runtime.
+
+    Args:
+        bundle: what to run.
+        heads: "chai", or "all" for K caches with every KV head, which makes the same graph plain attention.
+        threads: threads within an operator; 0 lets ONNX Runtime decide.
+
+    Raises:
+        ChaiError: the bundle is bfloat16, or its graph does not fit its manifest or ONNX Runtime.
+    """
+
+    def __init__(self, bundle: Bundle, heads: str = "chai", *, threads: int = 0) -> None:
+        if bundle.manifest.dtype not in _ORT_TYPE:
+            raise ChaiError(
+                f"{bundle.path} is {bundle.manifest.dtype}, which ONNX Runtime does not compute on a CPU; "
+                "export with --dtype float32 or float16"
+            )
+        self._manifest = bundle.manifest
+        self._heads = heads
+        self.library = find_library(ONNXRUNTIME_LIBRARY)
+        self._session = _open(bundle, self.library, threads)
+        _check_graph(self._session, bundle)
+        output_types = {node.name: node.type for node in self._session.get_outputs()}
+        self._logits_type = np.float16 if output_types["logits"] == "tensor(float16)" else np.float32
+        self._caches: list[KvCache] = []
+        self._bindings: list[Any] = []
+        self._head_maps: list[NDArray[np.int32]] = []
+        self._turn = 0
+
+    @property
+    def in_place(self) -> bool:
+        """Whether past and present share their buffers."""
+        return self.library is not None
+
+    @property
+    def bounded_scratch(self) -> bool:
+        """The native kernel works in blocks; the function body makes whole score matrices."""
+        return self.library is not None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit in each row of the caches; 0 before :meth:`begin`."""
+        return self._caches[0].capacity if self._caches else 0
+
+    @property
+    def caches(self) -> list[KvCache]:
+        """One set of buffers (in place) or two; the first holds the past of the next step."""
+        return self._caches if self._turn == 0 else self._caches[::-1]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all cache buffers."""
+        return sum(cache.nbytes for cache in self._caches)
+
+    @property
+    def head_map(self) -> NDArray[np.int32]:
+        """int32 [L,B,H] after the last step (a copy)."""
+        return self._head_maps[self._turn].copy()
+
+    def begin(self, batch: int, capacity: int) -> None:
+        """Allocate for ``batch`` empty rows of ``capacity`` tokens.
+
+        Raises:
+            ChaiError: there is not enough memory.
+        """
+        shape = (self._manifest.num_layers, batch, self._manifest.num_query_heads)
+        self._drop()
+        self._caches = [self._new_cache(batch, capacity) for _ in range(1 if self.in_place else 2)]
+        self._head_maps = [np.zeros(shape, np.int32) for _ in range(2)]
+        self._turn = 0
+        self._bind()
+
+    def grow(self, capacity: int) -> None:
+        """Enlarge the caches to ``capacity`` tokens, keeping their content.
+
+        Raises:
+            ChaiError: there is not enough memory.
+        """
+        old = self.caches[0]
+        # The second set of buffers holds nothing yet: its memory is given back before more is asked for.
+        self._drop()
+        larger = self._new_cache(old.batch, capacity)
+        larger.copy_from(old)
+        del old
+        self._caches = [larger]
+        if not self.in_place:
+            self._caches.append(self._new_cache(larger.batch, capacity))
+        self._head_maps = self._head_maps[self._turn :] + self._head_maps[: self._turn]
+        self._turn = 0
+        self._bind()
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        lengths: NDArray[np.int32],
+        past_lengths: NDArray[np.int32],
+        output_positions: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """Feed new tokens; see :meth:`chai_export.runtime.session.Session.step`."""
+        assert np.all((lengths == 0) | (past_lengths + lengths <= self.capacity))
+        binding = self._bindings[self._turn]
+        feeds = {
+            "input_ids": input_ids,
+            "lengths": lengths,
+            "past_lengths": past_lengths,
+            "output_positions": output_positions,
+        }
+        for name, array in feeds.items():
+            binding.bind_ortvalue_input(name, _value(np.ascontiguousarray(array)))
+        logits = np.empty((*output_positions.shape, self._manifest.vocab_size), self._logits_type)
+        binding.bind_ortvalue_output("logits", _value(logits))
+        self._session.run_with_iobinding(binding)
+        self._turn = 1 - self._turn
+        return logits.astype(np.float32, copy=False)
+
+    def _new_cache(self, batch: int, capacity: int) -> KvCache:
+        return KvCache(self._manifest, self._heads, batch, capacity)
+
+    def _drop(self) -> None:
+        self._bindings, self._caches = [], []
+
+    def _bind(self) -> None:
+        """One binding per turn: the head maps swap roles every step, the caches too unless in place."""
+        self._bindings = []
+        values = [{name: _value(a) for name, a in cache.arrays.items()} for cache in self._caches]
+        maps = [_value(array) for array in self._head_maps]
+        for turn in range(2):
+            binding = self._session.io_binding()
+            past, present = values[turn % len(values)], values[(turn + 1) % len(values)]
+            for name in past:
+                binding.bind_ortvalue_input(f"past_{name}", past[name])
+                binding.bind_ortvalue_output(f"present_{name}", present[name])
+            binding.bind_ortvalue_input("head_map", maps[turn])
+            binding.bind_ortvalue_output("present_head_map", maps[1 - turn])
+            self._bindings.append(binding)
+
+
+def _value(array: NDArray[Any]) -> Any:
+    """An OrtValue over the array's own memory (it keeps a reference to it)."""
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _open(bundle: Bundle, library: Any, threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = _QUIET
+    options.intra_op_num_threads = threads
+    model = str(bundle.model_path)
+    if library is not None:
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:
+            raise ChaiError(
+                f"{library} does not load in ONNX Runtime {ort.__version__} ({_reason(error)}); "
+                f"build it again, or set {SWITCH}=0 to run without it"
+            ) from error
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        hint = f" or set {SWITCH}=0" if library is not None else ""
+        raise ChaiError(
+            f"ONNX Runtime {ort.__version__} cannot load {model} ({_reason(error)}); export again{hint}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _check_graph(session: Any, bundle: Bundle) -> None:
+    """Compare names, types and known sizes of the graph with the manifest, before garbage can come out."""
+    expected = _signature(bundle.manifest)
+    given = {node.name: node for node in chain(session.get_inputs(), session.get_outputs())}
+    missing, extra = sorted(expected.keys() - given), sorted(given.keys() - expected)
+    if missing or extra:
+        raise ChaiError(
+            f"{bundle.model_path} does not fit its manifest: it "
+            + " and ".join(
+                f"{verb} {', '.join(names[:3])}"
+                for verb, names in (("lacks", missing), ("has", extra))
+                if names
+            )
+            + "; export or rewrite again"
+        )
+    for name, (types, shape) in expected.items():
+        node = given[name]
+        sizes_differ = len(node.shape) != len(shape) or any(
+            isinstance(have, int) and want is not None and have != want
+            for have, want in zip(node.shape, shape, strict=False)
+        )
+        if node.type not in types or sizes_differ:
+            raise ChaiError(
+                f"{bundle.model_path} does not fit its manifest: {name} is {node.type} {node.shape} and "
+                f"should be {types[0]} {['?' if size is None else size for size in shape]}; export or rewrite again"
+            )
+
+
+def _signature(manifest: Manifest) -> dict[str, tuple[tuple[str, ...], tuple[int | None, ...]]]:
+    """Types and sizes of the graph's inputs and outputs; None where any size will do."""
+    item = (_ORT_TYPE[manifest.dtype],)
+    int64, int32 = ("tensor(int64)",), ("tensor(int32)",)
+    maps = (int32, (manifest.num_layers, None, manifest.num_query_heads))
+    signature: dict[str, tuple[tuple[str, ...], tuple[int | None, ...]]] = {
+        "input_ids": (int64, (None, None)),
+        "lengths": (int32, (None,)),
+        "past_lengths": (int32, (None,)),
+        "output_positions": (int64, (None, None)),
+        "head_map": maps,
+        "logits": ((*item, "tensor(float)"), (None, None, manifest.vocab_size)),
+        "present_head_map": maps,
+    }
+    for layer in range(manifest.num_layers):
+        for direction in ("past", "present"):
+            # The K cache's second size is free: it decides between kept heads and all heads.
+            signature[f"{direction}_key.{layer}"] = (item, (None, None, None, manifest.head_dim))
+            signature[f"{direction}_value.{layer}"] = (
+                item,
+                (None, manifest.num_kv_heads, None, manifest.value_head_dim),
+            )
+    return signature

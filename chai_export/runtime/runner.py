@@ -1,0 +1,306 @@
+"""The runner: text, token ids or logits from a bundle, whatever the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chai_export.bundle.bundle import Bundle
+from chai_export.errors import UsageError
+from chai_export.runtime.cache import MOST_TOKENS
+from chai_export.runtime.detokenizer import Detokenizer
+from chai_export.runtime.prompts import Prompt, encode_prompt, require_fits, require_stops_possible
+from chai_export.runtime.request import Limits, Request
+from chai_export.runtime.sampling import DEFAULT_TOP_K, Sampler, SamplingSettings
+from chai_export.runtime.scheduler import Scheduler, chunk_length, first_capacity
+from chai_export.runtime.session import Session, open_session
+from chai_export.runtime.stopping import StopStrings
+
+HEADS = ("chai", "all")
+DEFAULT_MAX_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The text made for one prompt.
+
+    ``prompt`` is as given (text or ids). ``token_ids`` are the new tokens with the end-of-sequence token, if it
+    ended so; ``text`` is without special tokens and ends before a stop string, and is None without tokenizer.
+    ``stop_reason`` is "eos", "stop", "length" (max_new_tokens) or "capacity" (no position left).
+    """
+
+    prompt: str | list[int]
+    text: str | None
+    token_ids: list[int]
+    prompt_tokens: int
+    stop_reason: str
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds. ``ttft_ms``: from the call to the first token, ``tpot_ms``: per token after that.
+
+    With several prompts both are means over them, waiting for a row included; with no second token anywhere
+    ``tpot_ms`` is 0.
+    """
+
+    ttft_ms: float = 0.0
+    tpot_ms: float = 0.0
+
+
+def load(
+    path: str | Path,
+    backend: str = "onnxruntime",
+    heads: str = "chai",
+    *,
+    max_batch: int | None = None,
+    threads: int = 0,
+) -> Runner:
+    """Load a bundle.
+
+    Args:
+        path: the bundle.
+        backend: "onnxruntime".
+        heads: "chai", or "all" for the same graph as plain multi-head attention.
+        max_batch: prompts computed at one time; more wait their turn. Default: the engine's, else 8.
+        threads: threads within an operator; 0 lets the backend decide.
+
+    Raises:
+        UsageError: ``heads`` or ``max_batch`` is wrong.
+        ChaiError: the bundle is not valid, or the backend is unknown or cannot run it.
+    """
+    if heads not in HEADS:
+        raise UsageError(f"heads is {heads!r}; give one of: {', '.join(HEADS)}")
+    if max_batch is not None and max_batch < 1:
+        raise UsageError(f"max_batch is {max_batch}; give 1 or more")
+    bundle = Bundle.load(path)
+    return Runner(bundle, open_session(bundle, backend, heads, threads=threads), backend, heads, max_batch)
+
+
+class Runner:
+    """Generates text and logits. Get one from :func:`load`. Not thread-safe.
+
+    After a call, ``timings``, ``head_maps``, ``kv_cache_bytes`` and ``kv_cache_bytes_all_heads`` tell about it.
+    """
+
+    def __init__(
+        self, bundle: Bundle, session: Session, backend: str, heads: str, max_batch: int | None = None
+    ) -> None:
+        self.bundle = bundle
+        self.session = session
+        self.backend = backend
+        self.heads = heads
+        self.timings = Timings()
+        self._engine = bundle.manifest.engines.get(backend)
+        self._max_batch = max_batch or (self._engine.max_batch if self._engine else DEFAULT_MAX_BATCH)
+        self._head_maps: NDArray[np.int32] | None = None
+        self._peak_tokens = 0
+
+    @cached_property
+    def tokenizer(self) -> Any | None:
+        """The bundle's tokenizer, loaded on first use; None if it has none."""
+        return self.bundle.tokenizer()
+
+    @property
+    def head_maps(self) -> NDArray[np.int32]:
+        """int32 [L,B,H] of the last call: query head to representative, in the order of its prompts.
+
+        Raises:
+            UsageError: nothing was run yet.
+        """
+        if self._head_maps is None:
+            raise UsageError("there are no head maps yet; call generate or logits first")
+        return self._head_maps
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of K and V cache that the last call's tokens took, at the moment when there were most.
+
+        Counted are the positions in use, not memory set aside for growth, padding or a second buffer.
+        """
+        return self._peak_tokens * self.bundle.manifest.kv_bytes_per_token(self.heads)
+
+    @property
+    def kv_cache_bytes_all_heads(self) -> int:
+        """The same positions with every KV head in the K cache."""
+        return self._peak_tokens * self.bundle.manifest.kv_bytes_per_token("all")
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        chat: bool = False,
+        ignore_eos: bool = False,
+        max_seq: int | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Generation]:
+        """Generate a text for each prompt.
+
+        Args:
+            prompts: texts or sequences of token ids.
+            max_new_tokens: tokens to make at most, for each.
+            temperature: 0 is greedy.
+            top_k: sample among so many tokens; 0 is off. Default: the model's, else 50 as in transformers.
+            top_p: sample among the likeliest tokens of this mass. Default: the model's, else 1 (off).
+            repetition_penalty: for tokens seen before. Default: the model's, else 1 (off).
+            seed: the same seed gives a prompt the same text, alone or in company. Default: chance.
+            stop: texts that end a text; they are left out.
+            chat: give each text as a user's turn to the tokenizer's chat template.
+            ignore_eos: go on after an end-of-sequence token.
+            max_seq: most tokens of prompt and text together.
+            on_text: called with (index of the prompt, new text) as soon as text is certain.
+
+        Raises:
+            UsageError: an argument is out of range.
+            ChaiError: a prompt is empty or too long, or the caches do not fit in memory.
+        """
+        began = perf_counter()
+        if isinstance(prompts, str):
+            raise UsageError("prompts is one text; give a list of prompts")
+        if max_new_tokens < 1:
+            raise UsageError(f"--max-new-tokens is {max_new_tokens}; give 1 or more")
+        settings = self._sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        positions, flag = self._position_limit(max_seq)
+        manifest = self.bundle.manifest
+        eos = frozenset() if ignore_eos else frozenset(manifest.generation.eos_token_ids)
+        limits = Limits(max_new_tokens, positions, eos)
+        require_stops_possible(stop, self.tokenizer)
+        requests = []
+        for index, prompt in enumerate(prompts):
+            ids = encode_prompt(prompt, self.tokenizer, manifest.vocab_size, chat=chat)
+            require_fits(len(ids), positions, flag)
+            detokenizer = Detokenizer(self.tokenizer, ids) if self.tokenizer is not None else None
+            stops = StopStrings(stop)
+            requests.append(Request(index, ids, limits, Sampler(settings), stops, detokenizer, on_text))
+        if requests:
+            self._run(requests, positions)
+        self.timings = _timings(requests, began)
+        return [_generation(p, r) for p, r in zip(prompts, requests, strict=True)]
+
+    def logits(self, token_ids: Sequence[int], chunks: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """Logits after every token of one fresh sequence: float32 [T,V].
+
+        Args:
+            token_ids: T ids.
+            chunks: feed that many tokens at a time; they sum to T and the first covers the probe.
+
+        Raises:
+            UsageError: the chunks are wrong.
+            ChaiError: no tokens, an id outside the vocabulary, or more tokens than positions.
+        """
+        manifest = self.bundle.manifest
+        ids = encode_prompt(token_ids, None, manifest.vocab_size, chat=False)
+        positions, flag = self._position_limit(None)
+        require_fits(len(ids), positions, flag)
+        self.session.begin(1, first_capacity(len(ids), positions))
+        result = np.empty((len(ids), manifest.vocab_size), np.float32)
+        start = 0
+        for length in self._chunks(len(ids), chunks):
+            piece = np.asarray(ids[start : start + length], np.int64)[None]
+            result[start : start + length] = self.session.step(
+                piece,
+                np.array([length], np.int32),
+                np.array([start], np.int32),
+                np.arange(length, dtype=np.int64)[None],
+            )[0]
+            start += length
+        self._head_maps = self.session.head_map
+        self._peak_tokens = len(ids)
+        return result
+
+    def _run(self, requests: list[Request], positions: int) -> None:
+        manifest = self.bundle.manifest
+        scheduler = Scheduler(
+            self.session,
+            slots=min(len(requests), self._max_batch),
+            limit=positions,
+            query_heads=manifest.num_query_heads,
+            probe_tokens=manifest.probe_tokens,
+        )
+        scheduler.run(requests)
+        self._peak_tokens = scheduler.peak_tokens
+        self._head_maps = np.stack([r.head_map for r in requests if r.head_map is not None], axis=1)
+
+    def _sampling(
+        self,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        repetition_penalty: float | None,
+        seed: int | None,
+    ) -> SamplingSettings:
+        model = self.bundle.manifest.generation
+        return SamplingSettings(
+            temperature,
+            _first(top_k, model.top_k, DEFAULT_TOP_K),
+            _first(top_p, model.top_p, 1.0),
+            _first(repetition_penalty, model.repetition_penalty, 1.0),
+            seed,
+        )
+
+    def _position_limit(self, max_seq: int | None) -> tuple[int, str]:
+        """The number of positions there are, and what a user can do about it."""
+        if max_seq is not None and max_seq < 1:
+            raise UsageError(f"--max-seq is {max_seq}; give 1 or more")
+        manifest = self.bundle.manifest
+        bounds = [(MOST_TOKENS, "shorten it")]
+        if max_seq is not None:
+            bounds.append((max_seq, "shorten it or raise --max-seq"))
+        if self._engine is not None:
+            again = f"`chai-export build {self.bundle.path} --backend {self.backend} --max-seq N`"
+            bounds.append((self._engine.max_seq, f"shorten it or build for more with {again}"))
+        if manifest.max_positions is not None:
+            bounds.append((manifest.max_positions, "shorten it: the model has learned no more positions"))
+        return min(bounds, key=lambda bound: bound[0])
+
+    def _chunks(self, total: int, chunks: Sequence[int] | None) -> list[int]:
+        probe = self.bundle.manifest.probe_tokens
+        if chunks is None:
+            length = max(probe, chunk_length(self.session, 1, self.bundle.manifest.num_query_heads))
+            return [min(length, total - start) for start in range(0, total, length)]
+        if sum(chunks) != total or min(chunks, default=0) < 1:
+            raise UsageError(
+                f"chunks {list(chunks)} do not divide {total} tokens; give positive numbers of this sum"
+            )
+        if chunks[0] < min(probe, total):
+            raise UsageError(
+                f"the first chunk has {chunks[0]} tokens and decides the head map from {min(probe, total)}; "
+                "give it at least as many"
+            )
+        return list(chunks)
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def _generation(prompt: Prompt, request: Request) -> Generation:
+    assert request.stop_reason is not None
+    return Generation(
+        prompt=prompt if isinstance(prompt, str) else [int(i) for i in prompt],
+        text=request.text if request.detokenizer is not None else None,
+        token_ids=request.new_ids,
+        prompt_tokens=request.prompt_tokens,
+        stop_reason=request.stop_reason,
+    )
+
+
+def _timings(requests: Sequence[Request], began: float) -> Timings:
+    times = [r.token_times for r in requests]
+    gaps = [1e3 * (t[-1] - t[0]) / (len(t) - 1) for t in times if len(t) > 1]
+    first = [1e3 * (t[0] - began) for t in times]
+    return Timings(float(np.mean(first)) if first else 0.0, float(np.mean(gaps)) if gaps else 0.0)

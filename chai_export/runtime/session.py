@@ -1,0 +1,85 @@
+"""What the generation loop needs of a backend, and which backends there are."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chai_export.bundle.bundle import Bundle
+from chai_export.errors import ChaiError
+
+BACKENDS = ("onnxruntime",)
+
+
+class Session(Protocol):
+    """One loaded model with the caches of one batch. Calls are not thread-safe."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit in each row of the caches (C)."""
+        ...
+
+    @property
+    def head_map(self) -> NDArray[np.int32]:
+        """int32 [L,B,H]: query head to representative, after the last step (a copy)."""
+        ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of cache memory held now, whatever of it is in use."""
+        ...
+
+    @property
+    def bounded_scratch(self) -> bool:
+        """Whether attention needs no memory that grows with new tokens times capacity."""
+        ...
+
+    def begin(self, batch: int, capacity: int) -> None:
+        """Start a batch of empty rows with room for ``capacity`` tokens each."""
+        ...
+
+    def grow(self, capacity: int) -> None:
+        """Enlarge the caches, keeping their content."""
+        ...
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        lengths: NDArray[np.int32],
+        past_lengths: NDArray[np.int32],
+        output_positions: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """Feed new tokens to every row.
+
+        Args:
+            input_ids: int64 [B,S], padded on the right.
+            lengths: int32 [B], valid tokens of each row; 0 leaves a row alone.
+            past_lengths: int32 [B], tokens already in the cache; 0 starts a row afresh.
+            output_positions: int64 [B,N], which of the S tokens want logits.
+
+        Returns:
+            float32 [B,N,V].
+        """
+        ...
+
+
+def require_backend(name: str) -> None:
+    """Raise ChaiError unless ``name`` is a backend of this version."""
+    if name not in BACKENDS:
+        raise ChaiError(
+            f"backend {name!r} is not available in this version; use one of: {', '.join(BACKENDS)}"
+        )
+
+
+def open_session(bundle: Bundle, backend: str, heads: str, **options: Any) -> Session:
+    """Load ``bundle`` with a backend; ``heads`` is "chai" or "all" (same graph, R = G).
+
+    Raises:
+        ChaiError: the backend is unknown or cannot run this bundle.
+    """
+    require_backend(backend)
+    from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
+
+    return OnnxRuntimeSession(bundle, heads, **options)
