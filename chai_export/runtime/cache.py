@@ -30,7 +30,7 @@ class KvCache:
             shapes[f"value.{layer}"] = (batch, manifest.num_kv_heads, capacity, manifest.value_head_dim)
         item = _NUMPY_TYPE[manifest.dtype]
         self.nbytes = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()) * item().itemsize
-        _require_memory(self.nbytes, batch, capacity)
+        require_memory(self.nbytes, batch, capacity)
         self.arrays: dict[str, NDArray[Any]] = {name: np.empty(shape, item) for name, shape in shapes.items()}
 
     def copy_from(self, other: KvCache) -> None:
@@ -49,7 +49,8 @@ def grown_capacity(capacity: int, needed: int, limit: int = MOST_TOKENS) -> int:
     return min(capacity, limit)
 
 
-def _require_memory(needed: int, batch: int, capacity: int) -> None:
+def require_memory(needed: int, batch: int, capacity: int) -> None:
+    """Raise ChaiError unless ``needed`` bytes of memory are free, before they are asked for."""
     available = psutil.virtual_memory().available
     if needed > available:
         raise ChaiError(

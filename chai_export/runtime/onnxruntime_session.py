@@ -215,9 +215,10 @@ def _check_graph(session: Any, bundle: Bundle) -> None:
             for have, want in zip(node.shape, shape, strict=False)
         )
         if node.type not in types or sizes_differ:
+            wanted = ["?" if size is None else size for size in shape]
             raise ChaiError(
                 f"{bundle.model_path} does not fit its manifest: {name} is {node.type} {node.shape} and "
-                f"should be {types[0]} {['?' if size is None else size for size in shape]}; export or rewrite again"
+                f"should be {types[0]} {wanted}; export or rewrite again"
             )
 
 

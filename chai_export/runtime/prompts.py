@@ -57,10 +57,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Any | None, vocab_size: int, *, cha
     Raises:
         ChaiError: there is no tokenizer or chat template for it, it has no tokens, or an id is out of range.
     """
-    if isinstance(prompt, str):
-        ids = _encode_text(prompt, tokenizer, chat=chat)
-    else:
-        ids = [int(i) for i in prompt]
+    ids = _encode_text(prompt, tokenizer, chat=chat) if isinstance(prompt, str) else [int(i) for i in prompt]
     if not ids:
         raise ChaiError("a prompt is empty; give it at least one token (this tokenizer adds none of its own)")
     wrong = next((i for i in ids if not 0 <= i < vocab_size), None)

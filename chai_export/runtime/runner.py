@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
-from chai_export.errors import UsageError
+from chai_export.errors import ChaiError, UsageError
 from chai_export.runtime.cache import MOST_TOKENS
 from chai_export.runtime.detokenizer import Detokenizer
 from chai_export.runtime.prompts import Prompt, encode_prompt, require_fits, require_stops_possible
@@ -31,8 +31,8 @@ DEFAULT_MAX_BATCH = 8
 class Generation:
     """The text made for one prompt.
 
-    ``prompt`` is as given (text or ids). ``token_ids`` are the new tokens with the end-of-sequence token, if it
-    ended so; ``text`` is without special tokens and ends before a stop string, and is None without tokenizer.
+    ``prompt`` is as given (text or ids). ``token_ids`` are the new tokens, an end-of-sequence token included;
+    ``text`` is without special tokens, ends before a stop string, and is None without a tokenizer.
     ``stop_reason`` is "eos", "stop", "length" (max_new_tokens) or "capacity" (no position left).
     """
 
@@ -74,7 +74,8 @@ def load(
 
     Raises:
         UsageError: ``heads`` or ``max_batch`` is wrong.
-        ChaiError: the bundle is not valid, or the backend is unknown or cannot run it.
+        ChaiError: the bundle is not valid, the backend is unknown or cannot run it, or its engine was built
+            for a smaller batch.
     """
     if heads not in HEADS:
         raise UsageError(f"heads is {heads!r}; give one of: {', '.join(HEADS)}")
@@ -87,7 +88,7 @@ def load(
 class Runner:
     """Generates text and logits. Get one from :func:`load`. Not thread-safe.
 
-    After a call, ``timings``, ``head_maps``, ``kv_cache_bytes`` and ``kv_cache_bytes_all_heads`` tell about it.
+    ``timings``, ``head_maps``, ``kv_cache_bytes`` and ``kv_cache_bytes_all_heads`` tell about the last call.
     """
 
     def __init__(
@@ -99,7 +100,13 @@ class Runner:
         self.heads = heads
         self.timings = Timings()
         self._engine = bundle.manifest.engines.get(backend)
-        self._max_batch = max_batch or (self._engine.max_batch if self._engine else DEFAULT_MAX_BATCH)
+        most = self._engine.max_batch if self._engine else None
+        if max_batch is not None and most is not None and max_batch > most:
+            raise ChaiError(
+                f"max_batch is {max_batch} and the {backend} engine was built for {most}; give less, or run "
+                f"`chai-export build {bundle.path} --backend {backend} --max-batch {max_batch}`"
+            )
+        self._max_batch = max_batch or most or DEFAULT_MAX_BATCH
         self._head_maps: NDArray[np.int32] | None = None
         self._peak_tokens = 0
 

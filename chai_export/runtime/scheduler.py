@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from chai_export.runtime.cache import grown_capacity
 from chai_export.runtime.request import Request
@@ -90,7 +91,7 @@ class Scheduler:
         if needed > self._session.capacity:
             self._session.grow(grown_capacity(self._session.capacity, needed, self._limit))
 
-    def _advance(self, row: int, end: int, logits: np.typing.NDArray[np.float32]) -> None:
+    def _advance(self, row: int, end: int, logits: NDArray[np.float32]) -> None:
         request = self._rows[row]
         if request is None:
             return

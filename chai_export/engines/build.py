@@ -1,0 +1,49 @@
+"""Building an engine inside a bundle: one entry for every backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.engine_record import add_engine
+from chai_export.bundle.manifest import EngineRecord
+from chai_export.errors import ChaiError, UsageError
+from chai_export.runtime.session import require_backend
+
+DEFAULT_MAX_SEQ = 4096
+"""Tokens when neither the caller nor the model names a length."""
+
+
+def build(
+    bundle: str | Path | Bundle, backend: str = "onnxruntime", max_batch: int = 8, max_seq: int | None = None
+) -> EngineRecord:
+    """Build an engine for ``backend`` and enter it in the bundle's manifest.
+
+    Args:
+        bundle: the bundle or its path.
+        backend: "onnxruntime".
+        max_batch: most rows computed at one time.
+        max_seq: most tokens of prompt and text together. Default: what the model was trained for.
+
+    Raises:
+        UsageError: a limit is below 1.
+        ChaiError: the bundle is not valid or cannot be written, the backend is unknown or cannot run it, the
+            caches of these limits do not fit in memory, or the model has fewer positions.
+    """
+    require_backend(backend)
+    for flag, value in (("--max-batch", max_batch), ("--max-seq", max_seq)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} is {value}; give 1 or more")
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    manifest = bundle.manifest
+    if max_seq is None:
+        max_seq = manifest.max_positions or manifest.context_length or DEFAULT_MAX_SEQ
+    if manifest.max_positions is not None and max_seq > manifest.max_positions:
+        raise ChaiError(
+            f"--max-seq is {max_seq} and the model has learned {manifest.max_positions} positions; give no more"
+        )
+    from chai_export.engines.onnxruntime import build_onnxruntime
+
+    record = build_onnxruntime(bundle, max_batch, max_seq)
+    add_engine(bundle, record)
+    return record

@@ -1,0 +1,52 @@
+"""The ONNX Runtime "engine": proof that the bundle runs here, and the limits it may run to. No file.
+
+ONNX Runtime could write its optimised graph, and starting from it would save a second or so. It is left out
+on purpose: written with the native library registered it lacks the function body, written without it the
+body is inlined and the library's kernel is never used again. Either way the bundle would be tied to whether
+one file is present, for little. The record holds no library either, so the same bundle runs with and
+without it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+
+from chai_export import __version__
+from chai_export.bundle.bundle import MODEL_FILE, Bundle
+from chai_export.bundle.manifest import EngineRecord
+from chai_export.errors import ChaiError
+from chai_export.runtime.cache import require_memory
+from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
+
+
+def build_onnxruntime(bundle: Bundle, max_batch: int, max_seq: int) -> EngineRecord:
+    """Load the bundle, run one step at the largest batch, and return the record of it.
+
+    Raises:
+        ChaiError: ONNX Runtime cannot run the bundle, its result is not finite, or caches of
+            ``max_batch`` × ``max_seq`` tokens do not fit in memory.
+    """
+    manifest = bundle.manifest
+    session = OnnxRuntimeSession(bundle)
+    buffers = 1 if session.in_place else 2
+    require_memory(buffers * max_batch * max_seq * manifest.kv_bytes_per_token("chai"), max_batch, max_seq)
+    tokens = min(manifest.probe_tokens + 1, max_seq)
+    session.begin(max_batch, tokens)
+    logits = session.step(
+        np.zeros((max_batch, tokens), np.int64),
+        np.full(max_batch, tokens, np.int32),
+        np.zeros(max_batch, np.int32),
+        np.full((max_batch, 1), tokens - 1, np.int64),
+    )
+    if not np.isfinite(logits).all():
+        raise ChaiError(f"{bundle.model_path} gives logits that are not finite; export with --dtype float32")
+    return EngineRecord(
+        backend="onnxruntime",
+        runtime_version=ort.__version__,
+        model_sha256=manifest.files[MODEL_FILE].sha256,
+        max_batch=max_batch,
+        max_seq=max_seq,
+        op_version=manifest.op_version,
+        created_with=f"chai_export {__version__}",
+    )
