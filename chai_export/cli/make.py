@@ -45,10 +45,8 @@ def _print_texts(run: dict[str, Any]) -> None:
 def _print_figures(results: dict[str, Any]) -> None:
     rows: list[tuple[str, str, str]] = []
     if "run" in results:
-        run = results["run"]
-        rows.append(
-            ("KV cache per token", *(bytes_text(run[h]["kv_bytes_per_token"]) for h in ("all", "chai")))
-        )
+        sizes = results["run"]["kv_bytes_per_token"]
+        rows.append(("KV cache per token", *(bytes_text(sizes[heads]) for heads in ("all", "chai"))))
     if "eval" in results:
         rows.append(("perplexity", *(f"{results['eval'][h]['perplexity']:.3f}" for h in ("all", "chai"))))
     if "verify" in results:

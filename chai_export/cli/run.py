@@ -30,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", metavar="F", type=float, help="sample among the most likely tokens of this mass"
     )
-    parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="same seed, same text (default %(default)s)"
-    )
+    parser.add_argument("--seed", metavar="N", type=int, help="same seed, same text (default: chance)")
     parser.add_argument(
         "--stop", metavar="TEXT", action="append", default=[], help="end a text here; may be repeated"
     )

@@ -10,11 +10,14 @@ from typing import Any
 
 from chai_export.bundle.atomic import atomic_file
 from chai_export.bundle.manifest import FILE_NAME as MANIFEST
+from chai_export.bundle.manifest import read_manifest
 from chai_export.errors import ChaiError
 from chai_export.recipe.cache import StageCache, stage_key
 from chai_export.recipe.recipe import Recipe, RunSettings
 
 Report = Callable[[str], None]
+
+HEADS = ("all", "chai")
 
 
 @dataclass
@@ -197,7 +200,11 @@ class _Make:
     def _run(self) -> dict[str, Any]:
         settings = self._recipe.run
         assert settings is not None
-        return {heads: self._generate(settings, heads) for heads in ("all", "chai")}
+        manifest = read_manifest(self._result.bundle)
+        return {
+            "kv_bytes_per_token": {heads: manifest.kv_bytes_per_token(heads) for heads in HEADS},
+            **{heads: self._generate(settings, heads) for heads in HEADS},
+        }
 
     def _generate(self, settings: RunSettings, heads: str) -> dict[str, Any]:
         from chai_export.runtime.report import run_report
