@@ -35,6 +35,7 @@ class Blocks:
     kernels: dict[str, KernelBlocks]
     score_programs: int
     value_programs: int
+    interpreted: bool = False
 
 
 @cache
@@ -80,4 +81,4 @@ def from_json(data: dict[str, Any]) -> Blocks:
         )
         for name, fields in data["kernels"].items()
     }
-    return Blocks(kernels, data["score_programs"], data["value_programs"])
+    return Blocks(kernels, data["score_programs"], data["value_programs"], data["table"] == INTERPRETER)

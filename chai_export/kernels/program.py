@@ -20,6 +20,9 @@ from chai_export.kernels.spec import ITEM_BYTES, Shape, Spec
 WORKSPACE_ALIGNMENT = 256
 FLOAT_ARGUMENTS = ("scale",)
 
+# Query heads of one KV head that a decode program takes: more accumulators do not fit in registers.
+MAX_GROUP_BLOCK = 64
+
 # Integer arguments that mean the same in every kernel, as formulas.
 COMMON_SCALARS = {
     "tokens": "S",
@@ -83,6 +86,8 @@ class Program:
 
 def build_program(spec: Spec, blocks: Blocks) -> Program:
     """Launch list of a model with a choice of block sizes."""
+    group_block = min(padded(spec.group), MAX_GROUP_BLOCK)
+    group_blocks = -(-spec.group // group_block)
     constants = {
         "HEADS": spec.num_query_heads,
         "KV_HEADS": spec.num_kv_heads,
@@ -94,8 +99,9 @@ def build_program(spec: Spec, blocks: Blocks) -> Program:
         "HEAD_DIM_PADDED": padded(spec.head_dim),
         "VALUE_DIM_PADDED": padded(spec.value_head_dim),
         "PROBE_PADDED": padded(spec.probe_tokens),
-        "GROUP_PADDED": padded(spec.group),
+        "GROUP_BLOCK": group_block,
         "MEMBERS": blocks.kernels["prefill"].constants["MEMBERS"],
+        "INTERPRETED": int(blocks.interpreted),
     }
     tile = blocks.kernels["decode_scores"].constants["BLOCK_N"]
     tiles = f"C {tile} cdiv"
@@ -131,8 +137,8 @@ def build_program(spec: Spec, blocks: Blocks) -> Program:
         launch("append", append.append_kernel, several, (f"S {block_tokens} cdiv", "G", "B")),
         launch("prefill", prefill.prefill_kernel, several, (f"S {block_m} cdiv", "H", "B")),
         launch("decode_begin", append.decode_begin_kernel, one, ("G", "B", "1")),
-        launch("decode_scores", decode.decode_scores_kernel, one, (score_splits, "R", "B")),
-        launch("decode_values", decode.decode_values_kernel, one, (value_splits, "G", "B")),
+        launch("decode_scores", decode.decode_scores_kernel, one, (score_splits, f"R {group_blocks} *", "B")),
+        launch("decode_values", decode.decode_values_kernel, one, (value_splits, f"G {group_blocks} *", "B")),
         launch("decode_merge", decode.decode_merge_kernel, one, ("H", "B", "1"), {"splits": value_splits}),
     )
     # B * splits is at most programs / G + B: an upper bound that does not shrink as B grows.

@@ -24,6 +24,7 @@ Contract
 import triton
 import triton.language as tl
 
+from chai_export.kernels.device.product import product
 from chai_export.kernels.device.rows import row_lengths
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -53,12 +54,14 @@ def decode_scores_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
-    """One split of one slot. Grid (splits, R, B)."""
+    """One split of one slot, for GROUP_BLOCK query heads of its KV head. Grid (splits, R * blocks, B)."""
     group: tl.constexpr = HEADS // KV_HEADS
-    slot = tl.program_id(1)
+    blocks: tl.constexpr = (group + GROUP_BLOCK - 1) // GROUP_BLOCK
+    slot = tl.program_id(1) // blocks
     row = tl.program_id(2).to(tl.int64)
     past, new = row_lengths(past_lengths_ptr, lengths_ptr, row, 1, capacity)
     visible = past + new
@@ -67,7 +70,7 @@ def decode_scores_kernel(
     kv_head = tl.load(plan_ptr + row * (2 * KV_HEADS + 2 * HEADS + 1) + KV_HEADS + slot)
     if (new == 0) | (first >= visible) | (kv_head < 0):
         return
-    j = tl.arange(0, GROUP_PADDED)
+    j = tl.program_id(1) % blocks * GROUP_BLOCK + tl.arange(0, GROUP_BLOCK)
     d = tl.arange(0, HEAD_DIM_PADDED)
     in_query = (j < group)[:, None] & (d < HEAD_DIM)[None, :]
     query_row = query_ptr + (row * HEADS + kv_head * group) * HEAD_DIM
@@ -79,7 +82,8 @@ def decode_scores_kernel(
         n = start + tl.arange(0, BLOCK_N)
         in_key = (n < visible)[None, :] & (d < HEAD_DIM)[:, None]
         key = tl.load(key_ptr + n[None, :] * HEAD_DIM + d[:, None], mask=in_key, other=0.0)
-        scores = tl.dot(query, key, input_precision="ieee") * (scale * LOG2_E)
+        no_scores = tl.zeros([GROUP_BLOCK, BLOCK_N], tl.float32)
+        scores = product(query, key, no_scores, INTERPRETED) * (scale * LOG2_E)
         scores = tl.where((n < visible)[None, :], scores, float("-inf"))
         tile_max = tl.max(scores, axis=1)
         weights = tl.exp2(scores - tile_max[:, None])
@@ -109,14 +113,16 @@ def decode_values_kernel(
     KV_HEADS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_DIM_PADDED: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
-    """One split of one KV head. Grid (splits, G, B)."""
+    """One split of GROUP_BLOCK query heads of one KV head. Grid (splits, G * blocks, B)."""
     group: tl.constexpr = HEADS // KV_HEADS
+    blocks: tl.constexpr = (group + GROUP_BLOCK - 1) // GROUP_BLOCK
     split = tl.program_id(0)
     splits = tl.num_programs(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1) // blocks
     row = tl.program_id(2).to(tl.int64)
     past, new = row_lengths(past_lengths_ptr, lengths_ptr, row, 1, capacity)
     visible = past + new
@@ -124,16 +130,16 @@ def decode_values_kernel(
     first = split * length
     if (new == 0) | (first >= visible):
         return
-    j = tl.arange(0, GROUP_PADDED)
+    j = tl.program_id(1) % blocks * GROUP_BLOCK + tl.arange(0, GROUP_BLOCK)
     e = tl.arange(0, VALUE_DIM_PADDED)
     in_group = j < group
     score_rows = plan_ptr + row * (2 * KV_HEADS + 2 * HEADS + 1) + 2 * KV_HEADS + kv_head * group
     score_row = row * kept * group + tl.load(score_rows + j, mask=in_group, other=0)
     tiles = tl.cdiv(capacity, BLOCK_N)
     value_ptr = present_value_ptr + (row * KV_HEADS + kv_head) * capacity * VALUE_DIM
-    row_max = tl.full([GROUP_PADDED], LOWEST, tl.float32)
-    row_sum = tl.zeros([GROUP_PADDED], tl.float32)
-    total = tl.zeros([GROUP_PADDED, VALUE_DIM_PADDED], tl.float32)
+    row_max = tl.full([GROUP_BLOCK], LOWEST, tl.float32)
+    row_sum = tl.zeros([GROUP_BLOCK], tl.float32)
+    total = tl.zeros([GROUP_BLOCK, VALUE_DIM_PADDED], tl.float32)
     for start in range(first, tl.minimum(first + length, visible), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         in_value = (n < visible)[:, None] & (e < VALUE_DIM)[None, :]
@@ -149,7 +155,7 @@ def decode_values_kernel(
         row_sum = row_sum * shrink + tile_sum * tile_scale
         row_max = new_max
         weights = (weights.to(tl.float32) * tile_scale[:, None]).to(value.dtype)
-        total = tl.dot(weights, value, total * shrink[:, None], input_precision="ieee")
+        total = product(weights, value, total * shrink[:, None], INTERPRETED)
     partial = ((row * HEADS + kv_head * group + j) * splits) + split
     tl.store(partial_max_ptr + partial, row_max, mask=in_group)
     tl.store(partial_sum_ptr + partial, row_sum, mask=in_group)

@@ -14,6 +14,7 @@ Contract
 import triton
 import triton.language as tl
 
+from chai_export.kernels.device.product import product
 from chai_export.kernels.device.rows import row_lengths
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -37,6 +38,7 @@ def attend_range(
     VALUE_DIM_PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MEMBERS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add keys first … end-1 to the running softmax and to the sums of each member, [BLOCK_M, Dv] each.
@@ -55,7 +57,8 @@ def attend_range(
             in_key &= (n < end)[None, :]
             in_value &= (n < end)[:, None]
         key = tl.load(key_ptr + key_offsets, mask=in_key, other=0.0)
-        scores = tl.dot(query, key, input_precision="ieee") * scale
+        no_scores = tl.zeros([query.shape[0], BLOCK_N], tl.float32)
+        scores = product(query, key, no_scores, INTERPRETED) * scale
         if MASKED:
             visible = (n[None, :] <= position[:, None]) & (n < end)[None, :]
             scores = tl.where(visible, scores, float("-inf"))
@@ -68,7 +71,7 @@ def attend_range(
         added = ()
         for member in tl.static_range(MEMBERS):
             value = tl.load(value_ptrs[member] + value_offsets, mask=in_value, other=0.0)
-            added = added + (tl.dot(weights, value, sums[member] * shrink[:, None], input_precision="ieee"),)
+            added = added + (product(weights, value, sums[member] * shrink[:, None], INTERPRETED),)
         sums = added
     return row_max, row_sum, sums
 
@@ -101,6 +104,7 @@ def attend_piece(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MEMBERS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """The block of queries from ``first_query`` for the MEMBERS query heads listed at ``piece_ptr``."""
     group: tl.constexpr = HEADS // KV_HEADS
@@ -131,11 +135,11 @@ def attend_piece(
     end = tl.where(first_query < new, end, 0)
     row_max, row_sum, sums = attend_range(
         query, key_ptr, value_ptrs, row_max, row_sum, sums, 0, seen_by_all, past + i, scale * LOG2_E, HEAD_DIM,
-        VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED, BLOCK_N, MEMBERS, False,
+        VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED, BLOCK_N, MEMBERS, INTERPRETED, False,
     )  # fmt: skip
     row_max, row_sum, sums = attend_range(
         query, key_ptr, value_ptrs, row_max, row_sum, sums, seen_by_all, end, past + i, scale * LOG2_E, HEAD_DIM,
-        VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED, BLOCK_N, MEMBERS, True,
+        VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED, BLOCK_N, MEMBERS, INTERPRETED, True,
     )  # fmt: skip
 
     from_probe = (exact != 0) & (past == 0)
@@ -174,6 +178,7 @@ def prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MEMBERS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """One block of queries of one piece; late blocks, which see most keys, start first."""
     first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -188,6 +193,7 @@ def prefill_kernel(
             query_ptr, present_key_ptr, present_value_ptr, present_head_map_ptr, plan_row,
             order_ptr + piece * MEMBERS, output_ptr, row, first_query, past, new, tokens, capacity, kept, exact, scale,
             HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM, PROBE, HEAD_DIM_PADDED, VALUE_DIM_PADDED, BLOCK_M, BLOCK_N, MEMBERS,
+            INTERPRETED,
         )  # fmt: skip
     elif MEMBERS > 1:
         if piece < full + HEADS - full * MEMBERS:
@@ -195,5 +201,5 @@ def prefill_kernel(
                 query_ptr, present_key_ptr, present_value_ptr, present_head_map_ptr, plan_row,
                 order_ptr + full * (MEMBERS - 1) + piece, output_ptr, row, first_query, past, new, tokens, capacity,
                 kept, exact, scale, HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM, PROBE, HEAD_DIM_PADDED, VALUE_DIM_PADDED,
-                BLOCK_M, BLOCK_N, 1,
+                BLOCK_M, BLOCK_N, 1, INTERPRETED,
             )  # fmt: skip
