@@ -1,0 +1,179 @@
+"""The offline phase (paper section 3.2): error curves from text, and from them R of each layer.
+
+Online, a sequence's head map comes from its first P tokens. The curves must describe the same thing, so
+a window here is the start of a sequence: the special tokens that the tokenizer puts in front, then text,
+P tokens in all. Attention is causal, so nothing after them has to be fed; several windows are cut from
+every sample, which makes little text go far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chai_export.clustering.clusters import Clusters
+from chai_export.clustering.curves import ErrorCurves
+from chai_export.clustering.keep import parse_keep
+from chai_export.clustering.state import load_state, save_state, state_key
+from chai_export.errors import ChaiError, UsageError
+from chai_export.models.geometry import describe
+from chai_export.models.text import Text, leading_special_tokens, read_tokens
+from chai_export.progress import track
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WINDOWS_PER_SAMPLE = 8
+_MOST_TOKENS = 1 << 24
+_SAMPLES_PER_SAVE = 8
+
+
+def calibrate(
+    model: str | Path | PreTrainedModel,
+    texts: Text | Iterable[Text],
+    *,
+    keep: str = "elbow",
+    samples: int = 128,
+    seq_len: int = 256,
+    state: str | Path | None = None,
+    probe_tokens: int = 5,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+) -> Clusters:
+    """Measure the error curves of a model on text and choose how many KV heads each layer keeps.
+
+    Args:
+        model: a directory, a hub id or a loaded model.
+        texts: files (Path, or a str naming one), texts, or lists of token ids; one or several.
+        keep: the rule, see :mod:`chai_export.clustering.keep`.
+        samples: pieces of text to use, spread evenly over it; fewer if the text has fewer.
+        seq_len: tokens per piece; 8 windows of ``probe_tokens`` tokens are cut from each.
+        state: file in which progress is kept, so that an interrupted calibration goes on from there with
+            exactly the same result; removed at the end.
+        probe_tokens: P, the length of the online probe to calibrate for.
+        tokenizer: instead of the one that comes with the model.
+        trust_remote_code: run code that the model brings along.
+
+    Returns:
+        The chosen numbers with the curves.
+
+    Raises:
+        ChaiError: the model or a text cannot be used, a text is empty or shorter than a sample, the rule
+            cannot be met.
+        UsageError: a setting makes no sense.
+    """
+    from chai_export.models.loading import load_model
+    from chai_export.models.oracle import probe_features, require_same_with_all_heads
+    from chai_export.models.support import TESTED_FAMILIES
+
+    _check_settings(samples, seq_len, probe_tokens)
+    rule = parse_keep(keep)
+    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    geometry = describe(loaded.config)
+    rule.check(geometry)
+    if geometry.model_type not in TESTED_FAMILIES:
+        require_same_with_all_heads(loaded)
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(model)
+    cut = _sample_windows(texts, tokenizer, samples, seq_len, probe_tokens)
+
+    curves = ErrorCurves(geometry.num_layers, geometry.num_kv_heads, geometry.num_query_heads, probe_tokens)
+    progress = _Progress(state, state_key(loaded, cut, {"probe_tokens": probe_tokens}), curves)
+    for index in track(range(progress.done, len(cut)), "calibrating", total=len(cut) - progress.done):
+        curves.add(probe_features(loaded, cut[index].tolist(), probe_tokens))
+        progress.after(index + 1)
+
+    error_curves = curves.normalised()
+    kept = rule.choose(error_curves, geometry)
+    progress.finish()
+    from chai_export import __version__
+
+    return Clusters(
+        kept_heads=kept,
+        model=_name_of(model),
+        num_layers=geometry.num_layers,
+        num_query_heads=geometry.num_query_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        probe_tokens=probe_tokens,
+        method=f"greedy k-medoids on probe probabilities, keep {keep}",
+        error_curves=error_curves,
+        kv_bytes_saved=geometry.kv_bytes_saved(kept),
+        created_with=f"chai_export {__version__}",
+    )
+
+
+class _Progress:
+    """Keeps the sums on disk every few samples."""
+
+    def __init__(self, path: str | Path | None, key: str, curves: ErrorCurves) -> None:
+        self._path = None if path is None else Path(path)
+        self._key = key
+        self._curves = curves
+        self.done = 0 if self._path is None else load_state(self._path, key, curves)
+
+    def after(self, samples_done: int) -> None:
+        """Note that so many samples are in the sums."""
+        if self._path is not None and samples_done % _SAMPLES_PER_SAVE == 0:
+            save_state(self._path, self._key, self._curves, samples_done)
+
+    def finish(self) -> None:
+        """Nothing is left to resume."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+def _check_settings(samples: int, seq_len: int, probe_tokens: int) -> None:
+    if samples < 1:
+        raise UsageError(f"--samples must be at least 1, not {samples}")
+    if probe_tokens < 1:
+        raise UsageError(f"--probe-tokens must be at least 1, not {probe_tokens}")
+    if seq_len < probe_tokens:
+        raise UsageError(f"--seq-len {seq_len} is shorter than the probe of {probe_tokens} tokens; raise it")
+
+
+def _sample_windows(
+    texts: Text | Iterable[Text],
+    tokenizer: PreTrainedTokenizerBase | None,
+    samples: int,
+    seq_len: int,
+    probe_tokens: int,
+) -> NDArray[np.int32]:
+    """int32 [samples, windows, P]: the starts of sequences, cut from evenly spread samples."""
+    tokens = read_tokens(texts, tokenizer, _MOST_TOKENS)
+    available = len(tokens) // seq_len
+    if available == 0:
+        raise ChaiError(
+            f"the text has {len(tokens)} tokens, a sample needs {seq_len}; give more text or lower --seq-len"
+        )
+    count = min(samples, available)
+    starts = np.linspace(0, available - 1, count).round().astype(int) * seq_len
+    leading = leading_special_tokens(tokenizer)[:probe_tokens]
+    taken = probe_tokens - len(leading)
+    windows = min(WINDOWS_PER_SAMPLE, max(1, seq_len // max(1, taken)))
+    offsets = np.linspace(0, seq_len - max(1, taken), windows).astype(int)
+    cut = np.empty((count, windows, probe_tokens), dtype=np.int32)
+    cut[:, :, : len(leading)] = leading
+    cut[:, :, len(leading) :] = tokens[starts[:, None, None] + offsets[None, :, None] + np.arange(taken)]
+    return cut
+
+
+def _tokenizer_of(model: str | Path | PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the model; None when there is none."""
+    from chai_export.models.loading import load_tokenizer
+
+    if isinstance(model, (str, Path)):
+        return load_tokenizer(model)
+    source = str(model.config.name_or_path)
+    return load_tokenizer(source) if source and Path(source).is_dir() else None
+
+
+def _name_of(model: str | Path | PreTrainedModel) -> str:
+    """A name without the folders of this machine."""
+    source = str(model) if isinstance(model, (str, Path)) else str(model.config.name_or_path)
+    if source and Path(source).is_dir():
+        return Path(source).resolve().name
+    return source if source or isinstance(model, (str, Path)) else str(model.config.model_type)

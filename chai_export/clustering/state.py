@@ -1,0 +1,76 @@
+"""What an interrupted calibration leaves behind, and whether it belongs to the one that goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chai_export.clustering.curves import ErrorCurves
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FORMAT = "chai-calibration-state/1"
+_VALUES_PER_WEIGHT = 64
+
+
+def state_key(model: PreTrainedModel, windows: NDArray[np.int32], settings: dict[str, Any]) -> str:
+    """Hash of everything the curves depend on: configuration, weights, tokens and settings.
+
+    Of each weight tensor some evenly spread values are hashed, enough to tell two checkpoints apart
+    without reading gigabytes.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    digest.update(model.config.to_json_string(use_diff=False).encode())
+    digest.update(np.ascontiguousarray(windows).tobytes())
+    for name, weight in model.named_parameters():
+        flat = weight.detach().reshape(-1)
+        step = max(1, flat.numel() // _VALUES_PER_WEIGHT)
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_state(path: Path, key: str, curves: ErrorCurves, samples_done: int) -> None:
+    """Write the state, whole or not at all.
+
+    Raises:
+        ChaiError: it cannot be written.
+    """
+    from chai_export.bundle.atomic import atomic_file
+
+    content = {
+        "format": _FORMAT,
+        "key": key,
+        "samples_done": samples_done,
+        "windows": curves.windows,
+        "sums": curves.sums.tolist(),
+    }
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(content), encoding="utf-8")
+
+
+def load_state(path: Path, key: str, curves: ErrorCurves) -> int:
+    """Fill ``curves`` from a state with the same key; returns the samples already done, else 0.
+
+    A missing, damaged or foreign state is no error: the work starts from the beginning.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT or content["key"] != key:
+            return 0
+        sums = np.asarray(content["sums"], dtype=np.int64)
+        windows, done = int(content["windows"]), int(content["samples_done"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    if sums.shape != curves.sums.shape:
+        return 0
+    curves.sums[:] = sums
+    curves.windows = windows
+    return done

@@ -1,0 +1,125 @@
+"""clusters.json and the rules of --keep."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from chai_export.clustering.clusters import Clusters
+from chai_export.clustering.keep import allocate, elbow, parse_keep
+from chai_export.errors import ChaiError, UsageError
+from chai_export.models.geometry import Geometry
+
+
+def geometry(layers=4, groups=8, head_dim=16, value_head_dim=16):
+    return Geometry("llama", layers, 16, groups, head_dim, value_head_dim, 64, 100, None, 128)
+
+
+def random_curves(layers=4, groups=8, seed=0):
+    steps = np.random.default_rng(seed).random((layers, groups))
+    steps[:, -1] = 0.0
+    return np.cumsum(steps[:, ::-1], axis=1)[:, ::-1].tolist()
+
+
+def test_what_is_saved_is_loaded_again(tmp_path):
+    clusters = Clusters((3, 1), "m", 2, 8, 4, 5, "rule", ((1.0, 0.5, 0.1, 0.0), (0.0,) * 4), 0.25, "x 1")
+    path = tmp_path / "clusters.json"
+    clusters.save(path)
+    assert Clusters.load(path) == clusters
+    assert json.loads(path.read_text())["format"] == "chai-clusters/1"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["clusters.json"]
+
+
+def test_only_format_and_kept_heads_are_required_and_other_keys_are_ignored(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"format": "chai-clusters/1", "kept_heads": [2, 3], "note": {"by": "hand"}}')
+    clusters = Clusters.load(path)
+    assert clusters.kept_heads == (2, 3)
+    clusters.check(geometry(layers=2))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", "{}", '{"format": "chai-clusters/2", "kept_heads": [1]}', '{"format": "chai-clusters/1"}',
+        '{"format": "chai-clusters/1", "kept_heads": []}', '{"format": "chai-clusters/1", "kept_heads": [0]}',
+        '{"format": "chai-clusters/1", "kept_heads": [1.5]}',
+        '{"format": "chai-clusters/1", "kept_heads": [true]}',
+    ],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "c.json"
+    path.write_text(content)
+    with pytest.raises(ChaiError, match=r"c\.json"):
+        Clusters.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ChaiError, match="chai-export calibrate"):
+        Clusters.load(tmp_path / "c.json")
+
+
+def test_clusters_of_another_model_are_refused():
+    with pytest.raises(ChaiError, match="3 layers, the model has 4"):
+        Clusters((1, 1, 1)).check(geometry())
+    with pytest.raises(ChaiError, match="layer 2 keeps 9"):
+        Clusters((1, 8, 9, 1)).check(geometry())
+
+
+def test_elbow_is_where_nothing_is_left_or_the_curve_is_flat():
+    assert elbow([5.0, 2.0, 0.0, 0.0]) == 3  # exact duplicates
+    assert elbow([0.0, 0.0, 0.0]) == 1  # all heads equal
+    assert elbow([5.0, 4.0, 3.0, 0.0]) == 4  # nothing redundant
+    assert elbow([1.0]) == 1
+    assert elbow([100.0, 20.0, 0.8, 0.4, 0.2, 0.0]) == 3  # near duplicates
+    assert elbow([100.0, 0.9, 0.1, 0.06, 0.03, 0.0]) == 3  # goes down a cliff below the first threshold
+
+
+def test_every_head_kept():
+    assert parse_keep("all").choose(random_curves(), geometry()) == (8, 8, 8, 8)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.214, 0.25, 0.3, 0.4375])
+@pytest.mark.parametrize("value_head_dim", [16, 8])
+def test_a_budget_is_met_to_within_one_head(share, value_head_dim):
+    shape = geometry(value_head_dim=value_head_dim)
+    kept = parse_keep(f"budget:{share}").choose(random_curves(), shape)
+    one_head = 16 / (4 * 8 * (16 + value_head_dim))
+    assert 0 <= shape.kv_bytes_saved(kept) - share + 1e-9 < one_head
+    assert all(1 <= number <= 8 for number in kept)
+
+
+@pytest.mark.parametrize("rule", ["budget:0.44", "budget:-0.1", "budget:7"])
+def test_a_budget_out_of_reach_names_the_largest(rule):
+    with pytest.raises(ChaiError, match=r"0\.4375"):
+        parse_keep(rule).check(geometry())
+
+
+def test_allocation_is_the_best_of_all_and_deterministic():
+    curves = random_curves(layers=3, groups=4, seed=3)
+    for drop in range(10):
+        ways = [k for k in itertools.product(range(1, 5), repeat=3) if sum(k) == 12 - drop]
+        cheapest = min(sum(curve[k - 1] for curve, k in zip(curves, way, strict=True)) for way in ways)
+        kept = allocate(curves, drop)
+        assert sum(kept) == 12 - drop
+        got = sum(curve[k - 1] for curve, k in zip(curves, kept, strict=True))
+        assert got == pytest.approx(cheapest)
+    assert allocate([[0.0] * 4] * 3, 4) == (4, 3, 1)
+
+
+def test_numbers_and_a_file_are_taken_as_they_are(tmp_path):
+    assert parse_keep("8,3,2,1").choose([], geometry()) == (8, 3, 2, 1)
+    path = tmp_path / "other.json"
+    Clusters((4, 4, 4, 4)).save(path)
+    assert parse_keep(f"@{path}").choose([], geometry()) == (4, 4, 4, 4)
+    with pytest.raises(ChaiError, match="--keep 8,3 is for 2 layers"):
+        parse_keep("8,3").check(geometry())
+
+
+@pytest.mark.parametrize("rule", ["", "elbows", "budget:", "budget:x", "budget:nan", "1;2", "1,,2"])
+def test_an_unknown_rule_is_wrong_usage(rule):
+    with pytest.raises(UsageError, match="--keep"):
+        parse_keep(rule)
