@@ -25,6 +25,8 @@ enum Output : std::int32_t { kOutput, kPresentKey, kPresentValue, kPresentHeadMa
 
 constexpr std::array<const char*, kNumInputs> kInputNames = {
     "query", "key", "value", "past_key", "past_value", "past_head_map", "past_lengths", "lengths"};
+constexpr std::array<const char*, kNumOutputs> kOutputNames = {"output", "present_key", "present_value",
+                                                              "present_head_map"};
 constexpr std::array<std::int32_t, kNumInputs> kRanks = {4, 4, 4, 4, 4, 2, 1, 1};
 
 // The input whose type and shape an output has; only `output` has a shape of its own.
@@ -259,6 +261,14 @@ std::int32_t ClusteredHeadAttention::onShapeChange(const PluginTensorDesc* in, s
   });
 }
 
+void ClusteredHeadAttention::require_address(const char* name, const void* address) const {
+  if (address == nullptr) throw std::runtime_error(std::string(name) + " has no address");
+  if (reinterpret_cast<std::uintptr_t>(address) % program_->pointer_alignment() != 0) {
+    throw std::runtime_error(std::string(name) + " does not start at a multiple of " +
+                             std::to_string(program_->pointer_alignment()) + " bytes");
+  }
+}
+
 std::int32_t ClusteredHeadAttention::enqueue(const PluginTensorDesc* input_desc, const PluginTensorDesc*,
                                              const void* const* inputs, void* const* outputs, void* workspace,
                                              cudaStream_t stream) noexcept {
@@ -272,12 +282,8 @@ void ClusteredHeadAttention::attend(const PluginTensorDesc* in, const void* cons
                                     void* workspace, cudaStream_t stream) {
   if (in == nullptr || inputs == nullptr || outputs == nullptr) throw std::runtime_error("called without tensors");
   const Symbols sizes = checked_sizes(in);
-  for (std::int32_t i = 0; i < kNumInputs; ++i) {
-    if (inputs[i] == nullptr) throw std::runtime_error(std::string(kInputNames[i]) + " has no address");
-  }
-  for (std::int32_t i = 0; i < kNumOutputs; ++i) {
-    if (outputs[i] == nullptr) throw std::runtime_error("output " + std::to_string(i) + " has no address");
-  }
+  for (std::int32_t i = 0; i < kNumInputs; ++i) require_address(kInputNames[i], inputs[i]);
+  for (std::int32_t i = 0; i < kNumOutputs; ++i) require_address(kOutputNames[i], outputs[i]);
   if (outputs[kPresentHeadMap] == inputs[kPastHeadMap]) {
     throw std::runtime_error("past_head_map and present_head_map have one address; only the caches may be shared");
   }

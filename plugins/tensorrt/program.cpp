@@ -15,7 +15,10 @@ using Kind = PlannedLaunch::Argument::Kind;
 constexpr const char* kFormat = "chai-kernels/1";
 // Sections of the workspace start at multiples of this, as chai_export/kernels counts them.
 constexpr std::int64_t kAlignment = 256;
-constexpr std::int64_t kThreadsPerWarp = 32;
+constexpr std::int64_t kMaxThreads = 1024;
+constexpr std::int64_t kMaxSharedBytes = 1 << 20;
+// Kernels load and store in pieces of this size: what an index may promise about addresses.
+constexpr std::int64_t kMaxPointerAlignment = 256;
 constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
 constexpr std::int64_t kMaxGridYZ = 65535;
 
@@ -64,8 +67,10 @@ Program Program::parse(std::string_view index) {
   program.spec_.value_dim = bounded(spec.at("value_head_dim"), 1, kLarge);
   program.spec_.probe_tokens = bounded(spec.at("probe_tokens"), 1, kLarge);
   program.spec_.architecture = bounded(root.at("architecture"), 10, 9999);
+  program.pointer_alignment_ = static_cast<std::size_t>(bounded(root.at("pointer_alignment"), 1, kMaxPointerAlignment));
+  bounded(root.at("workspace_alignment"), kAlignment, kAlignment);
   for (const Json& json : root.at("workspace").array()) {
-    const std::int64_t item_bytes = item_bytes_of(json.at("dtype").string());
+    const std::int64_t item_bytes = item_bytes_of(json.at("type").string());
     program.sections_.push_back({json.at("name").string(), item_bytes, Formula(json.at("count").string())});
   }
   for (const Json& json : root.at("launches").array()) program.parse_launch(json);
@@ -76,10 +81,10 @@ Program Program::parse(std::string_view index) {
 void Program::parse_launch(const Json& json) {
   Kernel kernel;
   kernel.file = json.at("file").string();
-  kernel.symbol = json.at("symbol").string();
+  kernel.symbol = json.at("kernel").string();
   kernel.sha256 = json.at("sha256").string();
-  kernel.threads = static_cast<std::uint32_t>(bounded(json.at("num_warps"), 1, 32) * kThreadsPerWarp);
-  kernel.shared_bytes = static_cast<std::uint32_t>(bounded(json.at("shared"), 0, 1 << 20));
+  kernel.threads = static_cast<std::uint32_t>(bounded(json.at("threads"), 1, kMaxThreads));
+  kernel.shared_bytes = static_cast<std::uint32_t>(bounded(json.at("shared_bytes"), 0, kMaxSharedBytes));
   kernels_.push_back(kernel);
 
   const auto& grid = json.at("grid").array();
@@ -95,35 +100,34 @@ void Program::parse_launch(const Json& json) {
 Program::Argument Program::parse_argument(const Json& json) const {
   Argument argument{Kind::kNull, 0, 8, Formula("0")};
   const std::string& type = json.at("type").string();
-  const Json* source = json.find("value");
-  if (type == "pointer") {
-    const std::string& name = source != nullptr ? source->string() : json.at("name").string();
-    for (std::size_t i = 0; i < kTensorNames.size(); ++i) {
-      if (kTensorNames[i] == name) {
-        argument.kind = Kind::kTensor;
-        argument.index = i;
-        return argument;
-      }
-    }
-    for (std::size_t i = 0; i < sections_.size(); ++i) {
-      if (sections_[i].name == name) {
-        argument.kind = Kind::kWorkspace;
-        argument.index = i;
-        return argument;
-      }
-    }
-    throw std::runtime_error("a kernel asks for '" + name + "', which is no tensor of the op and no workspace");
-  }
-  if (type == "i32" || type == "i64") {
+  if (type == "int32") {
     argument.kind = Kind::kInteger;
-    argument.item_bytes = type == "i32" ? 4 : 8;
+    argument.item_bytes = 4;
     argument.formula = Formula(json.at("value").string());
-  } else if (type == "scale") {
-    argument.kind = Kind::kScale;
-  } else if (type != "null") {
-    throw std::runtime_error("the kernel index has an argument of the unknown type '" + type + "'");
+    return argument;
   }
-  return argument;
+  if (type == "float32" && json.at("attribute").string() == "scale") {
+    argument.kind = Kind::kScale;
+    argument.item_bytes = 4;
+    return argument;
+  }
+  if (type != "pointer") throw std::runtime_error("the kernel index has an argument of the unknown type '" + type + "'");
+  // Pointers that the compiler added; the index is only written when the kernel does not use them.
+  if (json.find("hidden") != nullptr) return argument;
+  const std::string& name = json.at("tensor").string();
+  for (std::size_t i = 0; i < kTensorNames.size(); ++i) {
+    if (kTensorNames[i] != name) continue;
+    argument.kind = Kind::kTensor;
+    argument.index = i;
+    return argument;
+  }
+  for (std::size_t i = 0; i < sections_.size(); ++i) {
+    if (sections_[i].name != name) continue;
+    argument.kind = Kind::kWorkspace;
+    argument.index = i;
+    return argument;
+  }
+  throw std::runtime_error("a kernel asks for '" + name + "', which is no tensor of the op and no workspace");
 }
 
 std::vector<std::int64_t> Program::section_offsets(const Symbols& symbols) const {
@@ -170,7 +174,7 @@ Plan Program::plan(const Symbols& symbols) const {
       bound.item_bytes = argument.item_bytes;
       if (argument.kind == Kind::kWorkspace) bound.value = offsets[argument.index];
       if (argument.kind == Kind::kInteger) bound.value = argument.formula.evaluate(symbols);
-      if (argument.item_bytes == 4 && bound.value > std::numeric_limits<std::int32_t>::max()) {
+      if (argument.kind == Kind::kInteger && bound.value > std::numeric_limits<std::int32_t>::max()) {
         throw std::runtime_error(kernel.symbol + " takes a 32-bit integer and gets " + std::to_string(bound.value));
       }
     }
@@ -196,7 +200,7 @@ void run(const Plan& plan, const Tensors& tensors, void* workspace, float scale,
         const void* section = static_cast<char*>(workspace) + argument.value;
         std::memcpy(place, &section, sizeof(void*));
       } else if (argument.kind == Kind::kInteger) {
-        std::memcpy(place, &argument.value, argument.item_bytes);  // little endian: the low bytes come first
+        std::memcpy(place, &argument.value, argument.item_bytes);  // little endian: its low bytes come first
       } else if (argument.kind == Kind::kScale) {
         std::memcpy(place, &scale, sizeof(scale));
       }

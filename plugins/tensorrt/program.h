@@ -58,8 +58,8 @@ struct PlannedLaunch {
   struct Argument {
     enum class Kind { kTensor, kWorkspace, kInteger, kScale, kNull };
     Kind kind = Kind::kNull;
-    std::size_t tensor = 0;     // index in Tensors
-    std::int64_t value = 0;     // offset in the workspace, or the integer
+    std::size_t tensor = 0;  // index in Tensors
+    std::int64_t value = 0;  // offset in the workspace, or the integer
     std::size_t item_bytes = 8;
   };
   std::size_t kernel = 0;
@@ -75,6 +75,8 @@ class Program {
 
   const KernelSpec& spec() const { return spec_; }
   const std::vector<Kernel>& kernels() const { return kernels_; }
+  // Addresses of tensors must be multiples of this.
+  std::size_t pointer_alignment() const { return pointer_alignment_; }
 
   std::size_t workspace_bytes(const Symbols& symbols) const;
   Plan plan(const Symbols& symbols) const;
@@ -103,6 +105,7 @@ class Program {
   std::vector<std::int64_t> section_offsets(const Symbols& symbols) const;
 
   KernelSpec spec_;
+  std::size_t pointer_alignment_ = 1;
   std::vector<Kernel> kernels_;
   std::vector<Section> sections_;
   std::vector<Launch> launches_;
