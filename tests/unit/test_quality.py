@@ -1,0 +1,204 @@
+"""The gate and the evaluation, with an engine made from the oracle that can be broken on purpose."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from chai_export.errors import ChaiError, UsageError
+from chai_export.models.geometry import describe
+from chai_export.models.oracle import Oracle, model_logits
+from chai_export.quality.compare import kl_divergence, largest_difference, log_probabilities
+from chai_export.quality.evaluate import cut_windows, evaluate
+from chai_export.quality.verify import verify
+from tests.families import family_model
+
+KEPT = [3, 2]
+TOKENS = np.random.default_rng(5).integers(3, 96, 300).tolist()
+
+
+class Engine:
+    """What :class:`chai_export.runtime.runner.Runner` promises, computed by the oracle."""
+
+    def __init__(self, model, heads, faults):
+        geometry = describe(model.config)
+        manifest = {name: getattr(geometry, name) for name in geometry.__dataclass_fields__}
+        manifest |= {"dtype": "float32", "kept_heads": KEPT, "probe_tokens": 5, "engines": {}}
+        manifest |= faults.get("manifest", {})
+        self.bundle = SimpleNamespace(manifest=SimpleNamespace(**manifest))
+        self.backend, self.tokenizer = "onnxruntime", None
+        self._faults = faults if heads == faults.get("heads", heads) else {}
+        kept = faults.get("kept", KEPT) if heads == "chai" else [geometry.num_kv_heads] * geometry.num_layers
+        self._oracle = Oracle(model, kept)
+
+    def logits(self, token_ids):
+        maps = None
+        if "maps" in self._faults:
+            self._oracle.logits(token_ids)
+            maps = np.roll(self._oracle.head_maps, 1, axis=2)
+        logits = self._oracle.logits(token_ids, maps)
+        self.head_maps = self._oracle.head_maps
+        if "logits" in self._faults:
+            logits = logits + self._faults["logits"]
+        return logits
+
+    def generate(self, prompts, max_new_tokens, temperature, ignore_eos):
+        assert temperature == 0.0
+        assert ignore_eos
+        made, maps = [], []
+        for prompt in prompts:
+            new = []
+            for _ in range(max_new_tokens):
+                new.append(int(self.logits(prompt + new)[-1].argmax()))
+            maps.append(self.head_maps)
+            if "token" in self._faults:
+                new[3] = (new[3] + 1) % 96
+            made.append(SimpleNamespace(token_ids=new))
+        self.head_maps = np.concatenate(maps, axis=1)
+        return made
+
+
+@pytest.fixture
+def model():
+    return family_model("llama-mha")
+
+
+@pytest.fixture
+def engine(monkeypatch, model):
+    """Install an engine with the given faults."""
+
+    def install(**faults):
+        def load(bundle, backend, heads):
+            return Engine(model, heads, faults)
+
+        monkeypatch.setattr("chai_export.runtime.runner.load", load)
+
+    return install
+
+
+def gate(model, **options):
+    return verify("bundle", model, new_tokens=6, **options)
+
+
+def test_a_right_engine_passes(engine, model):
+    engine()
+    result = gate(model)
+    assert result.ok
+    assert result.prompts == 4
+    report = result.to_json()
+    assert report["greedy_match"] == {"all": True, "chai": True}
+    assert report["head_map_agreement"] == 1.0
+    assert report["tolerance"] == 1e-4
+    assert max(report["max_abs_logit_diff"].values()) < 1e-5
+
+
+@pytest.mark.parametrize("heads", ["all", "chai"])
+def test_logits_that_are_off_fail(engine, model, heads):
+    engine(heads=heads, logits=2e-4)
+    result = gate(model)
+    assert not result.ok
+    assert result.max_abs_logit_diff[heads] == pytest.approx(2e-4, rel=0.1)
+    assert gate(model, tolerance=1e-3).ok
+
+
+def test_logits_that_are_not_finite_fail_and_can_be_printed(engine, model):
+    engine(heads="chai", logits=np.nan)
+    result = gate(model)
+    assert not result.ok
+    json.loads(json.dumps(result.to_json(), allow_nan=False))
+
+
+@pytest.mark.parametrize("heads", ["all", "chai"])
+def test_one_wrong_greedy_token_fails(engine, model, heads):
+    engine(heads=heads, token=True)
+    result = gate(model)
+    assert not result.ok
+    assert result.greedy_match == {"all": heads != "all", "chai": heads != "chai"}
+    assert result.first_mismatch[heads] == {"prompt": 0, "token": 3}
+
+
+def test_head_maps_of_another_rule_fail_even_if_used_faithfully(engine, model):
+    engine(heads="chai", maps=True)
+    result = gate(model)
+    assert result.max_abs_logit_diff["chai"] < 1e-5
+    assert result.head_map_agreement < 0.9
+    assert not result.ok
+
+
+def test_the_model_of_another_bundle_is_named(engine, model):
+    engine(manifest={"num_layers": 3})
+    with pytest.raises(ChaiError, match="num_layers 3 and the reference model 2"):
+        gate(model)
+    engine()
+    assert not gate(family_model("llama-mha", seed=1)).ok
+
+
+def test_few_positions_shorten_the_check_or_end_it(engine, model):
+    engine(manifest={"max_positions": 12})
+    assert gate(model).ok
+    engine(manifest={"max_positions": 1})
+    with pytest.raises(ChaiError, match="too few"):
+        gate(model)
+
+
+def test_perplexity_agreement_and_kl_are_those_of_the_text(engine, model):
+    engine()
+    report = evaluate("bundle", TOKENS, window=64)
+    oracle = Oracle(model, KEPT)
+    nll, kl, agreed, count = {"all": 0.0, "chai": 0.0}, 0.0, 0, 0
+    for start in range(0, 300, 64):
+        window = TOKENS[start : start + 64]
+        every, chai = model_logits(model, window)[:-1], oracle.logits(window)[:-1]
+        for name, logits in (("all", every), ("chai", chai)):
+            p = np.exp(logits.astype(np.float64))
+            p /= p.sum(-1, keepdims=True)
+            nll[name] -= np.log(p[np.arange(len(p)), window[1:]]).sum()
+        kl += kl_divergence(log_probabilities(every), log_probabilities(chai)).sum()
+        agreed += (every.argmax(-1) == chai.argmax(-1)).sum()
+        count += len(window) - 1
+    assert report["tokens"] == count == 295
+    for name, total in nll.items():
+        assert report[name]["nll"] == pytest.approx(total / count)
+        assert report[name]["perplexity"] == pytest.approx(math.exp(total / count))
+    assert report["kl"] == pytest.approx(kl / count)
+    assert report["kl"] > 0.01
+    assert report["top1_agreement"] == pytest.approx(agreed / count)
+
+
+def test_equal_engines_agree_entirely(engine):
+    engine(kept=[8, 8])
+    report = evaluate("bundle", TOKENS, window=50, max_tokens=100)
+    assert report["tokens"] == 98
+    assert report["top1_agreement"] == 1.0
+    assert report["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert report["all"] == report["chai"]
+
+
+def test_windows_start_as_sequences_do():
+    tokens = np.arange(10, 21, dtype=np.int32)
+    assert cut_windows(tokens, [1], 5) == [[1, 10, 11, 12, 13], [1, 14, 15, 16, 17], [1, 18, 19, 20]]
+    assert cut_windows(tokens[:9], [], 4) == [[10, 11, 12, 13], [14, 15, 16, 17]]
+
+
+def test_settings_and_texts_that_make_no_sense(engine):
+    engine(manifest={"max_positions": 100})
+    for options in ({"window": 1}, {"max_tokens": 1}, {"window": 101}):
+        with pytest.raises(UsageError):
+            evaluate("bundle", TOKENS, **options)
+    with pytest.raises(ChaiError, match="too few"):
+        evaluate("bundle", [5], window=50)
+
+
+def test_kl_is_zero_only_for_equal_distributions():
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((4, 9)).astype(np.float32)
+    log_p = log_probabilities(logits)
+    np.testing.assert_allclose(np.exp(log_p).sum(-1), 1.0)
+    np.testing.assert_allclose(log_probabilities(logits + 3), log_p, atol=1e-6)
+    assert kl_divergence(log_p, log_p).max() == 0.0
+    assert kl_divergence(log_p, log_p[::-1]).min() > 0.0
+    assert largest_difference(logits, logits * np.float32(np.inf)) == math.inf
