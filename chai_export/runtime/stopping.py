@@ -30,10 +30,11 @@ class StopStrings:
         if self.found:
             return ""
         self._held += text
-        starts = [at for string in self._strings if (at := self._held.find(string)) >= 0]
-        if starts:
+        # The string that ends first counts, so that it does not matter how the text was cut into pieces.
+        found = [(at + len(string), at) for string in self._strings if (at := self._held.find(string)) >= 0]
+        if found:
             self.found = True
-            shown, self._held = self._held[: min(starts)], ""
+            shown, self._held = self._held[: min(found)[1]], ""
             return shown
         keep = max((self._overlap(string) for string in self._strings), default=0)
         split = len(self._held) - keep

@@ -1,0 +1,236 @@
+"""A tiny bundle made by hand: token and position tables, two layers of the op, a head.
+
+Its truth is computed with NumPy and the op's reference, so tests of the runner need no exporter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+from onnx import numpy_helper
+
+from chai_export.bundle.atomic import atomic_directory
+from chai_export.bundle.bundle import MODEL_FILE, Bundle, finalise
+from chai_export.bundle.environment import save_environment
+from chai_export.bundle.manifest import GenerationSettings, Manifest, Source
+from chai_export.op.function import function_proto
+from chai_export.op.head_map import kept_kv_heads
+from chai_export.op.reference import clustered_head_attention
+from chai_export.op.schema import VERSION
+
+OPSET = 20
+_DOT = "_DOT_"  # ONNX's text form has no dots in names
+ONNX_TYPE = {"float32": "float", "float16": "float16"}
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """Sizes and seeded weights."""
+
+    kept: tuple[int, ...] = (2, 3)
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 8
+    value_dim: int = 4
+    width: int = 16
+    vocab: int = 40
+    positions: int = 96
+    probe: int = 5
+    dtype: str = "float32"
+    weights: dict[str, np.ndarray] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        random = np.random.default_rng(7)
+        shapes = {
+            "embedding": (self.vocab, self.width),
+            "position_table": (self.positions, self.width),
+            "head": (self.width, self.vocab),
+        }
+        for i in range(len(self.kept)):
+            shapes[f"q{i}"] = (self.width, self.heads * self.head_dim)
+            shapes[f"k{i}"] = (self.width, self.kv_heads * self.head_dim)
+            shapes[f"v{i}"] = (self.width, self.kv_heads * self.value_dim)
+            shapes[f"o{i}"] = (self.heads * self.value_dim, self.width)
+        made = {n: (random.standard_normal(s) * 0.3).astype(self.dtype) for n, s in shapes.items()}
+        object.__setattr__(self, "weights", made)
+
+    def reference(self, ids: list[int], mode: str = "chai") -> tuple[np.ndarray, np.ndarray]:
+        """float32 logits [T,V] and head maps [L,1,H] of one fresh sequence."""
+        w = {name: array.astype(np.float32) for name, array in self.weights.items()}
+        hidden = (w["embedding"][ids] + w["position_table"][: len(ids)])[None]
+        maps = []
+        for i, kept in enumerate(self.kept):
+            r = kept if mode == "chai" else self.kv_heads
+            q, k, v = (self._split(hidden @ w[f"{n}{i}"], n) for n in "qkv")
+            empty = (1, r, len(ids), self.head_dim), (1, self.kv_heads, len(ids), self.value_dim)
+            result = clustered_head_attention(
+                q, k, v, *(np.zeros(s, np.float32) for s in empty), np.zeros((1, self.heads), np.int32),
+                np.zeros(1, np.int32), np.array([len(ids)], np.int32), probe_tokens=self.probe,
+            )  # fmt: skip
+            assert len(kept_kv_heads(result.present_head_map[0], self.heads // self.kv_heads)) <= r
+            maps.append(result.present_head_map)
+            hidden = hidden + result.output @ w[f"o{i}"]
+        return (hidden @ w["head"])[0], np.stack(maps)
+
+    def greedy(self, ids: list[int], count: int, mode: str = "chai") -> list[int]:
+        made: list[int] = []
+        for _ in range(count):
+            made.append(int(self.reference([*ids, *made], mode)[0][-1].argmax()))
+        return made
+
+    def _split(self, rows: np.ndarray, kind: str) -> np.ndarray:
+        heads = self.heads if kind == "q" else self.kv_heads
+        return rows.reshape(1, rows.shape[1], heads, -1).transpose(0, 2, 1, 3)
+
+    def graph(self) -> onnx.ModelProto:
+        t, layers = ONNX_TYPE[self.dtype], range(len(self.kept))
+        maps = f"int32[{len(self.kept)}, batch, {self.heads}]"
+        inputs = [
+            "int64[batch, tokens] input_ids", "int32[batch] lengths", "int32[batch] past_lengths",
+            "int64[batch, outputs] output_positions", f"{maps} head_map",
+        ]  # fmt: skip
+        outputs = [f"{t}[batch, outputs, {self.vocab}] logits", f"{maps} present_head_map"]
+        for i in layers:
+            for direction, dims in (("past", inputs), ("present", outputs)):
+                dims.append(f"{t}[batch, kept_heads_{i}, capacity, {self.head_dim}] {direction}_key{_DOT}{i}")
+                dims.append(
+                    f"{t}[batch, {self.kv_heads}, capacity, {self.value_dim}] {direction}_value{_DOT}{i}"
+                )
+        nodes = [_EMBED, *(self._layer(i) for i in layers)]
+        map_names = ", ".join(f"new_map_{i}" for i in layers)
+        nodes.append(f"present_head_map = Concat <axis = 0> ({map_names})")
+        nodes.append(_HEAD.replace("HIDDEN", f"hidden_{len(self.kept)}"))
+        body = "\n".join(nodes)
+        text = (
+            f'<ir_version: 9, opset_import: ["" : {OPSET}, "chai" : 1]>\n'
+            f"tiny ({', '.join(inputs)}) => ({', '.join(outputs)})\n{{\n{body}\n}}"
+        )
+        model = onnx.parser.parse_model(text)
+        for value in (*model.graph.input, *model.graph.output):
+            value.name = value.name.replace(_DOT, ".")
+        for node in model.graph.node:
+            node.input[:] = [name.replace(_DOT, ".") for name in node.input]
+            node.output[:] = [name.replace(_DOT, ".") for name in node.output]
+        model.functions.append(function_proto(OPSET))
+        model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in self.weights.items())
+        for name, values in {"zero": [0], "one": [1], "axis2": [2], **self._shapes()}.items():
+            model.graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
+        return model
+
+    def _shapes(self) -> dict[str, list[int]]:
+        kinds = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads}
+        shapes = {f"shape_{kind}": [0, 0, heads, -1] for kind, heads in kinds.items()}
+        return {**shapes, **{f"layer_{i}": [i] for i in range(len(self.kept))}}
+
+    def _layer(self, i: int) -> str:
+        lines = []
+        for kind in "qkv":
+            lines.append(f"{kind}_flat_{i} = MatMul (hidden_{i}, {kind}{i})")
+            lines.append(f"{kind}_split_{i} = Reshape ({kind}_flat_{i}, shape_{kind})")
+            lines.append(f"{kind}_{i} = Transpose <perm = [0, 2, 1, 3]> ({kind}_split_{i})")
+        lines.append(f"map_3_{i} = Gather <axis = 0> (head_map, layer_{i})")
+        lines.append(f"map_{i} = Squeeze (map_3_{i}, zero)")
+        attributes = f"scale = 0.0, probe_tokens = {self.probe}, online = 1"
+        pasts = f"past_key{_DOT}{i}, past_value{_DOT}{i}, map_{i}, past_lengths, lengths"
+        presents = f"out_{i}, present_key{_DOT}{i}, present_value{_DOT}{i}, chosen_{i}"
+        op = f"chai.ClusteredHeadAttention <{attributes}> (q_{i}, k_{i}, v_{i}, {pasts})"
+        lines.append(f"{presents} = {op}")
+        lines.append(f"new_map_{i} = Unsqueeze (chosen_{i}, zero)")
+        lines.append(f"back_{i} = MatMul (out_{i}, o{i})")
+        lines.append(f"hidden_{i + 1} = Add (hidden_{i}, back_{i})")
+        return "\n".join(lines)
+
+    def manifest(self, **changes: Any) -> Manifest:
+        values: dict[str, Any] = {
+            "op_version": VERSION,
+            "dtype": self.dtype,
+            "num_layers": len(self.kept),
+            "num_query_heads": self.heads,
+            "num_kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "value_head_dim": self.value_dim,
+            "vocab_size": self.vocab,
+            "max_positions": self.positions,
+            "kept_heads": list(self.kept),
+            "probe_tokens": self.probe,
+            "opset": OPSET,
+            "source": Source(kind="onnx", name="tiny"),
+            "created_with": "tests",
+        }
+        return Manifest(**{**values, **changes})
+
+    def write(self, path: Path, *, tokenizer: Any = None, **changes: Any) -> Bundle:
+        """Write the bundle; ``changes`` are fields of the manifest, or eos for its generation settings."""
+        eos = changes.pop("eos", [])
+        with atomic_directory(path) as directory:
+            onnx.save(self.graph(), directory / MODEL_FILE)
+            settings = GenerationSettings(eos_token_ids=eos)
+            if tokenizer is not None:
+                found = save_environment(directory, tokenizer=tokenizer)
+                settings = found.model_copy(update={"eos_token_ids": eos})
+            finalise(directory, self.manifest(**{"generation": settings, **changes}))
+        return Bundle.load(path)
+
+
+_EMBED = """
+  n_col = Unsqueeze (past_lengths, one)
+  m_col = Unsqueeze (lengths, one)
+  size = Shape (input_ids)
+  tokens_1 = Gather (size, one)
+  tokens_0 = Squeeze (tokens_1)
+  start = Constant <value_int = 0> ()
+  step = Constant <value_int = 1> ()
+  token = Range (start, tokens_0, step)
+  n_64 = Cast <to = 7> (n_col)
+  m_64 = Cast <to = 7> (m_col)
+  last = Sub (m_64, one)
+  inside = Min (token, last)
+  place_any = Add (n_64, inside)
+  place = Max (place_any, zero)
+  by_token = Gather (embedding, input_ids)
+  by_place = Gather (position_table, place)
+  hidden_0 = Add (by_token, by_place)
+"""
+_HEAD = """
+  wanted = Unsqueeze (output_positions, axis2)
+  chosen = GatherND <batch_dims = 1> (HIDDEN, wanted)
+  logits = MatMul (chosen, head)
+"""
+
+
+def letters_tokenizer(*, add_bos: bool = False, chat_template: str | None = None) -> Any:
+    """A byte-level tokenizer without merges over a few bytes: ids 0 … 3 are special, then one id a byte.
+
+    Two of its tokens are the bytes of "é", so that text can end in the middle of a character.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "</s>", "<end>", "<unk>"]
+    alphabet = [*"abcdefghijklmnopqrstuvwxyz .,!", *_byte_level("é"), "Ċ", "ł"]
+    alphabet = ["Ġ" if letter == " " else letter for letter in alphabet]
+    vocabulary = {token: i for i, token in enumerate([*special, *dict.fromkeys(alphabet)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if add_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    fast.chat_template = chat_template
+    return fast
+
+
+def _byte_level(text: str) -> list[str]:
+    from tokenizers import pre_tokenizers
+
+    return list(pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)[0][0])
