@@ -27,9 +27,7 @@ PINNED_ENVIRONMENT = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_DEFAULT_FP_FUSION
 _KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR", "SYSTEMROOT")
 
 
-def compile(  # noqa: A001 - the name users see is kernels.compile
-    spec: Spec, arch: int, directory: str | Path, *, only: Sequence[str] = ()
-) -> Path:
+def compile(spec: Spec, arch: int, directory: str | Path, *, only: Sequence[str] = ()) -> Path:
     """Compile every kernel of a model for one architecture.
 
     Args:

@@ -1,7 +1,7 @@
 """Block sizes, warps and split targets per architecture: read from ``blocks.json``, never from code.
 
-The file holds named tables and, per architecture, which table it uses. A table has rules, the first whose
-``item_bytes`` and ``max_dim`` (padded head dim) fit a model is used. ``benchmarks/gpu_tune.py`` writes tables.
+The file holds named tables and, per architecture, which table it uses. Of a table's rules the first whose
+``item_bytes`` and ``max_dim`` (padded head dim) fit a model counts. ``benchmarks/gpu_tune.py`` writes tables.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class KernelBlocks:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The choice for one model on one architecture. Targets are programs wanted per launch, for the splits."""
+    """The choice for one model on one architecture; the targets are programs per launch, for the splits."""
 
     kernels: dict[str, KernelBlocks]
     score_programs: int
@@ -63,12 +63,16 @@ def choose(spec: Spec, architecture: int | str) -> Blocks:
     entry = _file()["architectures"].get(str(architecture))
     if entry is None:
         known = ", ".join(f"sm_{number}" for number in architectures())
-        raise ChaiError(f"no kernels for sm_{architecture}; supported are {known} (chai_export/kernels/blocks.json)")
+        raise ChaiError(
+            f"no kernels for sm_{architecture}; supported are {known} (chai_export/kernels/blocks.json)"
+        )
     dim = max(padded(spec.head_dim), padded(spec.value_head_dim))
     for rule in _file()["tables"][entry["table"]]:
         if spec.item_bytes in rule["item_bytes"] and dim <= rule["max_dim"]:
             return from_json({**entry, **rule})
-    raise ChaiError(f"no kernel blocks for head dim {dim} with {spec.dtype}; add a rule to kernels/blocks.json")
+    raise ChaiError(
+        f"no kernel blocks for head dim {dim} with {spec.dtype}; add a rule to kernels/blocks.json"
+    )
 
 
 def from_json(data: dict[str, Any]) -> Blocks:

@@ -54,13 +54,9 @@ def check_result(case: Case, inputs: Arrays, result: Result, dtype: str) -> None
 def run_case(case: Case, dtype: str, device: str, **options: Any) -> None:
     """Run one case with new output tensors and check it; ``options`` go to the launcher."""
     inputs = case_inputs(case, dtype)
-    result = clustered_head_attention(
-        **to_tensors(inputs, dtype, device),
-        scale=case.scale,
-        probe_tokens=case.probe_tokens,
-        online=case.online,
-        **options,
-    )
+    arguments: dict[str, Any] = {**to_tensors(inputs, dtype, device), **options}
+    arguments |= {"scale": case.scale, "probe_tokens": case.probe_tokens, "online": case.online}
+    result = clustered_head_attention(**arguments)
     check_result(case, inputs, result, dtype)
 
 

@@ -128,8 +128,9 @@ def run(
     *,
     scale: float,
     online: bool,
+    only: str = "",
 ) -> None:
-    """Run a program's launches: no checks, no allocation, no synchronisation.
+    """Run a program's launches, or only the kernel of one name: no checks, no allocation, no synchronisation.
 
     ``tensors`` holds inputs and outputs by name, with the caches as ``present_key`` and ``present_value``.
     """
@@ -141,7 +142,7 @@ def run(
         bound[section.name] = workspace[offset : offset + size].view(TORCH_DTYPES[section.dtype])
         offset += size
     for launch in program.launches:
-        if not evaluate(launch.when, symbols):
+        if not evaluate(launch.when, symbols) or (only and launch.name != only):
             continue
         arguments: dict[str, torch.Tensor | int | float] = {}
         for name in launch.arguments:
@@ -176,8 +177,8 @@ def _architecture(tensor: torch.Tensor) -> int | str:
     if tensor.device.type == "cpu" and interpreted:
         return INTERPRETER
     raise ChaiError(
-        f"the GPU kernels cannot run on {tensor.device}; use CUDA tensors, or CPU tensors with TRITON_INTERPRET=1 "
-        "set before chai_export.kernels is imported"
+        f"the GPU kernels cannot run on {tensor.device}; use CUDA tensors, or CPU tensors with "
+        "TRITON_INTERPRET=1 set before chai_export.kernels is imported"
     )
 
 
@@ -215,7 +216,9 @@ def _check(spec: Spec, shape: Shape, tensors: dict[str, torch.Tensor]) -> None:
             found = f"{_dtype_name(tensor)} {list(tensor.shape)}"
             raise ChaiError(f"{name} is {found}; it must be {_dtype_name_of(dtype)} {list(wanted)}")
         if tensor.device != device or not tensor.is_contiguous():
-            raise ChaiError(f"{name} must be contiguous and on {device}; call .to({str(device)!r}).contiguous() on it")
+            raise ChaiError(
+                f"{name} must be contiguous and on {device}; call .to({str(device)!r}).contiguous() on it"
+            )
 
 
 def _dtype_name_of(dtype: torch.dtype) -> str:

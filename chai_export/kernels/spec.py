@@ -25,7 +25,9 @@ class Spec:
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
-            raise ChaiError(f"GPU kernels do not support dtype {self.dtype}; use one of {', '.join(ITEM_BYTES)}")
+            raise ChaiError(
+                f"GPU kernels do not support dtype {self.dtype}; use one of {', '.join(ITEM_BYTES)}"
+            )
         if not 1 <= self.num_query_heads <= MAX_HEADS:
             raise ChaiError(f"GPU kernels support 1 to {MAX_HEADS} query heads, got {self.num_query_heads}")
         if self.num_kv_heads < 1 or self.num_query_heads % self.num_kv_heads:

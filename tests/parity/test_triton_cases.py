@@ -23,7 +23,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BY_NAME = {case.name: case for case in CASES}
 
 # In half precision only what takes another path than in float32: rounded weights, narrow loads, odd dims.
-HALF_IN_CI = ("h8_g2_r1", "fresh_s1", "decode_batch", "mixed_phases", "value_dim_larger", "odd_head_dim", "offline")
+HALF_IN_CI = (
+    "h8_g2_r1",
+    "fresh_s1",
+    "decode_batch",
+    "mixed_phases",
+    "value_dim_larger",
+    "odd_head_dim",
+    "offline",
+)
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
@@ -54,7 +62,9 @@ def test_prefill_does_not_depend_on_the_size_of_pieces(name: str, members: int) 
 @pytest.mark.parametrize("programs", [1, 1000])
 @pytest.mark.parametrize("name", ["decode_batch", "long_cache"])
 def test_decode_does_not_depend_on_the_number_of_splits(name: str, programs: int) -> None:
-    run_case(BY_NAME[name], "float32", DEVICE, blocks=_blocks(score_programs=programs, value_programs=programs))
+    run_case(
+        BY_NAME[name], "float32", DEVICE, blocks=_blocks(score_programs=programs, value_programs=programs)
+    )
 
 
 def test_decode_takes_many_query_heads_of_one_kv_head() -> None:
@@ -78,13 +88,17 @@ def test_appending_in_place_equals_appending_to_a_copy() -> None:
         check_result(case, inputs, result, "float32")
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "kept"), [(8, 8, 3), (8, 4, 3), (12, 3, 2), (33, 11, 7), (6, 6, 1)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "kept"), [(8, 8, 3), (8, 4, 3), (12, 3, 2), (33, 11, 7), (6, 6, 1)]
+)
 def test_head_map_equals_the_reference_for_the_same_integers(heads: int, kv_heads: int, kept: int) -> None:
     """Few distinct values, so that most distances tie."""
     rng = np.random.default_rng(heads * 100 + kept)
     rows, probe = 3, 4
     quantised = rng.integers(0, 3, size=(rows, heads, probe, probe)).astype(np.int32) * 512
-    flat = torch.from_numpy(np.ascontiguousarray(quantised.reshape(rows, heads, -1).swapaxes(1, 2))).to(DEVICE)
+    flat = torch.from_numpy(np.ascontiguousarray(quantised.reshape(rows, heads, -1).swapaxes(1, 2))).to(
+        DEVICE
+    )
     result = torch.full((rows, heads), -1, dtype=torch.int32, device=DEVICE)
     plan = torch.empty((rows, 2 * kv_heads + 2 * heads + 1), dtype=torch.int32, device=DEVICE)
     lengths = torch.full((rows,), 8, dtype=torch.int32, device=DEVICE)
@@ -113,15 +127,17 @@ def test_mismatched_tensors_are_refused_by_name() -> None:
         clustered_head_attention(**{**tensors, "past_value": tensors["past_value"][:, :, :-1].contiguous()})
     with pytest.raises(ChaiError, match="lengths is int64"):
         clustered_head_attention(**{**tensors, "lengths": tensors["lengths"].long()})
+    strided = torch.cat([tensors["query"], tensors["query"]], dim=-1)[..., : tensors["query"].shape[3]]
     with pytest.raises(ChaiError, match="query must be contiguous"):
-        strided = torch.cat([tensors["query"], tensors["query"]], dim=-1)[..., : tensors["query"].shape[3]]
         clustered_head_attention(**{**tensors, "query": strided})
     with pytest.raises(ChaiError, match="workspace must be uint8"):
         clustered_head_attention(**tensors, workspace=torch.empty(8, dtype=torch.uint8, device=DEVICE))
 
 
 def _blocks(
-    prefill: dict[str, int] | None = None, score_programs: int | None = None, value_programs: int | None = None
+    prefill: dict[str, int] | None = None,
+    score_programs: int | None = None,
+    value_programs: int | None = None,
 ) -> Blocks:
     base = choose(Spec("float32", 8, 8, 16, 16), 80 if DEVICE == "cuda" else INTERPRETER)
     old = base.kernels["prefill"]

@@ -32,7 +32,9 @@ class Guarded:
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         count = tensor.numel()
         # Margins are a multiple of 16 bytes, so that the tensor stays aligned as real ones are.
-        buffer = torch.full((count + 2 * GUARD,), self._poison(tensor.dtype), dtype=tensor.dtype, device=DEVICE)
+        buffer = torch.full(
+            (count + 2 * GUARD,), self._poison(tensor.dtype), dtype=tensor.dtype, device=DEVICE
+        )
         buffer[GUARD : GUARD + count] = tensor.flatten()
         self.buffers.append((buffer, buffer.clone(), count))
         return buffer[GUARD : GUARD + count].view(tensor.shape)
@@ -79,7 +81,9 @@ def _run_guarded(case: Case, inputs: dict[str, np.ndarray], dtype: str) -> tuple
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("name", ["fills_capacity", "mixed_phases", "decode_batch", "odd_head_dim", "probe_long"])
+@pytest.mark.parametrize(
+    "name", ["fills_capacity", "mixed_phases", "decode_batch", "odd_head_dim", "probe_long"]
+)
 def test_nothing_outside_the_tensors_is_read_or_written(name: str, dtype: str) -> None:
     case = BY_NAME[name]
     inputs = case_inputs(case, dtype)
@@ -89,7 +93,9 @@ def test_nothing_outside_the_tensors_is_read_or_written(name: str, dtype: str) -
 
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_a_row_that_does_not_fit_touches_nothing_and_leaves_its_neighbours_alone(tokens: int) -> None:
-    case = Case("overflow", 6, 3, 2, ((9, tokens), (30 - tokens, tokens), (3, tokens)), capacity=30, tokens=tokens)
+    case = Case(
+        "overflow", 6, 3, 2, ((9, tokens), (30 - tokens, tokens), (3, tokens)), capacity=30, tokens=tokens
+    )
     inputs = case_inputs(case, "float32")
     good = clustered_head_attention(**to_tensors(inputs, "float32", DEVICE))
     for too_long in (30 - tokens + 1, 30, 1 << 30):

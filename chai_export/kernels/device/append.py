@@ -10,7 +10,7 @@ Contract
     grid      append: (ceil(S / BLOCK_TOKENS), G, B); decode_begin: (G, B)
 """
 
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import triton
 import triton.language as tl
@@ -19,15 +19,21 @@ from chai_export.kernels.device.rows import (
     UNUSED,
     first_heads_map,
     kept_slots,
-    representatives,
     row_lengths,
     store_slots,
+    stored_map,
 )
 
 
 @triton.jit
 def copy_rows(
-    source_ptr, target_ptr, first, end, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_TOKENS: tl.constexpr
+    source_ptr,
+    target_ptr,
+    first,
+    end,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
 ):
     """Rows first … min(first + BLOCK_TOKENS, end) - 1 of [*, DIM] from source to the same rows of target."""
     i = first + tl.arange(0, BLOCK_TOKENS)
@@ -106,9 +112,7 @@ def decode_begin_kernel(
         head_map = first_heads_map(kept, HEADS, KV_HEADS, HEADS_PADDED)
         passed_on = head_map
     else:
-        heads = tl.arange(0, HEADS_PADDED)
-        passed_on = tl.load(past_head_map_ptr + row * HEADS + tl.where(heads < HEADS, heads, 0))
-        head_map = tl.minimum(tl.maximum(passed_on, 0), HEADS - 1)
+        passed_on, head_map = stored_map(past_head_map_ptr + row * HEADS, HEADS, HEADS_PADDED)
     slots = kept_slots(head_map, kept, HEADS, KV_HEADS, KV_PADDED)
     if kv_head == 0:
         heads = tl.arange(0, HEADS_PADDED)

@@ -6,10 +6,10 @@
                              with the weights of their representatives; one partial result per split.
 3. ``decode_merge_kernel``   the splits' partial results into the output.
 
-Passes 1 and 2 are split over the cache length. The number of splits comes from shapes, their bounds from the
-lengths on the device. Cutting at the weights instead of at the clusters costs one write of R*q and one read of
-H weights per cached token, and needs no thought about cluster sizes: one large cluster costs what eight equal
-ones do.
+Passes 1 and 2 are split over the cache length. The number of splits comes from shapes, their bounds from
+the lengths on the device. Cutting at the weights instead of at the clusters costs one write of R*q and one
+read of H weights per cached token, and needs no thought about cluster sizes: one large cluster costs what
+eight equal ones do.
 
 Contract
     reads     query [B,H,1,D], present_key, present_value rows 0 … n, plan (see head_map.py)
@@ -19,7 +19,7 @@ Contract
     writes    output [B,1,H*Dv], zero for inactive rows
 """
 
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import triton
 import triton.language as tl
@@ -196,7 +196,9 @@ def decode_merge_kernel(
         split_max = tl.load(partial_max_ptr + first + s, mask=s < used, other=LOWEST)
         split_sum = tl.load(partial_sum_ptr + first + s, mask=s < used, other=0.0)
         in_partial = (s < used)[:, None] & (e < VALUE_DIM)[None, :]
-        partial = tl.load(partial_ptr + (first + s)[:, None] * VALUE_DIM + e[None, :], mask=in_partial, other=0.0)
+        partial = tl.load(
+            partial_ptr + (first + s)[:, None] * VALUE_DIM + e[None, :], mask=in_partial, other=0.0
+        )
         new_max = tl.maximum(row_max, tl.max(split_max, axis=0))
         shrink = tl.exp2(row_max - new_max)
         split_scale = tl.where(s < used, tl.exp2(split_max - new_max), 0.0)

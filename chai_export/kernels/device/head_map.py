@@ -12,7 +12,7 @@ Pieces: a cluster is cut into groups of MEMBERS query heads ("full pieces"); wha
 pieces. The order lists the heads of the full pieces first, then the single ones.
 """
 
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import triton
 import triton.language as tl
@@ -20,9 +20,9 @@ import triton.language as tl
 from chai_export.kernels.device.rows import (
     first_heads_map,
     kept_slots,
-    representatives,
     row_lengths,
     store_slots,
+    stored_map,
 )
 
 UNASSIGNED_DISTANCE = tl.constexpr(1 << 40)
@@ -56,7 +56,9 @@ def group_distances(
                 inside = entry + ahead < PROBE * PROBE
                 entry_ptr = quantised_ptr + (entry + ahead) * HEADS
                 a = tl.load(entry_ptr + heads, mask=(heads < HEADS) & inside, other=0)
-                b = tl.load(entry_ptr + kv_heads * group + index, mask=(kv_heads < KV_HEADS) & inside, other=0)
+                b = tl.load(
+                    entry_ptr + kv_heads * group + index, mask=(kv_heads < KV_HEADS) & inside, other=0
+                )
                 difference = a[:, None] - b[None, :]
                 distance += difference * difference
         nearest_index = tl.where(distance < nearest, index, nearest_index)
@@ -112,7 +114,9 @@ def store_pieces(plan_ptr, head_map, HEADS: tl.constexpr, HEADS_PADDED: tl.const
     before_single = single[None, :] & (heads[None, :] < heads[:, None])
     num_full = tl.sum(in_full.to(tl.int32), axis=0)
     position = tl.where(
-        in_full, tl.sum(before_full.to(tl.int32), axis=1), num_full + tl.sum(before_single.to(tl.int32), axis=1)
+        in_full,
+        tl.sum(before_full.to(tl.int32), axis=1),
+        num_full + tl.sum(before_single.to(tl.int32), axis=1),
     )
     tl.store(plan_ptr + position, heads, mask=valid)
     tl.store(plan_ptr + HEADS, num_full // MEMBERS)
@@ -153,10 +157,8 @@ def head_map_kernel(
             head_map = first_heads_map(kept, HEADS, KV_HEADS, HEADS_PADDED)
         tl.store(target, head_map, mask=heads < HEADS)
     else:
-        # Padding repeats head 0's entry, so that it keeps no KV head of its own.
-        passed_on = tl.load(past_head_map_ptr + row * HEADS + tl.where(heads < HEADS, heads, 0))
+        passed_on, head_map = stored_map(past_head_map_ptr + row * HEADS, HEADS, HEADS_PADDED)
         tl.store(target, passed_on, mask=heads < HEADS)
-        head_map = tl.minimum(tl.maximum(passed_on, 0), HEADS - 1)
     slots = kept_slots(head_map, kept, HEADS, KV_HEADS, KV_PADDED)
     plan_row = plan_ptr + row * (2 * KV_HEADS + 2 * HEADS + 1)
     store_slots(plan_row, head_map, slots, kept, HEADS, KV_HEADS, HEADS_PADDED, KV_PADDED)

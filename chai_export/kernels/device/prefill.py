@@ -9,7 +9,9 @@ Contract
     numerics  products accumulate in float32 (IEEE for float32 tensors), softmax in float32 with base 2
 """
 
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="assignment"
+# ruff: noqa: RUF005 - Triton adds tuples but does not unpack them
 
 import triton
 import triton.language as tl
@@ -134,12 +136,12 @@ def attend_piece(
     seen_by_all = tl.where(first_query < new, (past + first_query + 1) // BLOCK_N * BLOCK_N, 0)
     end = tl.where(first_query < new, end, 0)
     row_max, row_sum, sums = attend_range(
-        query, key_ptr, value_ptrs, row_max, row_sum, sums, 0, seen_by_all, past + i, scale * LOG2_E, HEAD_DIM,
-        VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED, BLOCK_N, MEMBERS, INTERPRETED, False,
+        query, key_ptr, value_ptrs, row_max, row_sum, sums, 0, seen_by_all, past + i, scale * LOG2_E,
+        HEAD_DIM, VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED, BLOCK_N, MEMBERS, INTERPRETED, False,
     )  # fmt: skip
     row_max, row_sum, sums = attend_range(
-        query, key_ptr, value_ptrs, row_max, row_sum, sums, seen_by_all, end, past + i, scale * LOG2_E, HEAD_DIM,
-        VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED, BLOCK_N, MEMBERS, INTERPRETED, True,
+        query, key_ptr, value_ptrs, row_max, row_sum, sums, seen_by_all, end, past + i, scale * LOG2_E,
+        HEAD_DIM, VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED, BLOCK_N, MEMBERS, INTERPRETED, True,
     )  # fmt: skip
 
     from_probe = (exact != 0) & (past == 0)
@@ -191,15 +193,15 @@ def prefill_kernel(
     if piece < full:
         attend_piece(
             query_ptr, present_key_ptr, present_value_ptr, present_head_map_ptr, plan_row,
-            order_ptr + piece * MEMBERS, output_ptr, row, first_query, past, new, tokens, capacity, kept, exact, scale,
-            HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM, PROBE, HEAD_DIM_PADDED, VALUE_DIM_PADDED, BLOCK_M, BLOCK_N, MEMBERS,
-            INTERPRETED,
+            order_ptr + piece * MEMBERS, output_ptr, row, first_query, past, new, tokens, capacity, kept,
+            exact, scale, HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM, PROBE, HEAD_DIM_PADDED, VALUE_DIM_PADDED,
+            BLOCK_M, BLOCK_N, MEMBERS, INTERPRETED,
         )  # fmt: skip
-    elif MEMBERS > 1:
+    elif MEMBERS > 1:  # decided when compiling  # noqa: SIM102
         if piece < full + HEADS - full * MEMBERS:
             attend_piece(
                 query_ptr, present_key_ptr, present_value_ptr, present_head_map_ptr, plan_row,
-                order_ptr + full * (MEMBERS - 1) + piece, output_ptr, row, first_query, past, new, tokens, capacity,
-                kept, exact, scale, HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM, PROBE, HEAD_DIM_PADDED, VALUE_DIM_PADDED,
-                BLOCK_M, BLOCK_N, 1, INTERPRETED,
+                order_ptr + full * (MEMBERS - 1) + piece, output_ptr, row, first_query, past, new, tokens,
+                capacity, kept, exact, scale, HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM, PROBE, HEAD_DIM_PADDED,
+                VALUE_DIM_PADDED, BLOCK_M, BLOCK_N, 1, INTERPRETED,
             )  # fmt: skip

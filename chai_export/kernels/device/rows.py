@@ -4,7 +4,7 @@ Lengths and maps live on the device and are clamped here, so that no address com
 tensor whatever they hold. A row that does not fit its cache (n + m > C) is treated as inactive.
 """
 
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import triton
 import triton.language as tl
@@ -14,18 +14,21 @@ UNUSED = tl.constexpr(-1)
 
 @triton.jit
 def row_lengths(past_lengths_ptr, lengths_ptr, row, tokens, capacity):
-    """Cached tokens n and new tokens m of a row; m is 0 for an inactive row and for one that does not fit."""
+    """Cached tokens n and new tokens m of a row; m is 0 for rows that are inactive or do not fit."""
     past = tl.minimum(tl.maximum(tl.load(past_lengths_ptr + row), 0), capacity)
     new = tl.minimum(tl.maximum(tl.load(lengths_ptr + row), 0), tokens)
     return past, tl.where(past + new <= capacity, new, 0)
 
 
 @triton.jit
-def representatives(map_ptr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr):
-    """A row's map as int32 [HEADS_PADDED] with entries forced into 0 … H-1; padding repeats head 0's entry."""
+def stored_map(map_ptr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr):
+    """A row's map as it is stored, int32 [HEADS_PADDED], and the same with entries forced into 0 … H-1.
+
+    Padding repeats head 0's entry, so that it keeps no KV head of its own.
+    """
     heads = tl.arange(0, HEADS_PADDED)
     entries = tl.load(map_ptr + tl.where(heads < HEADS, heads, 0))
-    return tl.minimum(tl.maximum(entries, 0), HEADS - 1)
+    return entries, tl.minimum(tl.maximum(entries, 0), HEADS - 1)
 
 
 @triton.jit
@@ -69,7 +72,11 @@ def store_slots(
     tl.store(plan_ptr + kv_heads, slots, mask=kv_heads < KV_HEADS)
     kv_of_slot = plan_ptr + KV_HEADS
     tl.store(kv_of_slot + slots, kv_heads, mask=slots >= 0)
-    tl.store(kv_of_slot + kv_heads, tl.full([KV_PADDED], UNUSED, tl.int32), mask=(kv_heads >= used) & (kv_heads < kept))
+    tl.store(
+        kv_of_slot + kv_heads,
+        tl.full([KV_PADDED], UNUSED, tl.int32),
+        mask=(kv_heads >= used) & (kv_heads < kept),
+    )
     of_head = (head_map // group)[:, None] == kv_heads[None, :]
     slot_of_head = tl.max(tl.where(of_head, slots[None, :], 0), axis=1)
     tl.store(plan_ptr + 2 * KV_HEADS + heads, slot_of_head * group + head_map % group, mask=heads < HEADS)

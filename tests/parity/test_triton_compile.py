@@ -1,0 +1,206 @@
+"""Compilation ahead of time without a GPU: every architecture, a complete index, the same bytes each time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import chai_export
+from chai_export.errors import ChaiError
+from chai_export.kernels import Spec, compile
+from chai_export.kernels.blocks import architectures
+from chai_export.kernels.formula import evaluate
+
+triton = pytest.importorskip("triton")
+
+SMALL = Spec("float16", 4, 2, 32, 32)
+RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-kernel-resources.json"
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB per block, CUDA programming guide
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SYMBOLS = {"B": 3, "S": 1, "R": 1, "C": 100, "online": 1, "H": 4, "G": 2, "D": 32, "Dv": 32, "P": 5}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, Path]:
+    """Index of the small model for each architecture."""
+    root = tmp_path_factory.mktemp("kernels")
+    with ThreadPoolExecutor(2) as pool:
+        indexes = pool.map(lambda arch: compile(SMALL, arch, root / f"sm_{arch}"), architectures())
+        return dict(zip(architectures(), indexes, strict=True))
+
+
+def _load(index: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(index.read_text())
+    return loaded
+
+
+def test_every_architecture_has_all_kernels(compiled: Mapping[int, Path]) -> None:
+    assert set(compiled) == set(SHARED_LIMIT)
+    for arch, index_path in compiled.items():
+        index = _load(index_path)
+        assert index["architecture"] == arch
+        assert [launch["kernel"] for launch in index["launches"]] == [
+            "probe_kernel",
+            "head_map_kernel",
+            "append_kernel",
+            "prefill_kernel",
+            "decode_begin_kernel",
+            "decode_scores_kernel",
+            "decode_values_kernel",
+            "decode_merge_kernel",
+        ]
+        for launch in index["launches"]:
+            cubin = (index_path.parent / launch["file"]).read_bytes()
+            assert cubin.startswith(b"\x7fELF")
+            assert hashlib.sha256(cubin).hexdigest() == launch["sha256"]
+            assert launch["target"] == f"sm_{arch}{'a' if arch >= 90 else ''}"
+            assert launch["shared_bytes"] <= SHARED_LIMIT[arch] * 1024
+
+
+def test_formulas_of_the_index_need_only_its_symbols(compiled: Mapping[int, Path]) -> None:
+    index = _load(compiled[90])
+    assert set(index["symbols"]) == set(SYMBOLS)
+    for launch in index["launches"]:
+        assert evaluate(launch["when"], SYMBOLS) in (0, 1)
+        assert all(1 <= evaluate(formula, SYMBOLS) < 65536 for formula in launch["grid"])
+        for argument in launch["arguments"]:
+            if argument["type"] == "int32":
+                evaluate(argument["value"], SYMBOLS)
+    for section in index["workspace"]:
+        assert evaluate(section["count"], SYMBOLS) > 0
+
+
+def test_every_tensor_argument_is_known(compiled: Mapping[int, Path]) -> None:
+    index = _load(compiled[90])
+    known = {section["name"] for section in index["workspace"]} | {
+        "query", "key", "value", "past_head_map", "past_lengths", "lengths",
+        "output", "present_key", "present_value", "present_head_map",
+    }  # fmt: skip
+    used = {argument.get("tensor") for launch in index["launches"] for argument in launch["arguments"]}
+    assert used - {None} == known
+
+
+@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton carries no cuobjdump")
+@pytest.mark.parametrize("arch", [80, 90, 120])
+def test_index_lists_the_parameters_that_the_cubin_has(compiled: Mapping[int, Path], arch: int) -> None:
+    """Sizes of all parameters, hidden ones included, as the cubin itself declares them."""
+    size = {"pointer": 8, "int32": 4, "float32": 4}
+    for launch in _load(compiled[arch])["launches"]:
+        cubin = compiled[arch].parent / launch["file"]
+        dump = subprocess.run([CUOBJDUMP, "-elf", cubin], capture_output=True, text=True, check=True).stdout
+        found = re.findall(r"Ordinal\s*:\s*0x(\w+)\s+Offset\s*:\s*0x\w+\s+Size\s*:\s*0x(\w+)", dump)
+        sizes = [int(bytes_, 16) for _, bytes_ in sorted(found, key=lambda pair: int(pair[0], 16))]
+        assert sizes == [size[argument["type"]] for argument in launch["arguments"]], launch["kernel"]
+
+
+def test_same_source_gives_the_same_bytes_in_another_folder(
+    compiled: Mapping[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of the package elsewhere, and settings of the caller that would change the code if used."""
+    package = tmp_path / "elsewhere" / "chai_export"
+    source = Path(chai_export.__file__).parent
+    for part in ("__init__.py", "errors.py", "kernels"):
+        copy = shutil.copytree if (source / part).is_dir() else shutil.copy
+        package.mkdir(parents=True, exist_ok=True)
+        copy(source / part, package / part)
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "0")
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    program = (
+        "from chai_export.kernels import Spec, compile\n"
+        "compile(Spec('float16', 4, 2, 32, 32), 90, 'out', only=['decode_scores_kernel', 'append_kernel'])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
+    first = {launch["kernel"]: launch for launch in _load(compiled[90])["launches"]}
+    second = _load(tmp_path / "out" / "index.json")
+    assert second["source_sha256"] == _load(compiled[90])["source_sha256"]
+    assert len(second["launches"]) == 2
+    for launch in second["launches"]:
+        assert launch == first[launch["kernel"]]
+        file = tmp_path / "out" / launch["file"]
+        assert file.read_bytes() == (compiled[90].parent / launch["file"]).read_bytes()
+        assert str(tmp_path).encode() not in file.read_bytes()
+
+
+def test_registers_and_spills_are_as_recorded(compiled: Mapping[int, Path]) -> None:
+    """With the recorded Triton the figures are equal; with another one, nothing of the small model spills."""
+    record = json.loads(RECORD.read_text())
+    for arch, index_path in compiled.items():
+        _compare_with_record(_load(index_path), record, "small", arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [89, 90])
+@pytest.mark.parametrize("name", ["llama-7b", "grouped", "multi-query", "float32", "float32-256", "odd"])
+def test_larger_models_compile_and_keep_their_registers(name: str, arch: int, tmp_path: Path) -> None:
+    record = json.loads(RECORD.read_text())
+    index = _load(compile(Spec(**record["specs"][name]), arch, tmp_path))
+    assert all(launch["shared_bytes"] <= SHARED_LIMIT[arch] * 1024 for launch in index["launches"])
+    _compare_with_record(index, record, name, arch)
+
+
+def test_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ChaiError, match="no GPU kernels for sm_75; choose one of 80, 86"):
+        compile(SMALL, 75, tmp_path)
+
+
+def test_a_failing_compiler_leaves_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chai_export.kernels.ahead_of_time.PINNED_ENVIRONMENT", {"PYTHONHOME": "/nowhere"})
+    with pytest.raises(ChaiError, match="compiling the GPU kernels for sm_90 failed"):
+        compile(SMALL, 90, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_outside_the_limits_is_refused() -> None:
+    with pytest.raises(ChaiError, match="up to 256, got 288"):
+        Spec("float16", 4, 4, 288, 288)
+    with pytest.raises(ChaiError, match="1 to 128 query heads, got 256"):
+        Spec("float16", 256, 8, 64, 64)
+    with pytest.raises(ChaiError, match="not a multiple of 3 KV heads"):
+        Spec("float16", 4, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("formula", "value"),
+    [
+        ("S 64 cdiv", 3),
+        ("B R * H +", 10),
+        ("R G <", 1),
+        ("S 1 ==", 0),
+        ("8 C min", 8),
+        ("8 C max", 100),
+        ("7 2 -", 5),
+    ],
+)
+def test_formulas_are_evaluated_left_to_right(formula: str, value: int) -> None:
+    assert evaluate(formula, {**SYMBOLS, "S": 130, "B": 6}) == value
+
+
+@pytest.mark.parametrize("formula", ["", "S S", "S +", "S X *"])
+def test_a_broken_formula_is_an_error(formula: str) -> None:
+    with pytest.raises(ValueError, match="formula"):
+        evaluate(formula, SYMBOLS)
+
+
+def _compare_with_record(index: dict[str, Any], record: dict[str, Any], name: str, arch: int) -> None:
+    recorded = record["figures"][name][f"sm_{arch}"]
+    for launch in index["launches"]:
+        figures = launch["resources"] | {"shared_bytes": launch["shared_bytes"]}
+        if index["triton"] == record["triton"]:
+            assert figures == recorded[launch["kernel"]], (
+                f"{launch['kernel']} on sm_{arch}; if meant, record it"
+            )
+        elif not recorded[launch["kernel"]]["spill_store_bytes"]:
+            assert figures["spill_store_bytes"] == 0, f"{launch['kernel']} spills on sm_{arch}"
