@@ -1,0 +1,385 @@
+"""libchai_tensorrt.so in the real lean runtime of TensorRT, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import chai_export
+from chai_export.kernels.blocks import choose
+from chai_export.kernels.program import build_program
+from chai_export.kernels.spec import Shape, Spec
+
+LIBRARY = Path(chai_export.__file__).parent / "libchai_tensorrt.so"
+PROBE_SOURCE = Path(__file__).parents[2] / "plugins/tests/tensorrt/probe.cpp"
+SPEC = Spec("float16", 4, 2, 16, 16, 5)
+ARCHITECTURE = 90
+NAME = ("ClusteredHeadAttention", "1", "chai")
+FLOAT, HALF, INT8, INT32, BOOL, BF16 = 0, 1, 2, 3, 4, 7
+"""Values of nvinfer1::DataType."""
+LINEAR, CHW2, HWC8 = 0, 1, 2
+"""Values of nvinfer1::TensorFormat."""
+DTYPE_VALUES = {"float32": FLOAT, "float16": HALF, "bfloat16": BF16}
+
+trt: Any
+try:
+    trt = importlib.import_module("tensorrt_lean_bindings")
+except ImportError:
+    trt = None
+
+pytestmark = [
+    pytest.mark.skipif(trt is None, reason="the lean runtime is not installed: pip install 'chai-export[dev]'"),
+    pytest.mark.skipif(
+        not LIBRARY.is_file(),
+        reason="libchai_tensorrt.so was not built: set TensorRT_ROOT to TensorRT's headers and install again",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def creator() -> Iterator[Any]:
+    registry = trt.get_plugin_registry()
+    handle = registry.load_library(str(LIBRARY))
+    assert handle is not None
+    yield registry.get_creator(*NAME)
+    registry.deregister_library(handle)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from chai_export.kernels.ahead_of_time import compile as compile_kernels
+
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'chai-export[dev]'")
+    return compile_kernels(SPEC, ARCHITECTURE, tmp_path_factory.mktemp("kernels")).parent
+
+
+def of_dtype(kernels: Path, dtype: str, directory: Path) -> Path:
+    """The same kernels under an index that says another dtype: nothing here runs them."""
+    shutil.copytree(kernels, directory, dirs_exist_ok=True)
+    index = json.loads((kernels / "index.json").read_text())
+    index["spec"]["dtype"] = dtype
+    (directory / "index.json").write_text(json.dumps(index))
+    return directory
+
+
+def node_fields(directory: Path, **changes: Any) -> dict[str, tuple[Any, Any]]:
+    values = {
+        "scale": np.array([0.0], np.float32),
+        "probe_tokens": np.array([5], np.int32),
+        "online": np.array([1], np.int32),
+        "kernel_directory": str(directory).encode(),
+        **changes,
+    }
+    types = {
+        "scale": trt.PluginFieldType.FLOAT32,
+        "kernel_directory": trt.PluginFieldType.CHAR,
+        "kernels": trt.PluginFieldType.UNKNOWN,
+    }
+    return {k: (v, types.get(k, trt.PluginFieldType.INT32)) for k, v in values.items() if v is not None}
+
+
+def create(creator: Any, fields: dict[str, tuple[Any, Any]], phase: str = "BUILD") -> Any:
+    collection = trt.PluginFieldCollection([trt.PluginField(n, v, t) for n, (v, t) in fields.items()])
+    return creator.create_plugin("layer", collection, getattr(trt.TensorRTPhase, phase))
+
+
+def test_the_library_registers_its_creator_with_name_version_and_fields(creator: Any) -> None:
+    listed = [(c.name, c.plugin_version, c.plugin_namespace) for c in trt.get_plugin_registry().all_creators]
+    assert listed.count(NAME) == 1
+    kinds = trt.PluginFieldType
+    assert [(f.name, f.type) for f in creator.field_names] == [
+        ("scale", kinds.FLOAT32),
+        ("probe_tokens", kinds.INT32),
+        ("online", kinds.INT32),
+        ("kernel_directory", kinds.CHAR),
+    ]
+
+
+LOADING = """
+import ctypes, sys
+import tensorrt_lean_bindings as trt
+registry = trt.get_plugin_registry()
+def count():
+    return sum(c.name == "ClusteredHeadAttention" for c in registry.all_creators)
+for step in sys.argv[2:]:
+    if step == "dlopen":
+        ctypes.CDLL(sys.argv[1])
+    elif step == "load":
+        handle = registry.load_library(sys.argv[1])
+    elif step == "unload":
+        registry.deregister_library(handle)
+    print(count())
+"""
+
+
+@pytest.mark.parametrize(
+    ("steps", "counts"),
+    [
+        (["dlopen"], [1]),
+        (["load"], [1]),
+        (["dlopen", "load"], [1, 1]),
+        (["load", "dlopen"], [1, 1]),
+        (["load", "unload", "load"], [1, 0, 1]),
+        (["dlopen", "dlopen"], [1, 1]),
+    ],
+)
+def test_both_ways_of_loading_register_once(steps: list[str], counts: list[int]) -> None:
+    command = [sys.executable, "-c", LOADING, str(LIBRARY), *steps]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert [int(line) for line in done.stdout.split()] == counts
+
+
+def test_the_library_loads_without_tensorrt_and_without_a_driver() -> None:
+    code = f"import ctypes; print(ctypes.CDLL({str(LIBRARY)!r}).chai_tensorrt_major())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert int(done.stdout) >= 10
+
+
+def test_a_plugin_is_created_from_the_attributes_of_a_node(creator: Any, kernels: Path) -> None:
+    plugin = create(creator, node_fields(kernels))
+    core = plugin.get_capability_interface(trt.PluginCapabilityType.CORE)
+    assert (core.plugin_name, core.plugin_version, core.plugin_namespace) == NAME
+    build = plugin.get_capability_interface(trt.PluginCapabilityType.BUILD)
+    assert isinstance(build, trt.IPluginV3OneBuildV2)
+    assert build.num_outputs == 4
+    assert plugin.get_capability_interface(trt.PluginCapabilityType.RUNTIME) is not None
+
+
+@pytest.mark.parametrize("missing", ["scale", "probe_tokens", "online", "kernel_directory"])
+def test_a_missing_field_is_an_error_that_names_it(
+    creator: Any, kernels: Path, missing: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert create(creator, node_fields(kernels, **{missing: None})) is None
+    assert f"field '{missing}' is missing" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"online": np.array([2], np.int32)}, "field 'online' must be 0 or 1"),
+        ({"probe_tokens": np.array([4], np.int32)}, "compiled for probe_tokens 5 and the node has 4"),
+        ({"scale": np.array([np.nan], np.float32)}, "field 'scale' must be finite"),
+        ({"scale": np.array([1, 2], np.float32)}, "field 'scale' must hold one value"),
+        ({"kernel_directory": b"/nowhere"}, "cannot read /nowhere/index.json"),
+        ({"kernels": b"damaged" * 20, "kernel_directory": None}, "the kernels in this engine are damaged"),
+        ({"window": np.array([2], np.int32)}, "unknown field 'window'"),
+    ],
+)
+def test_a_wrong_field_is_an_error_and_no_plugin(
+    creator: Any, kernels: Path, changes: dict[str, Any], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert create(creator, node_fields(kernels, **changes)) is None
+    assert message in capfd.readouterr().err
+
+
+def test_kernels_changed_after_compilation_are_refused(
+    creator: Any, kernels: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(kernels, tmp_path, dirs_exist_ok=True)
+    cubin = next(tmp_path.glob("*.cubin"))
+    cubin.write_bytes(cubin.read_bytes()[:-1] + b"\0\1")
+    assert create(creator, node_fields(tmp_path)) is None
+    assert "is not the file the index was written for" in capfd.readouterr().err
+
+
+class Probe:
+    """The plugin's C++ interface, through plugins/tests/tensorrt/probe.cpp."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        runtime = next(Path(importlib.import_module("tensorrt_lean_libs").__file__).parent.glob("libnvinfer_lean*"))
+        get_registry = ctypes.CDLL(str(runtime)).getPluginRegistry
+        get_registry.restype = ctypes.c_void_p
+        self._registry = ctypes.c_void_p(get_registry())
+        for name in ("create", "restore", "clone"):
+            self._function(name).restype = ctypes.c_void_p
+        self._function("workspace").restype = ctypes.c_int64
+
+    def _function(self, name: str) -> Any:
+        return getattr(self._library, f"probe_{name}")
+
+    def create(self, directory: Path, scale: float = 0.0, online: int = 1) -> ctypes.c_void_p:
+        path = str(directory).encode()
+        pointer = self._function("create")(self._registry, path, ctypes.c_float(scale), 5, online)
+        assert pointer
+        return ctypes.c_void_p(pointer)
+
+    def restore(self, plugin: ctypes.c_void_p) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self._function("restore")(self._registry, plugin))
+
+    def clone(self, plugin: ctypes.c_void_p) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self._function("clone")(plugin))
+
+    def destroy(self, *plugins: ctypes.c_void_p) -> None:
+        for plugin in plugins:
+            self._function("destroy")(plugin)
+
+    def fields(self, plugin: ctypes.c_void_p) -> dict[str, bytes]:
+        name, data = ctypes.c_char_p(), ctypes.c_void_p()
+        kind, length = ctypes.c_int32(), ctypes.c_int32()
+        out = [ctypes.byref(value) for value in (name, kind, length, data)]
+        found = {}
+        for i in range(self._function("field")(plugin, 99, *out)):
+            self._function("field")(plugin, i, *out)
+            size = length.value if kind.value == int(trt.PluginFieldType.UNKNOWN) else 4 * length.value
+            found[name.value.decode()] = ctypes.string_at(data, size)
+        return found
+
+    def output_types(self, plugin: ctypes.c_void_p, inputs: list[int]) -> list[int] | None:
+        outputs = (ctypes.c_int32 * 4)()
+        status = self._function("output_types")(plugin, (ctypes.c_int32 * 8)(*inputs), outputs)
+        return None if status else list(outputs)
+
+    def supports(self, plugin: ctypes.c_void_p, position: int, types: list[int], formats: list[int]) -> bool:
+        arrays = [(ctypes.c_int32 * 12)(*values) for values in (types, formats)]
+        return bool(self._function("supports")(plugin, position, *arrays))
+
+    def workspace(self, plugin: ctypes.c_void_p, shape: Shape) -> int:
+        b, s, r, c = shape.batch, shape.tokens, shape.kept, shape.capacity
+        h, g, d, dv = SPEC.num_query_heads, SPEC.num_kv_heads, SPEC.head_dim, SPEC.value_head_dim
+        shapes = [(b, h, s, d), (b, g, s, d), (b, g, s, dv), (b, r, c, d), (b, g, c, dv), (b, h), (b,), (b,)]
+        flat = [size for dims in shapes for size in (*dims, 0, 0, 0)[:4]]
+        return int(self._function("workspace")(plugin, (ctypes.c_int64 * 32)(*flat)))
+
+
+def cuda_headers() -> Path | None:
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and Path(nvcc).resolve().parents[1]]
+    found = (Path(home) / "include" for home in homes if home)
+    return next((path for path in found if (path / "cuda_runtime_api.h").is_file()), None)
+
+
+@pytest.fixture(scope="module")
+def probe(creator: Any, tmp_path_factory: pytest.TempPathFactory) -> Probe:
+    root, compiler, cuda = os.environ.get("TensorRT_ROOT"), shutil.which("g++"), cuda_headers()
+    if not root or compiler is None or cuda is None:
+        pytest.skip("compiling the probe needs g++, CUDA's headers and TensorRT_ROOT (TensorRT's headers)")
+    output = tmp_path_factory.mktemp("probe") / "libprobe.so"
+    includes = [f"-isystem{Path(root) / 'include'}", f"-isystem{cuda}"]
+    command = [compiler, "-std=c++17", "-shared", "-fPIC", *includes, str(PROBE_SOURCE), "-o", str(output)]
+    subprocess.run(command, check=True, timeout=300)
+    return Probe(output)
+
+
+def test_a_clone_and_a_restored_plugin_carry_every_field(probe: Probe, kernels: Path) -> None:
+    plugin = probe.create(kernels, scale=0.35, online=0)
+    clone, restored = probe.clone(plugin), probe.restore(plugin)
+    fields = probe.fields(plugin)
+    assert set(fields) == {"scale", "probe_tokens", "online", "kernels"}
+    assert np.frombuffer(fields["scale"], np.float32)[0] == np.float32(0.35)
+    assert np.frombuffer(fields["probe_tokens"], np.int32)[0] == 5
+    assert np.frombuffer(fields["online"], np.int32)[0] == 0
+    for cubin in kernels.glob("*.cubin"):
+        assert cubin.read_bytes() in fields["kernels"]
+    assert probe.fields(clone) == fields
+    assert probe.fields(restored) == fields
+    probe.destroy(plugin)
+    assert probe.fields(clone) == fields
+    probe.destroy(clone, restored)
+
+
+def test_an_engine_needs_no_kernel_directory(probe: Probe, kernels: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "kernels"
+    shutil.copytree(kernels, directory)
+    plugin = probe.create(directory)
+    shutil.rmtree(directory)
+    restored = probe.restore(plugin)
+    assert restored.value
+    probe.destroy(plugin, restored)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPE_VALUES))
+def test_output_types_follow_the_inputs(probe: Probe, kernels: Path, tmp_path: Path, dtype: str) -> None:
+    plugin = probe.create(of_dtype(kernels, dtype, tmp_path))
+    t = DTYPE_VALUES[dtype]
+    good = [t] * 5 + [INT32] * 3
+    assert probe.output_types(plugin, good) == [t, t, t, INT32]
+    for position in range(8):
+        wrong = list(good)
+        wrong[position] = INT8
+        assert probe.output_types(plugin, wrong) is None
+    probe.destroy(plugin)
+
+
+def formats(dtype: str) -> list[int]:
+    t = DTYPE_VALUES[dtype]
+    return [t] * 5 + [INT32] * 3 + [t] * 3 + [INT32]
+
+
+@pytest.mark.parametrize("dtype", list(DTYPE_VALUES))
+@pytest.mark.parametrize(
+    ("change", "accepted"),
+    [
+        ({}, True),
+        ({"types": {0: INT8}}, False),
+        ({"types": {5: FLOAT}}, False),
+        ({"types": {6: BOOL}}, False),
+        ({"types": {11: HALF}}, False),
+        ({"formats": {0: CHW2}}, False),
+        ({"formats": {3: HWC8}}, False),
+        ({"formats": {9: CHW2}}, False),
+        ({"formats": {11: HWC8}}, False),
+    ],
+)
+def test_the_format_table(
+    probe: Probe, kernels: Path, tmp_path: Path, dtype: str, change: dict[str, dict[int, int]], accepted: bool
+) -> None:
+    plugin = probe.create(of_dtype(kernels, dtype, tmp_path))
+    types, layouts = formats(dtype), [LINEAR] * 12
+    for position, value in change.get("types", {}).items():
+        types[position] = value
+    for position, value in change.get("formats", {}).items():
+        layouts[position] = value
+    assert all(probe.supports(plugin, p, types, layouts) for p in range(12)) == accepted
+    probe.destroy(plugin)
+
+
+def test_other_float_types_than_the_kernels_are_rejected(probe: Probe, kernels: Path) -> None:
+    plugin = probe.create(kernels)
+    for dtype in ("float32", "bfloat16"):
+        assert not probe.supports(plugin, 0, formats(dtype), [LINEAR] * 12)
+    probe.destroy(plugin)
+
+
+@pytest.mark.parametrize(
+    "shape", [Shape(1, 1, 1, 64), Shape(8, 512, 2, 4096), Shape(3, 7, 1, 100), Shape(64, 1, 2, 131072)]
+)
+def test_workspace_is_what_the_python_launcher_uses(probe: Probe, kernels: Path, shape: Shape) -> None:
+    plugin = probe.create(kernels)
+    program = build_program(SPEC, choose(SPEC, ARCHITECTURE))
+    assert probe.workspace(plugin, shape) == program.workspace_bytes(shape) > 0
+    probe.destroy(plugin)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_thousand_plugins_leave_nothing_behind(probe: Probe, kernels: Path) -> None:
+    image = len(probe.fields(first := probe.create(kernels))["kernels"])
+
+    def cycle() -> None:
+        plugin = probe.create(kernels)
+        clone, restored = probe.clone(plugin), probe.restore(plugin)
+        probe.destroy(plugin, clone, restored)
+
+    for _ in range(50):
+        cycle()
+    gc.collect()
+    before = resident_bytes()
+    for _ in range(1000):
+        cycle()
+    assert resident_bytes() - before < 100 * image  # a tenth of one leaked image per cycle would show
+    probe.destroy(first)
