@@ -1,1 +1,1 @@
-"""The rewrite: attention subgraphs become ClusteredHeadAttention nodes."""
+"""The rewrite of an ONNX decoder: find attention, prove it, replace it with ClusteredHeadAttention nodes."""

@@ -1,0 +1,91 @@
+"""The export stage: a Hugging Face model goes in, a proven bundle comes out."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from chai_export.bundle.bundle import Bundle
+    from chai_export.bundle.manifest import Source
+    from chai_export.clustering.clusters import Clusters
+    from chai_export.graph.stage import Surroundings
+
+_WORK = ".source"
+"""Directory in the unfinished bundle for the graph before the rewrite: its weights can be linked."""
+
+
+def export(
+    model: str | Path | PreTrainedModel,
+    clusters: Clusters | str | Path,
+    out_dir: str | Path,
+    *,
+    dtype: str = "float32",
+    probe_tokens: int = 5,
+    trust_remote_code: bool = False,
+) -> Bundle:
+    """Export a Hugging Face model to ONNX, rewrite its attention and write a bundle.
+
+    Args:
+        model: directory or hub id, or a loaded causal language model.
+        clusters: how many KV heads each layer keeps, or the path of a clusters.json.
+        out_dir: the bundle's directory; an earlier bundle there is replaced in one step.
+        dtype: "float32", "float16" or "bfloat16", of weights and caches.
+        probe_tokens: P, the tokens that decide the head map of a request.
+        trust_remote_code: run Python code that the model brings along.
+
+    Raises:
+        ChaiError: the model cannot be loaded or expressed (layer and reason), clusters do not fit, the proof
+            fails, or the output cannot be written.
+    """
+    from chai_export.bundle.atomic import atomic_directory
+    from chai_export.bundle.bundle import Bundle
+    from chai_export.export.torch_export import export_onnx
+    from chai_export.graph.stage import load_clusters, write_bundle
+    from chai_export.models.loading import load_model
+
+    chosen = load_clusters(clusters)
+    loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    source, surroundings = _describe(model, loaded, chosen)
+    with atomic_directory(out_dir) as directory:
+        work = directory / _WORK
+        work.mkdir()
+        path = export_onnx(loaded, work)
+        # The torch weights are on disk now; the rewrite must not pay for them in memory.
+        del loaded
+        gc.collect()
+        write_bundle(
+            path, chosen, directory, source=source, surroundings=surroundings, probe_tokens=probe_tokens,
+            remove=work,
+        )  # fmt: skip
+    return Bundle.load(out_dir)
+
+
+def _describe(
+    model: str | Path | PreTrainedModel, loaded: PreTrainedModel, clusters: Clusters
+) -> tuple[Source, Surroundings]:
+    """Where the model came from and what comes with it; checks the clusters before any work is done.
+
+    Raises:
+        ChaiError: clusters do not fit the model, or its tokenizer is damaged.
+    """
+    from chai_export.bundle.manifest import Source
+    from chai_export.graph.stage import Surroundings
+    from chai_export.models.geometry import describe
+    from chai_export.models.loading import load_tokenizer
+
+    geometry = describe(loaded.config)
+    clusters.check(geometry)
+    named = isinstance(model, str | Path)
+    name = Path(model).name if named else str(loaded.config.name_or_path or type(loaded).__name__)
+    surroundings = Surroundings(
+        tokenizer=load_tokenizer(model) if named else None,
+        config=loaded.config,
+        generation_config=loaded.generation_config,
+        max_positions=geometry.max_positions,
+        context_length=geometry.context_length,
+    )
+    return Source(kind="hf", name=name, model_type=geometry.model_type), surroundings

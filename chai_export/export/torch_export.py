@@ -1,0 +1,169 @@
+"""A Hugging Face causal language model to ONNX with flat past and present tensors (torch.onnx, dynamo)."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chai_export.errors import ChaiError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from transformers import PreTrainedModel
+
+DECODER_FILE = "decoder.onnx"
+DEFAULT_OPSET = 23
+"""Attention, RotaryEmbedding and RMSNormalization are single nodes from opset 23: the smallest graph."""
+
+# Sizes of the traced example. All differ, and none is 1, so that no two dims are taken for the same one.
+_BATCH, _TOKENS, _PAST = 2, 3, 5
+
+
+def export_onnx(
+    model: PreTrainedModel, directory: Path, *, opset: int = DEFAULT_OPSET, attention: str = "sdpa"
+) -> Path:
+    """Write ``directory/decoder.onnx`` with its weights in ``decoder.onnx.data``.
+
+    The graph has inputs input_ids int64 [batch, tokens], attention_mask int64 [batch, past + tokens],
+    position_ids int64 [batch, tokens] (if the model takes them), past_key_values.{i}.key and .value
+    [batch, G, past, D]; outputs logits [batch, tokens, V], present.{i}.key and .value. Weights are written
+    one at a time; no second copy of them is held.
+
+    Args:
+        model: a causal language model on the CPU, in the dtype to export.
+        directory: an existing directory.
+        opset: 18 … 24. From 23 on attention is one ``Attention`` node.
+        attention: transformers' implementation to trace, "sdpa" or "eager".
+
+    Returns:
+        The path of decoder.onnx.
+
+    Raises:
+        ChaiError: the model cannot be traced.
+    """
+    import onnx_ir as ir
+
+    ir_model = trace(model, opset=opset, attention=attention)
+    path = directory / DECODER_FILE
+    ir.save(ir_model, path, external_data=f"{DECODER_FILE}.data")
+    return path
+
+
+def trace(model: PreTrainedModel, *, opset: int, attention: str) -> ir.Model:
+    """The optimised ONNX graph of ``model``; its initializers still view the torch parameters.
+
+    Raises:
+        ChaiError: the model cannot be traced.
+    """
+    import torch
+
+    from chai_export.export.families import FlatCacheDecoder, cache_shapes, takes_position_ids
+
+    shapes = cache_shapes(model)
+    dtype = model.dtype
+    past = [
+        (torch.zeros(_BATCH, kg, _PAST, kd, dtype=dtype), torch.zeros(_BATCH, vg, _PAST, vd, dtype=dtype))
+        for (kg, kd), (vg, vd) in shapes
+    ]
+    arguments: dict[str, Any] = {
+        "input_ids": torch.zeros(_BATCH, _TOKENS, dtype=torch.int64),
+        "attention_mask": torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.int64),
+        "past_key_values": past,
+    }
+    cache_dims = {0: "batch", 2: "past"}
+    dims: dict[str, Any] = {
+        "input_ids": {0: "batch", 1: "tokens"},
+        "attention_mask": {0: "batch", 1: "total"},
+        "past_key_values": [(cache_dims, cache_dims) for _ in shapes],
+    }
+    caches = [f"{{}}.{i}.{part}" for i in range(len(shapes)) for part in ("key", "value")]
+    names = ["input_ids", "attention_mask", *(name.format("past_key_values") for name in caches)]
+    if takes_position_ids(model):
+        positions = torch.arange(_PAST, _PAST + _TOKENS).expand(_BATCH, _TOKENS).contiguous()
+        arguments["position_ids"] = positions
+        dims["position_ids"] = {0: "batch", 1: "tokens"}
+        names.append("position_ids")
+    with _attention(model, attention), _quiet():
+        try:
+            program = torch.onnx.export(
+                FlatCacheDecoder(model),
+                kwargs=arguments,
+                dynamic_shapes=dims,
+                input_names=names,
+                output_names=["logits", *(name.format("present") for name in caches)],
+                opset_version=opset,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+        except Exception as error:
+            # torch raises many types here, and the first line of the root cause is what helps.
+            reason = str(_root(error)).strip().splitlines()
+            raise ChaiError(
+                f"torch.onnx.export cannot trace {type(model).__name__} at opset {opset} "
+                f"({reason[0] if reason else type(error).__name__}); try another opset or another model"
+            ) from error
+    if program is None:
+        raise ChaiError(f"torch.onnx.export returned nothing for {type(model).__name__}; update torch")
+    return _optimised(program.model)
+
+
+def _optimised(model: ir.Model) -> ir.Model:
+    """Fold constants and fuse as torch.onnx does by itself, but leave weights where they are."""
+    from onnxscript import optimizer
+    from onnxscript.rewriter import onnx_fusions
+
+    from chai_export.export.lazy_transpose import fold_weight_transposes
+
+    def is_small(node: ir.Node) -> bool | None:
+        tensors = [value.const_value for value in node.inputs if value is not None]
+        return False if any(t is not None and t.size > _LARGEST_FOLDED for t in tensors) else None
+
+    optimizer.optimize_ir(model, should_fold=is_small)
+    onnx_fusions.fuse(model)
+    fold_weight_transposes(model)
+    return model
+
+
+_LARGEST_FOLDED = 8192
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Trace with the given attention implementation and leave the model as it was."""
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(implementation)
+    except ValueError:
+        # Some families have eager attention only.
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch.onnx: it warns about optional packages and its own internals."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

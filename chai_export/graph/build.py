@@ -1,0 +1,58 @@
+"""Make nodes: a small helper so that rewrites read like the graph they write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+
+class Builder:
+    """Creates nodes and constants at the end of ``graph``; the caller sorts the graph afterwards."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self._constants: dict[tuple[int, ...] | int, ir.Value] = {}
+
+    def op(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        name: str | None = None,
+        domain: str = "",
+        outputs: tuple[str, ...] = (),
+        **attributes: Any,
+    ) -> ir.Value:
+        """Append a node and return its first output; ``outputs`` names them all."""
+        values = [ir.Value(name=output) for output in outputs] or [ir.Value(name=name)]
+        node = ir.node(op_type, inputs, attributes or None, domain=domain, outputs=values, name=name)
+        self.graph.append(node)
+        return node.outputs[0]
+
+    def integers(self, *numbers: int) -> ir.Value:
+        """A constant int64 vector."""
+        return self._constant(tuple(numbers), np.array(numbers, dtype=np.int64))
+
+    def integer(self, number: int) -> ir.Value:
+        """A constant int64 scalar."""
+        return self._constant(number, np.array(number, dtype=np.int64))
+
+    def _constant(self, key: tuple[int, ...] | int, array: Any) -> ir.Value:
+        if key not in self._constants:
+            name = "int64_" + "_".join(str(n).replace("-", "m") for n in np.atleast_1d(array))
+            name += "" if array.ndim else "_scalar"
+            value = ir.Value(
+                name=name,
+                shape=ir.Shape(array.shape),
+                type=ir.TensorType(ir.DataType.INT64),
+                const_value=ir.Tensor(array, name=name),
+            )
+            self.graph.register_initializer(value)
+            self._constants[key] = value
+        return self._constants[key]
+
+
+def graph_input(name: str, dtype: ir.DataType, dims: list[str | int]) -> ir.Value:
+    """A value to be put among the inputs of a graph."""
+    return ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(dtype))

@@ -1,0 +1,146 @@
+"""Run every matcher over a graph and prove the masks of what they find."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from chai_export.errors import ChaiError
+from chai_export.graph import match_attention_op, match_softmax
+from chai_export.graph.mask import MaskError, MaskProver
+from chai_export.graph.roles import Roles, find_roles
+from chai_export.graph.site import AttentionSite, NoMatch, Refusal
+
+Matcher = tuple[Callable[[ir.Node], bool], Callable[[ir.Node, int], AttentionSite]]
+
+MATCHERS: tuple[Matcher, ...] = (
+    (match_attention_op.is_anchor, match_attention_op.match),
+    (match_softmax.is_anchor, match_softmax.match),
+)
+"""Anchor test and matcher of each form. A node is an anchor of at most one of them."""
+
+Finding = AttentionSite | Refusal
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All anchors of a graph in order, with the roles of its inputs (None if nothing matched).
+
+    ``longest_past`` is how far the masks were proven to be plain, in tokens.
+    """
+
+    findings: tuple[Finding, ...]
+    roles: Roles | None
+    longest_past: int = 0
+
+    @property
+    def sites(self) -> list[AttentionSite]:
+        """What matched, by layer."""
+        return [finding for finding in self.findings if isinstance(finding, AttentionSite)]
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """What did not."""
+        return [finding for finding in self.findings if isinstance(finding, Refusal)]
+
+
+def survey(model: ir.Model) -> Survey:
+    """Find and check every attention of a normalised model; the model is not changed.
+
+    Raises:
+        ChaiError: an input of the graph is unknown.
+    """
+    graph = model.graph
+    opset = model.opset_imports.get("", 0)
+    findings = [finding for node in graph if (finding := _match(node, opset)) is not None]
+    findings = [_with_layer(finding, index) for index, finding in enumerate(findings)]
+    findings = _without_shared_caches(findings)
+    sites = [finding for finding in findings if isinstance(finding, AttentionSite)]
+    if not sites:
+        return Survey(tuple(findings), None)
+    roles = find_roles(graph, _caches(graph, sites))
+    prover = MaskProver(graph, roles)
+    checked: list[Finding] = []
+    longest = []
+    for finding in findings:
+        if isinstance(finding, Refusal):
+            checked.append(finding)
+            continue
+        try:
+            proof = prover.prove(finding)
+        except MaskError as error:
+            checked.append(Refusal(finding.anchor, None, str(error), 5, finding.layer))
+            continue
+        longest.append(proof.longest_past)
+        checked.append(replace(finding, scale=finding.scale * proof.scale))
+    return Survey(tuple(checked), roles, min(longest, default=0))
+
+
+def require_sites(found: Survey) -> list[AttentionSite]:
+    """The sites, if every anchor matched.
+
+    Raises:
+        ChaiError: nothing matched, or something was refused; names layer, node and reason.
+    """
+    if not found.findings:
+        raise ChaiError(
+            "no attention found: the graph has no Attention node and no Softmax between two MatMuls; "
+            "export a decoder-only language model with past key/values (see `chai-export inspect`)"
+        )
+    if found.refusals:
+        nearest = max(found.refusals, key=lambda refusal: (refusal.depth, -(refusal.layer or 0)))
+        first = found.refusals[0] if found.sites else nearest
+        count = len(found.refusals)
+        others = f" ({count} of {len(found.findings)} attentions refused)" if count > 1 else ""
+        raise ChaiError(
+            f"{first.where()}: {first.reason}{others}; choose a model with plain causal attention and "
+            "past key/values, or see `chai-export rewrite --explain`"
+        )
+    return found.sites
+
+
+def _match(node: ir.Node, opset: int) -> Finding | None:
+    for is_anchor, match in MATCHERS:
+        if is_anchor(node):
+            try:
+                return match(node, opset)
+            except NoMatch as miss:
+                return Refusal(node, miss.node, miss.reason, miss.depth)
+    return None
+
+
+def _with_layer(finding: Finding, index: int) -> Finding:
+    return replace(finding, layer=index)
+
+
+def _without_shared_caches(findings: list[Finding]) -> list[Finding]:
+    """Refuse sites that read a cache which an earlier site reads already."""
+    owner: dict[ir.Value, int] = {}
+    result: list[Finding] = []
+    for finding in findings:
+        if isinstance(finding, AttentionSite):
+            caches = (finding.key.past, finding.value.past)
+            shared = [owner[cache] for cache in caches if cache in owner]
+            if caches[0] is caches[1]:
+                reason = "keys and values lie in one cache, a form not supported yet"
+                finding = Refusal(finding.anchor, None, reason, 4, finding.layer)  # noqa: PLW2901
+            elif shared:
+                reason = f"it reads the cache of layer {shared[0]} (keys and values shared across layers)"
+                finding = Refusal(finding.anchor, None, reason, 4, finding.layer)  # noqa: PLW2901
+            else:
+                owner.update(dict.fromkeys(caches, finding.layer))
+        result.append(finding)
+    return result
+
+
+_PAST_NAME = re.compile(r"past|cache", re.IGNORECASE)
+
+
+def _caches(graph: ir.Graph, sites: list[AttentionSite]) -> list[ir.Value]:
+    """Caches of the sites, and inputs named like caches (of attentions that were refused)."""
+    own = [cache for site in sites for cache in (site.key.past, site.value.past)]
+    named = [v for v in graph.inputs if v not in own and v.name and _PAST_NAME.search(v.name)]
+    return own + [value for value in named if value.shape is not None and len(value.shape) == 4]

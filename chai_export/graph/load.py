@@ -1,0 +1,163 @@
+"""Read an ONNX file and bring it into the one form that the matchers expect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from chai_export.errors import ChaiError
+
+INLINE_BYTES = 1024
+"""Initializers up to this size are kept in the ONNX file itself."""
+
+_PREFERRED = ("decoder.onnx", "model.onnx", "decoder_model.onnx")
+
+
+def find_onnx(path: Path) -> Path:
+    """The ONNX file at ``path``, or the one inside it if it is a directory.
+
+    Raises:
+        ChaiError: there is none, or several and none has a usual name.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ChaiError(f"{path} does not exist; name an ONNX file or a directory that holds one")
+    found = sorted(path.glob("*.onnx"))
+    usual = [path / name for name in _PREFERRED if (path / name) in found]
+    if len(found) != 1 and not usual:
+        names = ", ".join(file.name for file in found)
+        raise ChaiError(
+            f"{path} holds {'several ONNX files: ' + names if found else 'no ONNX file'}; "
+            "name the ONNX file itself"
+        )
+    return usual[0] if usual else found[0]
+
+
+def read_model(path: Path) -> ir.Model:
+    """Read an ONNX file; external weights stay on disk until they are used.
+
+    Raises:
+        ChaiError: it is missing or damaged, or external data is missing or too short.
+    """
+    file = find_onnx(path)
+    try:
+        model = ir.load(file)
+    except Exception as error:  # protobuf and onnx_ir raise whatever the damaged bytes provoke
+        raise ChaiError(
+            f"{file} is not a readable ONNX model ({_one_line(error)}); export or download it again"
+        ) from error
+    if not model.graph.outputs or not len(model.graph):
+        raise ChaiError(f"{file} is not a readable ONNX model (its graph is empty); export it again")
+    _check_external_data(file, model)
+    return model
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Read an ONNX file and normalise it: see :func:`normalise`.
+
+    Raises:
+        ChaiError: as :func:`read_model`; or the graph is malformed, or uses no standard operators.
+    """
+    model = read_model(path)
+    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
+    if opset is None:
+        raise ChaiError(f"{path} imports no standard ONNX operators; it is not a language model")
+    try:
+        normalise(model)
+    except ChaiError:
+        raise
+    except Exception as error:  # a graph with dangling names or cycles breaks passes in many ways
+        raise ChaiError(f"{path} has a malformed graph ({_one_line(error)}); export it again") from error
+    return model
+
+
+def normalise(model: ir.Model) -> None:
+    """Bring a model into the form that matchers rely on, without changing what it computes.
+
+    1. Constants are initializers, of the main graph; initializers are no graph inputs.
+    2. Identity nodes are gone, and casts to the type that a value has already.
+    3. A widening cast directly undone is gone (float16 → float32 → float16).
+    4. Initializers of up to a kilobyte are in memory, larger ones stay where they are.
+    5. Nodes stand in topological order, unused ones are gone, every value has a unique name.
+    """
+    ir.passes.Sequential(
+        common.RemoveInitializersFromInputsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.TopologicalSortPass(),
+        common.IdentityEliminationPass(),
+    )(model)
+    _remove_idle_casts(model.graph)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= INLINE_BYTES:
+            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+    ir.passes.Sequential(common.RemoveUnusedNodesPass(), common.NameFixPass())(model)
+
+
+_WIDER: dict[ir.DataType, set[ir.DataType]] = {
+    ir.DataType.FLOAT16: {ir.DataType.FLOAT, ir.DataType.DOUBLE},
+    ir.DataType.BFLOAT16: {ir.DataType.FLOAT, ir.DataType.DOUBLE},
+    ir.DataType.FLOAT: {ir.DataType.DOUBLE},
+    ir.DataType.INT32: {ir.DataType.INT64},
+}
+
+
+def _remove_idle_casts(graph: ir.Graph) -> None:
+    for node in list(graph):
+        source = node.inputs[0] if node.op_type == "Cast" and node.domain == "" else None
+        if source is None or node.outputs[0].is_graph_output():
+            continue
+        target = ir.DataType(node.attributes["to"].as_int())
+        before = source.producer()
+        if source.dtype == target:
+            replacement = source
+        elif (
+            before is not None
+            and before.op_type == "Cast"
+            and before.inputs[0] is not None
+            and before.inputs[0].dtype == target
+            and source.dtype in _WIDER.get(target, ())
+        ):
+            replacement = before.inputs[0]
+        else:
+            continue
+        ir.convenience.replace_all_uses_with(node.outputs[0], replacement)
+        graph.remove(node, safe=True)
+
+
+def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
+    """The initializers whose bytes lie in other files."""
+    values = model.graph.initializers.values()
+    return [value.const_value for value in values if isinstance(value.const_value, ir.ExternalTensor)]
+
+
+def _check_external_data(file: Path, model: ir.Model) -> None:
+    sizes: dict[Path, int] = {}
+    for tensor in external_tensors(model):
+        data = Path(tensor.path)
+        inside = data.resolve().is_relative_to(file.resolve().parent)
+        if not inside:
+            raise ChaiError(
+                f"{file} refers to weights outside its directory ({tensor.location}); move them in"
+            )
+        if data not in sizes:
+            if not data.is_file():
+                raise ChaiError(
+                    f"{file} needs its weights in {data.name}, which is missing; "
+                    f"put that file into {data.parent}"
+                )
+            sizes[data] = data.stat().st_size
+        length = tensor.length if tensor.length is not None else tensor.nbytes
+        if (tensor.offset or 0) + length > sizes[data] or length < tensor.nbytes:
+            raise ChaiError(
+                f"{data} is too short for tensor {tensor.name} ({sizes[data]} bytes); "
+                "download or export the model again"
+            )
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]

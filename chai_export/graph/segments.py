@@ -1,0 +1,112 @@
+"""Run a large graph piece by piece, so that only one piece's weights are in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from chai_export.graph.float32 import to_float32
+
+Array = NDArray[Any]
+
+SEGMENT_BYTES = 384 * 2**20
+
+
+@dataclass(frozen=True)
+class _Segment:
+    nodes: list[ir.Node]
+    inputs: list[ir.Value]
+    outputs: list[ir.Value]
+    initializers: list[ir.Value]
+
+
+def run_in_segments(
+    model: ir.Model, directory: Path, cases: list[Mapping[str, Array]], limit: int = SEGMENT_BYTES
+) -> list[dict[str, Array]]:
+    """Run ``model`` in float32 on each case and return its graph outputs by name, per case.
+
+    Args:
+        model: a graph in topological order whose external weights lie in ``directory``.
+        directory: where external data is.
+        cases: graph inputs by name.
+        limit: bytes of weights per piece; one node's weights are never split.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 4
+    live: list[dict[str, Array]] = [dict(case) for case in cases]
+    segments = list(_split(model.graph, limit))
+    for index, segment in enumerate(segments):
+        view = ir.GraphView(
+            segment.inputs,
+            segment.outputs,
+            nodes=segment.nodes,
+            initializers=tuple(segment.initializers),
+            opset_imports=model.graph.opset_imports,
+            name=f"segment_{index}",
+        )
+        part = ir.Model(view.clone(), ir_version=model.ir_version, functions=list(model.functions.values()))
+        part.opset_imports.update(model.opset_imports)
+        to_float32(part)
+        data = ir.serde.serialize_model(part).SerializeToString()
+        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        names = [str(value.name) for value in segment.outputs]
+        later = {str(value.name) for rest in segments[index + 1 :] for value in rest.inputs}
+        later |= {str(value.name) for value in model.graph.outputs}
+        for values in live:
+            feeds = {info.name: values[info.name] for info in session.get_inputs()}
+            results = session.run(names, feeds)
+            values.update(zip(names, results, strict=True))
+            for name in [name for name in values if name not in later]:
+                del values[name]
+        del session
+    wanted = [str(value.name) for value in model.graph.outputs]
+    return [{name: np.asarray(values[name]) for name in wanted} for values in live]
+
+
+def _split(graph: ir.Graph, limit: int) -> Iterator[_Segment]:
+    groups: list[list[ir.Node]] = [[]]
+    counted: set[ir.Value] = set()
+    size = 0
+    for node in graph:
+        fresh = {v for v in node.inputs if v is not None and v.is_initializer()} - counted
+        added = sum(value.const_value.nbytes for value in fresh if value.const_value is not None)
+        if groups[-1] and size + added > limit:
+            groups.append([])
+            counted, size = set(), 0
+        counted |= fresh
+        size += added
+        groups[-1].append(node)
+    final = set(graph.outputs)
+    for nodes in groups:
+        inside = set(nodes)
+        used = {value: None for node in nodes for value in _inputs(node)}
+        made = [value for node in nodes for value in node.outputs]
+        yield _Segment(
+            nodes=nodes,
+            inputs=[v for v in used if v.producer() not in inside and not v.is_initializer()],
+            outputs=[v for v in made if v in final or any(n not in inside for n in v.consumers())],
+            initializers=[v for v in used if v.is_initializer()],
+        )
+
+
+def _inputs(node: ir.Node) -> list[ir.Value]:
+    """Values a node reads, those that its subgraphs take from outside included."""
+    values = [value for value in node.inputs if value is not None]
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            inner = attribute.as_graph()
+            own = {*inner.inputs, *inner.initializers.values(), *(v for n in inner for v in n.outputs)}
+            values += [value for n in inner for value in _inputs(n) if value not in own]
+    return values

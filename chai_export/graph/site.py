@@ -1,0 +1,90 @@
+"""What a matcher hands back: a typed attention site, or the node that stopped it and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+
+class NoMatch(Exception):  # noqa: N818
+    """Raised inside a matcher; carries the node that does not fit and the reason.
+
+    ``depth`` counts the rules that held before, so that the nearest miss can be told from the others.
+    """
+
+    def __init__(self, node: ir.Node | None, reason: str, depth: int = 0) -> None:
+        super().__init__(reason)
+        self.node = node
+        self.reason = reason
+        self.depth = depth
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An anchor that looks like attention and cannot be rewritten."""
+
+    anchor: ir.Node
+    node: ir.Node | None
+    reason: str
+    depth: int
+    layer: int | None = None
+
+    def where(self) -> str:
+        """The layer (or anchor) and the node, for messages."""
+        place = f"layer {self.layer}" if self.layer is not None else f"attention at {self.anchor.name!r}"
+        node = self.node
+        return place if node is None else f"{place}, node {node.name!r} ({node.op_type})"
+
+
+@dataclass(frozen=True)
+class CachedHeads:
+    """K or V as attention reads it, traced back to the cache.
+
+    ``past`` [B,G,P,D] is a graph input, ``new`` [B,G,S,D] what is appended, ``present`` [B,G,P+S,D] both.
+    ``scale`` is the product of constants multiplied in after the cache.
+    """
+
+    past: ir.Value
+    new: ir.Value
+    present: ir.Value
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScoreChain:
+    """The arithmetic between Q·K and the probabilities, as a function of the scores.
+
+    ``scores`` is the product of query and key, ``logits`` what enters the softmax: everything that happens
+    between them (scale, mask, casts) is evaluated numerically, not trusted. For an ``Attention`` node there
+    are no such values; ``mask`` is its mask input instead, and ``scores`` and ``logits`` are None.
+    """
+
+    scores: ir.Value | None = None
+    logits: ir.Value | None = None
+    mask: ir.Value | None = None
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention, with everything that is needed to replace it.
+
+    ``query`` [B,H,S,D] is after RoPE and before any scale; ``output`` is [B,H,S,Dv]. ``scale`` multiplies
+    the raw product of query and (unscaled) key. ``form`` is the letter of the exported form.
+    """
+
+    form: str
+    anchor: ir.Node
+    query: ir.Value
+    key: CachedHeads
+    value: CachedHeads
+    output: ir.Value
+    chain: ScoreChain
+    scale: float
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    layer: int = -1
+    nodes: tuple[ir.Node, ...] = field(default=(), compare=False)

@@ -1,0 +1,94 @@
+"""Steps upwards through the graph that several matchers share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from chai_export.graph.constants import rank, scalar
+from chai_export.graph.site import CachedHeads, NoMatch
+
+# Nodes that only move, repeat or retype data. Whether they move it rightly is for the numerical proof.
+_MOVES = frozenset({"Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Cast", "Tile", "Identity"})
+
+
+def strip_scale(value: ir.Value) -> tuple[ir.Value, float]:
+    """Walk up through multiplications and divisions by one number; return what is above and their product."""
+    scale = 1.0
+    while (step := _scale_step(value)) is not None:
+        value, factor = step
+        scale *= factor
+    return value, scale
+
+
+def _scale_step(value: ir.Value) -> tuple[ir.Value, float] | None:
+    node = value.producer()
+    if node is None or node.domain != "" or node.op_type not in ("Mul", "Div"):
+        return None
+    left, right = node.inputs[:2]
+    factor = scalar(right)
+    if factor is not None and left is not None:
+        if node.op_type == "Mul":
+            return left, factor
+        return (left, 1.0 / factor) if factor else None
+    factor = scalar(left)
+    if node.op_type == "Mul" and factor is not None and right is not None:
+        return right, factor
+    return None
+
+
+def trace_cache(value: ir.Value, what: str) -> CachedHeads:
+    """Walk from K or V, as attention reads it, up to where new rows are appended to a cache.
+
+    1. Data movement, repetition of KV heads and multiplication by constants are passed.
+    2. The first Concat joins a rank-4 graph input with the new rows, along the tokens (axis 2).
+    3. A graph input reached by nothing but movement is a cache that is not appended to: refused.
+
+    Raises:
+        NoMatch: any other node stands in the way.
+    """
+    scale = 1.0
+    while True:
+        value, factor = strip_scale(value)
+        scale *= factor
+        node = value.producer()
+        if node is None:
+            raise NoMatch(None, f"{what} comes straight from {value.name!r}; no cache is appended to", 2)
+        if node.op_type == "Concat" and node.domain == "":
+            return _append(node, value, what, scale)
+        if node.op_type not in _MOVES or node.domain != "" or node.inputs[0] is None:
+            raise NoMatch(node, f"{what} is not a concatenation of past and new rows", 2)
+        value = node.inputs[0]
+
+
+def _append(node: ir.Node, present: ir.Value, what: str, scale: float) -> CachedHeads:
+    if len(node.inputs) != 2:
+        raise NoMatch(node, f"{what} is joined from {len(node.inputs)} parts instead of past and new rows", 3)
+    past, new = node.inputs
+    assert past is not None
+    assert new is not None
+    if not past.is_graph_input():
+        raise NoMatch(node, f"the first part of {what} is no graph input, so it is no cache", 3)
+    if rank(past) not in (None, 4):
+        raise NoMatch(node, f"the cache of {what} has rank {rank(past)} instead of 4 [B, G, P, D]", 3)
+    axis = node.attributes["axis"].as_int()
+    if axis not in (2, -2):
+        raise NoMatch(node, f"the cache of {what} grows along axis {axis} instead of 2 (the tokens)", 3)
+    return CachedHeads(past, new, present, scale)
+
+
+def consumers_through(value: ir.Value, passed: frozenset[str]) -> Iterator[ir.Node]:
+    """Nodes reached downwards from ``value``, going on through operators in ``passed``."""
+    stack = [value]
+    while stack:
+        for node in stack.pop().consumers():
+            yield node
+            if node.op_type in passed and node.domain == "":
+                stack.extend(node.outputs)
+
+
+def close(a: float, b: float) -> bool:
+    """Equal up to the rounding of constants stored as float16 or float32."""
+    return math.isclose(a, b, rel_tol=1e-3)
