@@ -100,8 +100,11 @@ def elbow(curve: Sequence[float]) -> int:
 class Budget:
     """A share of the KV-cache bytes saved, met from above to within one head of one layer.
 
-    Among all ways to drop that many heads the one with the smallest sum of costs over the layers is taken:
-    exact by dynamic programming, since error curves need not be convex.
+    Heads past a layer's elbow repeat others and go first; only when none is left do layers fall below their
+    elbows. Within that, of all ways to drop so many heads the one with the smallest sum of costs is taken:
+    exact by dynamic programming, since error curves need not be convex. (The sum alone would also take heads
+    of layers without redundancy, where two look alike during the probe and differ later: on the demo model
+    at 21.4 % that costs 0.041 nats instead of 0.011.)
     """
 
     share: float
@@ -123,7 +126,7 @@ class Budget:
         whole = geometry.num_layers * geometry.num_kv_heads * widths / geometry.head_dim
         # The small term keeps a share such as 3/8 from asking for one head more because of its last bit.
         drop = max(0, math.ceil(self.share * whole - 1e-6))
-        return allocate(curves, min(drop, geometry.num_layers * (geometry.num_kv_heads - 1)))
+        return allocate(_elbows_first(curves, drop), drop)
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,19 @@ def allocate(costs: Curves, drop: int) -> tuple[int, ...]:
         kept.append(groups - dropped)
         left -= dropped
     return tuple(reversed(kept))
+
+
+def _elbows_first(curves: Curves, drop: int) -> Curves:
+    """The costs without the choices that the elbows forbid for this many heads."""
+    elbows = [elbow(curve) for curve in curves]
+    past = sum(len(curve) - kept for curve, kept in zip(curves, elbows, strict=True))
+    return [
+        [
+            cost if (kept >= limit if drop <= past else kept <= limit) else math.inf
+            for kept, cost in enumerate(curve, start=1)
+        ]
+        for curve, limit in zip(curves, elbows, strict=True)
+    ]
 
 
 def _rounded_down(share: float) -> str:

@@ -152,12 +152,17 @@ def test_a_rule_that_cannot_be_met_fails_before_the_work(monkeypatch):
         calibrate(family_model("llama-mha"), TOKENS, keep="budget:0.9")
 
 
-def test_the_demo_model_shows_its_planted_groups():
+def test_the_demo_model_shows_its_planted_groups(tmp_path):
     model = ROOT / "examples" / "pydoc-5m"
-    clusters = calibrate(model, ROOT / "examples" / "text" / "calibration.txt", samples=24)
+    text = ROOT / "examples" / "text" / "calibration.txt"
+    clusters = calibrate(model, text, samples=24)
     assert clusters.kept_heads == (16, 16, 8, 5, 4, 4)
     assert clusters.model == "pydoc-5m"
     assert clusters.kv_bytes_saved == pytest.approx(43 / 192)
+    path = tmp_path / "clusters.json"
+    clusters.save(path)
+    again = calibrate(model, text, samples=1, keep=f"@{path}")
+    assert again.kept_heads == clusters.kept_heads
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

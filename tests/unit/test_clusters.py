@@ -110,6 +110,18 @@ def test_allocation_is_the_best_of_all_and_deterministic():
     assert allocate([[0.0] * 4] * 3, 4) == (4, 3, 1)
 
 
+def test_a_budget_takes_what_lies_past_the_elbows_before_anything_else():
+    redundant = [1.0, 0.3, 0.005, 0.004, 0.003, 0.002, 0.001, 0.0]
+    # Its last heads cost less than the redundant layer's, but they are no repetition.
+    full = [0.02, 0.015, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0]
+    shape = geometry(layers=2)
+    assert (elbow(redundant), elbow(full)) == (3, 8)
+    for drop in range(6):
+        kept = parse_keep(f"budget:{drop / 32}").choose([redundant, full], shape)
+        assert kept == (8 - drop, 8)
+    assert parse_keep(f"budget:{7 / 32}").choose([redundant, full], shape) == (3, 6)
+
+
 def test_numbers_and_a_file_are_taken_as_they_are(tmp_path):
     assert parse_keep("8,3,2,1").choose([], geometry()) == (8, 3, 2, 1)
     path = tmp_path / "other.json"
