@@ -199,8 +199,11 @@ void finish_rows(const AttentionCall& call) {
 }  // namespace
 
 void attend(const AttentionCall& call, Isa isa, const Executor& executor) {
+  attend(call, kernels(isa, call.storage), executor);
+}
+
+void attend(const AttentionCall& call, const Kernels& kernel, const Executor& executor) {
   const AttentionShape& s = call.shape;
-  const Kernels& kernel = kernels(isa, call.storage);
   std::vector<Row> rows = active_rows(call);
   probe(call, kernel, executor, &rows);
   if (call.present_head_map != call.past_head_map) {

@@ -107,6 +107,9 @@ struct Kernels {
 
 const Kernels& kernels(Isa isa, Storage storage);
 
+// attend() with given kernels.
+void attend(const AttentionCall& call, const Kernels& kernel, const Executor& executor);
+
 namespace portable {
 const Kernels& kernels(Storage storage);
 }
