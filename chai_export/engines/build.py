@@ -21,7 +21,7 @@ def build(
 
     Args:
         bundle: the bundle or its path.
-        backend: "onnxruntime".
+        backend: "onnxruntime" or "tensorrt".
         max_batch: most rows computed at one time.
         max_seq: most tokens of prompt and text together. Default: what the model was trained for.
 
@@ -42,8 +42,13 @@ def build(
         raise ChaiError(
             f"--max-seq is {max_seq} and the model has learned {manifest.max_positions} positions; lower it"
         )
-    from chai_export.engines.onnxruntime import build_onnxruntime
+    if backend == "tensorrt":
+        from chai_export.engines.tensorrt import build_tensorrt
 
-    record = build_onnxruntime(bundle, max_batch, max_seq)
+        record = build_tensorrt(bundle, max_batch, max_seq)
+    else:
+        from chai_export.engines.onnxruntime import build_onnxruntime
+
+        record = build_onnxruntime(bundle, max_batch, max_seq)
     add_engine(bundle, record)
     return record

@@ -16,7 +16,12 @@ def find_library(name: str) -> Path | None:
 
     ``CHAI_EXPORT_NATIVE=0`` in the environment hides all of them, so that bundles run on their function body.
     """
-    if os.environ.get(SWITCH) == "0":
+    if native_is_off():
         return None
     path = Path(chai_export.__file__).parent / f"lib{name}.so"
     return path if path.is_file() else None
+
+
+def native_is_off() -> bool:
+    """Whether the environment hides the compiled libraries."""
+    return os.environ.get(SWITCH) == "0"

@@ -67,7 +67,7 @@ def load(
 
     Args:
         path: the bundle.
-        backend: "onnxruntime".
+        backend: "onnxruntime" or "tensorrt".
         heads: "chai", or "all" for the same graph as plain multi-head attention.
         max_batch: prompts computed at one time; more wait their turn. Default: the engine's, else 8.
         threads: threads within an operator; 0 lets the backend decide.

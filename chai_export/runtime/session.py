@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from chai_export.bundle.bundle import Bundle
 from chai_export.errors import ChaiError
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("onnxruntime", "tensorrt")
 
 
 class Session(Protocol):
@@ -80,6 +80,10 @@ def open_session(bundle: Bundle, backend: str, heads: str, **options: Any) -> Se
         ChaiError: the backend is unknown or cannot run this bundle.
     """
     require_backend(backend)
+    if backend == "tensorrt":
+        from chai_export.runtime.tensorrt_session import open_tensorrt_session
+
+        return open_tensorrt_session(bundle, heads)
     from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
     return OnnxRuntimeSession(bundle, heads, **options)

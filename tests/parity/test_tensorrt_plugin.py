@@ -40,7 +40,7 @@ except ImportError:
     trt = None
 
 pytestmark = [
-    pytest.mark.skipif(trt is None, reason="the lean runtime is not installed: pip install 'chai-export[dev]'"),
+    pytest.mark.skipif(trt is None, reason="no lean runtime of TensorRT: pip install 'chai-export[dev]'"),
     pytest.mark.skipif(
         not LIBRARY.is_file(),
         reason="libchai_tensorrt.so was not built: set TensorRT_ROOT to TensorRT's headers and install again",
@@ -143,7 +143,9 @@ def test_both_ways_of_loading_register_once(steps: list[str], counts: list[int])
 
 def test_the_library_loads_without_tensorrt_and_without_a_driver() -> None:
     code = f"import ctypes; print(ctypes.CDLL({str(LIBRARY)!r}).chai_tensorrt_major())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     assert int(done.stdout) >= 10
 
 
@@ -199,7 +201,9 @@ class Probe:
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        runtime = next(Path(importlib.import_module("tensorrt_lean_libs").__file__).parent.glob("libnvinfer_lean*"))
+        runtime = next(
+            Path(importlib.import_module("tensorrt_lean_libs").__file__).parent.glob("libnvinfer_lean*")
+        )
         get_registry = ctypes.CDLL(str(runtime)).getPluginRegistry
         get_registry.restype = ctypes.c_void_p
         self._registry = ctypes.c_void_p(get_registry())
@@ -263,7 +267,8 @@ def cuda_headers() -> Path | None:
 
 @pytest.fixture(scope="module")
 def probe(creator: Any, tmp_path_factory: pytest.TempPathFactory) -> Probe:
-    root, compiler, cuda = os.environ.get("TensorRT_ROOT"), shutil.which("g++"), cuda_headers()
+    root = os.environ.get("TensorRT_ROOT")  # noqa: SIM112 - CMake's spelling
+    compiler, cuda = shutil.which("g++"), cuda_headers()
     if not root or compiler is None or cuda is None:
         pytest.skip("compiling the probe needs g++, CUDA's headers and TensorRT_ROOT (TensorRT's headers)")
     output = tmp_path_factory.mktemp("probe") / "libprobe.so"

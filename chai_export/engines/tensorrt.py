@@ -1,0 +1,292 @@
+"""TensorRT engines: the bundle's graph with the attention plugin, one profile each for prefill and decode.
+
+What is built lies in ``engines/tensorrt`` of the bundle: ``engine.plan`` and the kernels it carries. Beside
+model.onnx lies ``tensorrt.onnx``, the graph as TensorRT's parser reads it, for trtexec.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from chai_export import __version__
+from chai_export.bundle.atomic import atomic_directory, atomic_file
+from chai_export.bundle.bundle import ENGINES_DIRECTORY, MODEL_FILE, Bundle, record_files
+from chai_export.bundle.hashing import sha256_file
+from chai_export.bundle.manifest import EngineRecord, FileRecord
+from chai_export.engines.tensorrt_network import plugin_network
+from chai_export.engines.tensorrt_profiles import Range, profiles, trtexec_shapes
+from chai_export.engines.tensorrt_progress import BuildProgress, error_recorder
+from chai_export.errors import ChaiError
+from chai_export.kernels.ahead_of_time import INDEX_NAME
+from chai_export.kernels.ahead_of_time import compile as compile_kernels
+from chai_export.kernels.spec import Spec
+from chai_export.runtime.tensorrt_environment import (
+    PLUGIN_NAMESPACE,
+    PLUGIN_VERSION,
+    Gpu,
+    import_polygraphy,
+    import_tensorrt,
+    require_gpu,
+    require_plugin,
+)
+
+BACKEND = "tensorrt"
+DIRECTORY = f"{ENGINES_DIRECTORY}/{BACKEND}"
+PLAN_FILE = "engine.plan"
+NETWORK_FILE = "tensorrt.onnx"
+KERNELS = "kernels"
+_MEBI = 1 << 20
+
+
+def build_tensorrt(
+    bundle: Bundle,
+    max_batch: int,
+    max_seq: int,
+    *,
+    builder_memory: int | None = None,
+    kernels: Path | None = None,
+) -> EngineRecord:
+    """Build an engine for this machine's GPU inside the bundle and return its record.
+
+    With ``CHAI_EXPORT_NATIVE=0`` the function body stands in for the plugin (slower, caches not in place).
+
+    Args:
+        bundle: what to build.
+        max_batch: most rows of a step.
+        max_seq: most tokens of a row: the largest cache capacity.
+        builder_memory: bytes of GPU memory that TensorRT may use as workspace. Default: what it likes.
+        kernels: directory of kernels that were compiled elsewhere; they are compiled here if not given.
+
+    Raises:
+        ChaiError: TensorRT, polygraphy, the plugin library or a GPU is missing or of the wrong version; the
+            kernels are for another GPU or model; the parser does not take the graph; memory runs out.
+    """
+    tensorrt = import_tensorrt()
+    polygraphy = import_polygraphy()
+    gpu = require_gpu()
+    plugin = require_plugin(tensorrt)
+    shapes = profiles(bundle.manifest, max_batch, max_seq)
+    settings: dict[str, str | int | float | bool] = {
+        "gpu": gpu.name,
+        "driver": gpu.driver,
+        "strongly_typed": True,
+    }
+    if builder_memory is not None:
+        settings["builder_memory"] = builder_memory
+    network_files: dict[str, FileRecord] = {}
+    with atomic_directory(bundle.path / DIRECTORY, replaces=PLAN_FILE) as directory:
+        source = bundle.model_path
+        with contextlib.ExitStack() as cleanup:
+            if plugin is not None:
+                index = place_kernels(spec_of(bundle), gpu, kernels, directory / KERNELS)
+                source = bundle.path / f".{directory.name}.onnx"
+                cleanup.callback(source.unlink, missing_ok=True)
+                _save_network(bundle, str(index.parent.resolve()), source)
+                settings["plugin_sha256"] = sha256_file(plugin)
+                settings["kernels_sha256"] = sha256_file(index)
+            layers = bundle.manifest.num_layers if plugin is not None else 0
+            plan = _build_plan(tensorrt, polygraphy, source, shapes, layers, builder_memory)
+        (directory / PLAN_FILE).write_bytes(plan)
+        _prove(tensorrt, bundle, plan, plugin is not None, max_batch)
+    settings["trtexec"] = trtexec_line(shapes, plugin, builder_memory)
+    if plugin is not None:
+        path = bundle.path / NETWORK_FILE
+        # trtexec is run in the bundle's directory.
+        with atomic_file(path) as file:
+            _save_network(bundle, f"{DIRECTORY}/{KERNELS}", file)
+        network_files[NETWORK_FILE] = FileRecord(sha256=sha256_file(path), size=path.stat().st_size)
+    return EngineRecord(
+        backend=BACKEND,
+        runtime_version=tensorrt.__version__,
+        model_sha256=bundle.manifest.files[MODEL_FILE].sha256,
+        max_batch=max_batch,
+        max_seq=max_seq,
+        op_version=bundle.manifest.op_version,
+        gpu_architecture=gpu.target,
+        plugin_version=PLUGIN_VERSION if plugin is not None else None,
+        files={**record_files(bundle.path / DIRECTORY, bundle.path), **network_files},
+        settings=settings,
+        created_with=f"chai_export {__version__}",
+    )
+
+
+def spec_of(bundle: Bundle) -> Spec:
+    """What the kernels of a bundle are compiled for."""
+    m = bundle.manifest
+    return Spec(m.dtype, m.num_query_heads, m.num_kv_heads, m.head_dim, m.value_head_dim, m.probe_tokens)
+
+
+def place_kernels(spec: Spec, gpu: Gpu, given: Path | None, directory: Path) -> Path:
+    """Compile the kernels into ``directory``, or copy ``given`` ones that fit; the path of their index.
+
+    Raises:
+        ChaiError: the given kernels are unreadable or for another GPU or model.
+    """
+    if given is None:
+        return compile_kernels(spec, gpu.architecture, directory)
+    again = "compile them for this machine or leave --kernels out"
+    try:
+        index = json.loads((given / INDEX_NAME).read_text(encoding="utf-8"))
+        found, compiled = int(index["architecture"]), Spec(**index["spec"])
+        names = [INDEX_NAME, *(str(launch["file"]) for launch in index["launches"])]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ChaiError(f"{given} holds no kernels that can be read ({error}); {again}") from error
+    if found != gpu.architecture:
+        raise ChaiError(f"the kernels in {given} are for sm_{found} and this GPU is {gpu.target}; {again}")
+    if compiled != spec:
+        raise ChaiError(f"the kernels in {given} are for {compiled} and the model needs {spec}; {again}")
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (directory / name).write_bytes((given / name).read_bytes())
+    return directory / INDEX_NAME
+
+
+def _save_network(bundle: Bundle, kernel_directory: str, path: Path) -> None:
+    model = plugin_network(bundle, PLUGIN_VERSION, PLUGIN_NAMESPACE, kernel_directory)
+    path.write_bytes(model.SerializeToString())
+
+
+def _build_plan(
+    tensorrt: Any,
+    polygraphy: Any,
+    source: Path,
+    shapes: tuple[Mapping[str, Range], ...],
+    plugin_layers: int,
+    builder_memory: int | None,
+) -> Any:
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
+
+    recorder = error_recorder(tensorrt)
+    timing_cache = _timing_cache_path(tensorrt)
+    # polygraphy's log goes to stdout, which is for results.
+    with contextlib.redirect_stdout(sys.stderr), G_LOGGER.verbosity(G_LOGGER.ERROR):
+        try:
+            builder, network, parser = polygraphy.network_from_onnx_path(str(source), strongly_typed=True)
+        except PolygraphyException as error:
+            raise parse_error(str(error), with_plugin=plugin_layers > 0) from error
+        builder.error_recorder = recorder
+        check_network(tensorrt, network, plugin_layers)
+        limits = {} if builder_memory is None else {tensorrt.MemoryPoolType.WORKSPACE: builder_memory}
+        with BuildProgress(tensorrt) as progress:
+            config = polygraphy.CreateConfig(
+                profiles=[_polygraphy_profile(polygraphy, profile) for profile in shapes],
+                memory_pool_limits=limits,
+                load_timing_cache=str(timing_cache),
+                progress_monitor=progress.monitor,
+            )
+            try:
+                return polygraphy.engine_bytes_from_network(
+                    (builder, network, parser), config=config, save_timing_cache=str(timing_cache)
+                )
+            except PolygraphyException as error:
+                raise build_error([*recorder.messages, str(error)]) from error
+
+
+def _polygraphy_profile(polygraphy: Any, shapes: Mapping[str, Range]) -> Any:
+    profile = polygraphy.Profile()
+    for name, shape in shapes.items():
+        profile.add(name, shape.least, shape.likely, shape.most)
+    return profile
+
+
+def check_network(tensorrt: Any, network: Any, plugin_layers: int) -> None:
+    """Compare a parsed network with what it should hold.
+
+    Raises:
+        ChaiError: it has another number of plugin layers, or an input whose values decide shapes.
+    """
+    layers = (network.get_layer(i) for i in range(network.num_layers))
+    found = sum(layer.type == tensorrt.LayerType.PLUGIN_V3 for layer in layers)
+    if found != plugin_layers:
+        raise ChaiError(
+            f"TensorRT {tensorrt.__version__} parsed {found} plugin layers for {plugin_layers} attentions; "
+            "report this with the TensorRT version"
+        )
+    inputs = (network.get_input(i) for i in range(network.num_inputs))
+    shape_inputs = [tensor.name for tensor in inputs if tensor.is_shape_tensor]
+    if shape_inputs:
+        raise ChaiError(
+            f"TensorRT reads {', '.join(shape_inputs)} as a shape, which no profile can bound; "
+            "export or rewrite the bundle again with this version of chai_export"
+        )
+
+
+def parse_error(message: str, *, with_plugin: bool) -> ChaiError:
+    """What the ONNX parser reported, with what can be done about it."""
+    fix = (
+        "use a newer TensorRT, or export with a lower opset"
+        if with_plugin
+        else "build with the plugin (leave CHAI_EXPORT_NATIVE unset)"
+    )
+    return ChaiError(f"TensorRT's ONNX parser does not take the graph ({_one_line(message)}); {fix}")
+
+
+def build_error(messages: list[str]) -> ChaiError:
+    """The first cause among TensorRT's reports, with what can be done about it."""
+    cause = _one_line(messages[0])
+    if any("out of memory" in m.lower() or "outofmemory" in m.lower() for m in messages):
+        return ChaiError(
+            f"GPU memory ran out while building ({cause}); lower --max-batch, --max-seq or --builder-memory, "
+            "or free the GPU"
+        )
+    return ChaiError(f"TensorRT could not build the engine ({cause}); see its messages above")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def _prove(tensorrt: Any, bundle: Bundle, plan: Any, in_place: bool, max_batch: int) -> None:
+    """One step of the engine at the largest batch, before it counts as built.
+
+    Raises:
+        ChaiError: the engine does not load, or its logits are not finite.
+    """
+    import numpy as np
+
+    from chai_export.runtime.tensorrt_session import TensorRtSession, load_engine
+
+    session = TensorRtSession(bundle.manifest, "chai", load_engine(tensorrt, bytes(plan)), in_place=in_place)
+    tokens = 1
+    session.begin(max_batch, tokens)
+    logits = session.step(
+        np.zeros((max_batch, tokens), np.int64),
+        np.full(max_batch, tokens, np.int32),
+        np.zeros(max_batch, np.int32),
+        np.zeros((max_batch, 1), np.int64),
+    )
+    if not np.isfinite(logits).all():
+        raise ChaiError(
+            f"the engine of {bundle.path} gives logits that are not finite; export with another --dtype"
+        )
+
+
+def _timing_cache_path(tensorrt: Any) -> Path:
+    """Measured kernel times, kept between builds; TensorRT itself ignores what another GPU measured."""
+    from chai_export.bundle.hashing import cache_path
+
+    path = cache_path().parent / f"tensorrt-{tensorrt.__version__}.timing"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def trtexec_line(
+    shapes: tuple[Mapping[str, Range], ...], plugin: Path | None, builder_memory: int | None
+) -> str:
+    """The command that builds an equal engine, to be run in the bundle's directory."""
+    words = ["trtexec", f"--onnx={NETWORK_FILE if plugin else MODEL_FILE}"]
+    if plugin is not None:
+        words.append(f"--dynamicPlugins={plugin}")
+    for index, profile in enumerate(shapes):
+        words += [f"--profile={index}", *trtexec_shapes(profile)]
+    if builder_memory is not None:
+        words.append(f"--memPoolSize=workspace:{builder_memory / _MEBI:g}M")
+    words += ["--stronglyTyped", f"--saveEngine={PLAN_FILE}"]
+    return shlex.join(words)

@@ -1,0 +1,324 @@
+"""A bundle's TensorRT engine: two profiles, caches bound once and appended in place, decode in a CUDA graph.
+
+With the plugin each cache is one buffer, bound as past and as present. An engine of the function body reads
+the whole past while it writes the whole present, so its caches are two sets of buffers that swap roles. The
+head map always has two, and the new one is copied over the old one after the step.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.engine_record import require_engine
+from chai_export.bundle.manifest import Manifest
+from chai_export.errors import ChaiError
+from chai_export.runtime.native import SWITCH
+from chai_export.runtime.tensorrt_device import CudaDevice
+from chai_export.runtime.tensorrt_environment import (
+    PLUGIN_VERSION,
+    import_tensorrt,
+    require_gpu,
+    require_plugin,
+)
+
+BACKEND = "tensorrt"
+PREFILL, DECODE = 0, 1
+"""Indices of an engine's profiles: any S and N, and S = N = 1."""
+_CACHE_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_ENGINE_TYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16}
+_FEEDS = {
+    "input_ids": torch.int64,
+    "lengths": torch.int32,
+    "past_lengths": torch.int32,
+    "output_positions": torch.int64,
+}
+
+
+class TensorRtSession:
+    """The :class:`~chai_export.runtime.session.Session` of TensorRT.
+
+    Args:
+        manifest: of the bundle that the engine was built from.
+        heads: "chai", or "all" for K caches with every KV head, which makes the same engine plain attention.
+        engine: an ``ICudaEngine`` with profiles for prefill and decode.
+        in_place: the engine has the plugin, which appends to the caches it is given.
+        device: where the tensors live; the current CUDA device if not given.
+
+    Raises:
+        ChaiError: the engine's inputs and outputs are not the manifest's, or its memory cannot be had.
+    """
+
+    def __init__(
+        self, manifest: Manifest, heads: str, engine: Any, *, in_place: bool, device: CudaDevice | None = None
+    ) -> None:
+        self._manifest = manifest
+        self._heads = heads
+        self._in_place = in_place
+        self._device = device or CudaDevice()
+        self._engine = engine
+        _check_engine(engine, manifest)
+        self._logits_type = _ENGINE_TYPES[engine.get_tensor_dtype("logits").name]
+        self._contexts = [self._context(profile) for profile in (PREFILL, DECODE)]
+        self._batch = 0
+        self._capacity = 0
+        self._caches: list[dict[str, torch.Tensor]] = []
+        self._decode: _Decode | None = None
+        self._bound: tuple[dict[str, torch.Tensor], ...] = ()
+
+    def _context(self, profile: int) -> Any:
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise ChaiError(
+                "TensorRT could not make an execution context; free GPU memory, or build with a lower "
+                "--max-batch or --max-seq"
+            )
+        if not context.set_optimization_profile_async(profile, self._device.stream_handle):
+            raise ChaiError(f"the engine has no profile {profile}; build it with `chai-export build`")
+        return context
+
+    @property
+    def bounded_scratch(self) -> bool:
+        """The plugin works in blocks, and an engine's memory is set aside for its longest chunk anyway."""
+        return True
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit in each row of the caches; 0 before :meth:`begin`."""
+        return self._capacity
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all cache buffers."""
+        per_token = self._manifest.kv_bytes_per_token(self._heads)
+        return len(self._caches) * self._batch * self._capacity * per_token
+
+    @property
+    def head_map(self) -> NDArray[np.int32]:
+        """int32 [L,B,H] after the last step (a copy)."""
+        result: NDArray[np.int32] = self._head_map.cpu().numpy().copy()
+        return result
+
+    def begin(self, batch: int, capacity: int) -> None:
+        """Allocate for ``batch`` empty rows of ``capacity`` tokens.
+
+        Raises:
+            ChaiError: there is not enough GPU memory.
+        """
+        self._drop()
+        self._batch, self._capacity = batch, capacity
+        self._caches = [self._new_cache() for _ in range(1 if self._in_place else 2)]
+        shape = (self._manifest.num_layers, batch, self._manifest.num_query_heads)
+        self._head_map = self._device.empty(shape, torch.int32).zero_()
+        self._present_head_map = torch.empty_like(self._head_map)
+
+    def grow(self, capacity: int) -> None:
+        """Enlarge the caches to ``capacity`` tokens, keeping their content.
+
+        Raises:
+            ChaiError: there is not enough GPU memory.
+        """
+        old = self._caches[0]
+        self._drop()
+        used, self._capacity = self._capacity, capacity
+        larger = self._new_cache()
+        for name in list(old):
+            larger[name][:, :, :used].copy_(old.pop(name))
+        self._caches = [larger]
+        if not self._in_place:
+            self._caches.append(self._new_cache())
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        lengths: NDArray[np.int32],
+        past_lengths: NDArray[np.int32],
+        output_positions: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """Feed new tokens; see :meth:`chai_export.runtime.session.Session.step`.
+
+        Raises:
+            ChaiError: TensorRT refuses the shapes or the step.
+        """
+        assert np.all((lengths == 0) | (past_lengths + lengths <= self.capacity))
+        arrays: dict[str, NDArray[Any]] = {
+            "input_ids": input_ids,
+            "lengths": lengths,
+            "past_lengths": past_lengths,
+            "output_positions": output_positions,
+        }
+        with self._device.in_stream():
+            if input_ids.shape[1] == 1 and output_positions.shape[1] == 1:
+                logits = self._decode_step(arrays)
+            else:
+                logits = self._prefill_step(arrays)
+            result: NDArray[np.float32] = logits.float().cpu().numpy()
+        self._device.synchronize()
+        return result
+
+    def _prefill_step(self, arrays: dict[str, NDArray[Any]]) -> torch.Tensor:
+        feeds = self._feeds(arrays)
+        logits = self._bind(PREFILL, feeds)
+        self._execute(PREFILL)
+        return logits
+
+    def _decode_step(self, arrays: dict[str, NDArray[Any]]) -> torch.Tensor:
+        if self._decode is None:
+            feeds = self._feeds(arrays)
+            self._decode = _Decode(feeds, self._bind(DECODE, feeds))
+            # The first run is outside the graph: TensorRT prepares for the new shapes in it.
+            self._execute(DECODE)
+            return self._decode.logits
+        decode = self._decode
+        _fill(decode.feeds, arrays)
+        if not self._in_place:
+            decode.logits = self._bind(DECODE, decode.feeds)  # the caches have swapped roles
+            self._execute(DECODE)
+            return decode.logits
+        if decode.replay is None:
+            decode.replay = self._device.capture(lambda: self._execute(DECODE))
+        decode.replay()
+        return decode.logits
+
+    def _feeds(self, arrays: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+        feeds = {name: self._device.empty(array.shape, _FEEDS[name]) for name, array in arrays.items()}
+        _fill(feeds, arrays)
+        return feeds
+
+    def _bind(self, profile: int, feeds: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Set every shape and address of a context; returns the tensor that receives the logits."""
+        context = self._contexts[profile]
+        past, present = self._caches[0], self._caches[-1]
+        inputs = {**feeds, "head_map": self._head_map, **{f"past_{n}": t for n, t in past.items()}}
+        shape = (*feeds["output_positions"].shape, self._manifest.vocab_size)
+        logits = self._device.empty(shape, self._logits_type)
+        outputs = {
+            "logits": logits,
+            "present_head_map": self._present_head_map,
+            **{f"present_{n}": t for n, t in present.items()},
+        }
+        for name, tensor in inputs.items():
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise ChaiError(
+                    f"the engine does not take {name} of shape {list(tensor.shape)}; build it with a higher "
+                    "--max-batch or --max-seq"
+                )
+        for name, tensor in chain(inputs.items(), outputs.items()):
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise ChaiError(f"TensorRT refuses the address of {name}; build the engine again")
+        self._bound = (inputs, outputs)  # keeps the tensors alive
+        return logits
+
+    def _execute(self, profile: int) -> None:
+        if not self._contexts[profile].execute_async_v3(self._device.stream_handle):
+            raise ChaiError("TensorRT could not run the step; see its message above")
+        self._head_map.copy_(self._present_head_map)
+        if not self._in_place:
+            self._caches.reverse()
+
+    def _new_cache(self) -> dict[str, torch.Tensor]:
+        m, batch, capacity = self._manifest, self._batch, self._capacity
+        item = _CACHE_TYPES[m.dtype]
+        cache = {}
+        for layer, kept in enumerate(m.heads(self._heads)):
+            cache[f"key.{layer}"] = self._device.empty((batch, kept, capacity, m.head_dim), item)
+            cache[f"value.{layer}"] = self._device.empty(
+                (batch, m.num_kv_heads, capacity, m.value_head_dim), item
+            )
+        return cache
+
+    def _drop(self) -> None:
+        self._decode, self._bound, self._caches = None, (), []
+
+
+class _Decode:
+    """Fixed tensors of decode steps, and their graph once there is one."""
+
+    def __init__(self, feeds: dict[str, torch.Tensor], logits: torch.Tensor) -> None:
+        self.feeds = feeds
+        self.logits = logits
+        self.replay: Callable[[], None] | None = None
+
+
+def _fill(feeds: dict[str, torch.Tensor], arrays: dict[str, NDArray[Any]]) -> None:
+    for name, tensor in feeds.items():
+        tensor.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+
+
+def open_tensorrt_session(bundle: Bundle, heads: str) -> TensorRtSession:
+    """The session of a bundle's TensorRT engine.
+
+    Raises:
+        ChaiError: there is no engine, it does not fit this machine, or something it needs is missing.
+    """
+    tensorrt = import_tensorrt()
+    gpu = require_gpu()
+    known = bundle.manifest.engines.get(BACKEND)
+    needs_plugin = known is not None and known.plugin_version is not None
+    if needs_plugin and require_plugin(tensorrt) is None:
+        raise ChaiError(f"the {BACKEND} engine of {bundle.path} needs the plugin; leave {SWITCH} unset")
+    record = require_engine(
+        bundle,
+        BACKEND,
+        runtime="TensorRT",
+        runtime_version=tensorrt.__version__,
+        gpu_architecture=gpu.target,
+        plugin_version=PLUGIN_VERSION if needs_plugin else None,
+    )
+    plan = next(name for name in record.files if name.endswith(".plan"))
+    engine = load_engine(tensorrt, (bundle.path / plan).read_bytes())
+    return TensorRtSession(bundle.manifest, heads, engine, in_place=needs_plugin)
+
+
+def load_engine(tensorrt: Any, plan: bytes) -> Any:
+    """Deserialise an engine.
+
+    Raises:
+        ChaiError: TensorRT refuses it.
+    """
+    engine = tensorrt.Runtime(_logger(tensorrt)).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise ChaiError(
+            "TensorRT cannot load the engine (see its message above); "
+            "run `chai-export build --backend tensorrt` again"
+        )
+    return engine
+
+
+_loggers: list[Any] = []
+
+
+def _logger(tensorrt: Any) -> Any:
+    """Warnings and errors to stderr; one for the process, which TensorRT keeps a pointer to."""
+    if not _loggers:
+
+        class Logger(tensorrt.ILogger):  # type: ignore[misc]
+            """TensorRT's messages in one line each."""
+
+            def __init__(self) -> None:
+                tensorrt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if int(severity) <= int(tensorrt.ILogger.WARNING):
+                    print(f"TensorRT: {' '.join(message.split())}", file=sys.stderr)
+
+        _loggers.append(Logger())
+    return _loggers[0]
+
+
+def _check_engine(engine: Any, manifest: Manifest) -> None:
+    """Compare the names of an engine's inputs and outputs with the manifest's."""
+    expected = {*_FEEDS, "head_map", "present_head_map", "logits"}
+    for layer in range(manifest.num_layers):
+        expected |= {f"{time}_{kind}.{layer}" for time in ("past", "present") for kind in ("key", "value")}
+    found = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+    if found != expected:
+        different = ", ".join(sorted(found ^ expected)[:3])
+        raise ChaiError(f"the engine is of another model (it differs in {different}); build it again")

@@ -1,0 +1,132 @@
+"""An engine for tests of the TensorRT session without a GPU: ONNX Runtime behind TensorRT's calls.
+
+It holds the session to what TensorRT would: every shape within the profile, every address set before a step,
+nothing allocated or bound anew between the capture of a graph and its replays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from chai_export.bundle.bundle import Bundle
+from chai_export.engines.tensorrt_profiles import Range, profiles
+
+ENGINE_TYPES = {
+    "tensor(float)": "FLOAT",
+    "tensor(float16)": "HALF",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+}
+NUMPY_TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64}
+
+
+class FakeEngine:
+    """The part of ``ICudaEngine`` that the session uses, over a bundle's function body."""
+
+    def __init__(self, bundle: Bundle, max_batch: int, max_seq: int) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = ort.InferenceSession(
+            str(bundle.model_path), options, providers=["CPUExecutionProvider"]
+        )
+        self.inputs = {node.name: ENGINE_TYPES[node.type] for node in self.session.get_inputs()}
+        self.outputs = {node.name: ENGINE_TYPES[node.type] for node in self.session.get_outputs()}
+        self.profiles = profiles(bundle.manifest, max_batch, max_seq)
+        self.contexts: list[FakeContext] = []
+        self._names = [*self.inputs, *self.outputs]
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self._names)
+
+    def get_tensor_name(self, index: int) -> str:
+        return self._names[index]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return SimpleNamespace(name={**self.inputs, **self.outputs}[name])
+
+    def create_execution_context(self) -> FakeContext:
+        self.contexts.append(FakeContext(self))
+        return self.contexts[-1]
+
+
+class FakeContext:
+    """The part of ``IExecutionContext`` that the session uses. ``executed`` counts steps."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+        self._profile: Mapping[str, Range] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self.executed = 0
+        self.bound = 0
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self._profile = self._engine.profiles[index]
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        allowed = self._profile[name]
+        within = zip(allowed.least, shape, allowed.most, strict=True)
+        if not all(least <= size <= most for least, size, most in within):
+            return False
+        self._shapes[name] = shape
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert name in self._engine.inputs or name in self._engine.outputs
+        self._addresses[name] = address
+        self.bound += 1
+        return address != 0
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert self._addresses["head_map"] != self._addresses["present_head_map"]
+        feeds = {n: self._view(n, kind, self._shapes[n]).copy() for n, kind in self._engine.inputs.items()}
+        names = list(self._engine.outputs)
+        for name, result in zip(names, self._engine.session.run(names, feeds), strict=True):
+            self._view(name, self._engine.outputs[name], result.shape)[...] = result
+        self.executed += 1
+        return True
+
+    def _view(self, name: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+        dtype = np.dtype(NUMPY_TYPES[kind])
+        size = int(np.prod(shape)) * dtype.itemsize
+        memory = (ctypes.c_byte * size).from_address(self._addresses[name])
+        return np.frombuffer(memory, dtype).reshape(shape)
+
+
+class HostDevice:
+    """The session's device on host memory. A captured graph runs its work again, and counts it."""
+
+    stream_handle = 1
+
+    def __init__(self) -> None:
+        self.captured = 0
+        self.replayed = 0
+
+    def in_stream(self) -> Any:
+        return contextlib.nullcontext()
+
+    def synchronize(self) -> None:
+        """Host work is done at once."""
+
+    def empty(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.empty(tuple(shape), dtype=dtype)
+        return tensor.fill_(float("nan")) if dtype.is_floating_point else tensor.fill_(-77)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            work()
+
+        return replay

@@ -1,0 +1,130 @@
+"""The TensorRT session on an engine that ONNX Runtime plays: bindings, profiles, growth and graphs.
+
+What this cannot show is that TensorRT and a GPU do the same; no GPU has run the session yet.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chai_export.bundle.bundle import Bundle
+from chai_export.errors import ChaiError
+from chai_export.runtime.runner import Runner
+from chai_export.runtime.tensorrt_session import DECODE, PREFILL, TensorRtSession
+from tests.fake_tensorrt import FakeEngine, HostDevice
+from tests.tiny_graph import TinyModel
+
+MODELS = {
+    "mha": TinyModel(positions=400),
+    "gqa": TinyModel(heads=6, kv_heads=3, kept=(1, 2), head_dim=4, value_dim=8, positions=400),
+}
+PROMPTS = [[5, 9], [7, 8, 20, 21, 6, 30], list(range(4, 33))]
+TOLERANCE = 1e-4
+MAX_BATCH, MAX_SEQ = 3, 300
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    root = tmp_path_factory.mktemp("bundles")
+    return {name: model.write(root / name) for name, model in MODELS.items()}
+
+
+class Opened:
+    """A runner on the fake engine, and what it is made of."""
+
+    def __init__(self, bundle: Bundle, heads: str = "chai", in_place: bool = True) -> None:
+        self.engine = FakeEngine(bundle, MAX_BATCH, MAX_SEQ)
+        self.device = HostDevice()
+        self.session = TensorRtSession(
+            bundle.manifest,
+            heads,
+            self.engine,
+            in_place=in_place,
+            device=self.device,  # type: ignore[arg-type]
+        )
+        self.runner = Runner(bundle, self.session, "tensorrt", heads, max_batch=MAX_BATCH)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("heads", ["chai", "all"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_logits_and_head_maps_are_those_of_the_reference(bundles, name, heads, in_place):
+    opened = Opened(bundles[name], heads, in_place)
+    for prompt in PROMPTS:
+        logits, maps = MODELS[name].reference(prompt, heads)
+        np.testing.assert_allclose(opened.runner.logits(prompt), logits, atol=TOLERANCE)
+        np.testing.assert_array_equal(opened.runner.head_maps, maps)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("heads", ["chai", "all"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_batch_generates_what_each_prompt_generates_alone(bundles, name, heads, in_place):
+    opened = Opened(bundles[name], heads, in_place)
+    results = opened.runner.generate(PROMPTS, max_new_tokens=20, ignore_eos=True)
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        assert result.token_ids == MODELS[name].greedy(prompt, 20, heads)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_chunks_and_single_tokens_give_the_logits_of_one_prefill(bundles, in_place):
+    opened = Opened(bundles["mha"], in_place=in_place)
+    prompt = PROMPTS[2]
+    whole = opened.runner.logits(prompt)
+    for chunks in ([5, 24], [6, 1, 1, 21], [5, *[1] * 24]):
+        np.testing.assert_allclose(opened.runner.logits(prompt, chunks=chunks), whole, atol=TOLERANCE)
+
+
+def test_decode_runs_in_one_graph_until_the_caches_grow(bundles):
+    opened = Opened(bundles["mha"])
+    opened.runner.generate([PROMPTS[1]], max_new_tokens=10, ignore_eos=True)
+    prefill, decode = (opened.engine.contexts[i] for i in (PREFILL, DECODE))
+    assert prefill.executed == 1
+    assert opened.device.captured == 1
+    assert opened.device.replayed == 8  # 10 tokens: one from prefill, one outside the graph
+    tensors = opened.engine.num_io_tensors
+    assert decode.bound == tensors
+    wanted = MODELS["mha"].greedy(PROMPTS[1], 130)
+    result = opened.runner.generate([PROMPTS[1]], max_new_tokens=130, ignore_eos=True)
+    assert result[0].token_ids == wanted
+    assert opened.session.capacity > 128
+    assert opened.device.captured == 1 + 2  # a graph for each capacity
+    assert decode.bound == 3 * tensors
+
+
+def test_caches_are_one_buffer_with_the_plugin_and_two_without(bundles):
+    for in_place, buffers in ((True, 1), (False, 2)):
+        session = Opened(bundles["gqa"], in_place=in_place).session
+        session.begin(2, 64)
+        assert session.cache_bytes == buffers * 2 * 64 * bundles["gqa"].manifest.kv_bytes_per_token("chai")
+
+
+def test_half_precision_logits_come_back_as_float32(tmp_path: Path):
+    model = TinyModel(dtype="float16")
+    opened = Opened(model.write(tmp_path / "half"))
+    logits = opened.runner.logits(PROMPTS[1])
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, model.reference(PROMPTS[1])[0], atol=5e-2)
+
+
+def test_a_shape_outside_the_profile_says_what_to_build(bundles):
+    session = Opened(bundles["mha"]).session
+    session.begin(MAX_BATCH + 1, 64)
+    rows = MAX_BATCH + 1
+    with pytest.raises(ChaiError, match="build it with a higher --max-batch"):
+        session.step(
+            np.zeros((rows, 2), np.int64),
+            np.full(rows, 2, np.int32),
+            np.zeros(rows, np.int32),
+            np.zeros((rows, 1), np.int64),
+        )
+
+
+def test_an_engine_of_another_model_is_refused(bundles, tmp_path: Path):
+    other = TinyModel(kept=(2, 3, 1)).write(tmp_path / "other")
+    engine = FakeEngine(bundles["mha"], MAX_BATCH, MAX_SEQ)
+    with pytest.raises(ChaiError, match="the engine is of another model"):
+        TensorRtSession(other.manifest, "chai", engine, in_place=True, device=HostDevice())  # type: ignore[arg-type]
