@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,8 @@ def print_bundle(bundle: Bundle, *, as_json: bool) -> None:
         ],
     )
     print()
-    print_table(["op", "count"], sorted(facts["ops"].items(), key=lambda item: (-item[1], item[0])))
+    most_first = Counter(facts["ops"]).most_common()
+    print_table(["op", "count"], most_first)
     print()
     print_table(["file", "size"], [(name, bytes_text(size)) for name, size in facts["files"].items()])
 

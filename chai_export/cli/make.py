@@ -43,7 +43,7 @@ def _print_texts(run: dict[str, Any]) -> None:
 
 
 def _print_figures(results: dict[str, Any]) -> None:
-    rows: list[tuple[str, str, str]] = []
+    rows: list[tuple[str, ...]] = []
     if "run" in results:
         sizes = results["run"]["kv_bytes_per_token"]
         rows.append(("KV cache per token", *(bytes_text(sizes[heads]) for heads in ("all", "chai"))))

@@ -45,7 +45,8 @@ def node_model(
         type_ = TensorProto.INT32 if name in _INTEGERS else element
         return helper.make_tensor_value_info(name, type_, _DIMS[name].split())
 
-    node = helper.make_node(OP_TYPE, INPUT_NAMES, OUTPUT_NAMES, domain=DOMAIN, **attributes)
+    node = helper.make_node(OP_TYPE, INPUT_NAMES, OUTPUT_NAMES, domain=DOMAIN)
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
     graph = helper.make_graph(
         [node], "clustered_head_attention", [*map(info, INPUT_NAMES)], [*map(info, OUTPUT_NAMES)]
     )

@@ -18,7 +18,7 @@ FILE_NAME = "stages.json"
 class StageCache:
     """The record of finished stages in an output directory.
 
-    A stage is fresh when its key is the recorded one and its output still exists. The key holds the hashes
+    A stage is fresh when its key is the recorded one. The key holds the hashes
     of the input files, so a changed model, text or earlier stage makes every stage after it stale.
     """
 
@@ -32,9 +32,9 @@ class StageCache:
         if isinstance(content, dict):
             self._keys = {str(name): str(key) for name, key in content.items()}
 
-    def is_fresh(self, stage: str, key: str, output: Path) -> bool:
-        """Whether ``stage`` may be skipped."""
-        return self._keys.get(stage) == key and output.exists()
+    def is_fresh(self, stage: str, key: str) -> bool:
+        """Whether ``stage`` last ended with this key."""
+        return self._keys.get(stage) == key
 
     def record(self, stage: str, key: str) -> None:
         """Remember that ``stage`` ended with this key.

@@ -73,11 +73,16 @@ class _Make:
         model = [Path(recipe.model)]
         common = {"model": recipe.model, "probe_tokens": recipe.probe_tokens}
         calibrate = {**common, **recipe.calibrate.model_dump()}
-        self._stage("calibrate", calibrate, [*model, *recipe.calibrate.text], self._clusters, self._calibrate)
+        self._stage(
+            "calibrate", calibrate, [*model, *recipe.calibrate.text], self._clusters.exists(), self._calibrate
+        )
         export = {**common, **recipe.export.model_dump()}
-        exported = self._stage("export", export, [*model, self._clusters], bundle / MANIFEST, self._export)
+        exported = self._stage(
+            "export", export, [*model, self._clusters], (bundle / MANIFEST).exists(), self._export
+        )
         build = {**recipe.build.model_dump(), "export": exported}
-        built = self._stage("build", build, [], bundle / "engines", self._build)
+        has_engine = recipe.build.backend in read_manifest(bundle).engines
+        built = self._stage("build", build, [], has_engine, self._build)
         for name, settings, inputs, act in (
             ("verify", recipe.verify, [], self._verify),
             ("eval", recipe.eval, [recipe.eval.text] if recipe.eval else [], self._eval),
@@ -93,11 +98,11 @@ class _Make:
         name: str,
         settings: Mapping[str, Any],
         inputs: Iterable[Path],
-        output: Path,
+        has_output: bool,
         act: Callable[[], None],
     ) -> str:
         key = stage_key(settings, inputs)
-        if self._cache.is_fresh(name, key, output):
+        if has_output and self._cache.is_fresh(name, key):
             self._result.stages[name] = "up to date"
         else:
             self._report(f"{name} …")
@@ -122,7 +127,7 @@ class _Make:
             with atomic_file(path) as file:
                 file.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-        self._stage(name, settings, inputs, path, write)
+        self._stage(name, settings, inputs, path.exists(), write)
         self._result.results[name] = json.loads(path.read_text(encoding="utf-8"))
 
     def _calibrate(self) -> None:
