@@ -156,10 +156,11 @@ def test_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> 
         compile(SMALL, 75, tmp_path)
 
 
-def test_a_failing_compiler_leaves_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chai_export.kernels.ahead_of_time.PINNED_ENVIRONMENT", {"PYTHONHOME": "/nowhere"})
-    with pytest.raises(ChaiError, match="compiling the GPU kernels for sm_90 failed"):
-        compile(SMALL, 90, tmp_path)
+def test_a_failing_compiler_leaves_no_files(tmp_path: Path) -> None:
+    spec = Spec("float16", 4, 2, 32, 32)
+    object.__setattr__(spec, "head_dim", 512)  # past the check here, so that the compiling process meets it
+    with pytest.raises(ChaiError, match=r"kernels for sm_90 failed: .*head_dim up to 256, got 512; install"):
+        compile(spec, 90, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
