@@ -1,0 +1,62 @@
+"""The native sources build without warnings, and run clean under AddressSanitizer and UBSan."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ("cmake", "ctest", "g++")
+
+pytestmark = pytest.mark.skipif(
+    not all(map(shutil.which, TOOLS)) and "CI" not in os.environ, reason=f"needs {', '.join(TOOLS)}"
+)
+
+
+def run(*command, **environment):
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (
+        f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    )
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sanitized_build():
+    """Kept between runs, so that only what changed is compiled again."""
+    build = ROOT / "build" / "sanitize"
+    run("cmake", "-S", ROOT, "-B", build, "-DCHAI_SANITIZE=ON", "-DCHAI_BUILD_TESTS=ON")
+    run("cmake", "--build", build, "--parallel", os.cpu_count() or 1)
+    return build
+
+
+def test_native_tests_pass_under_sanitizers(sanitized_build):
+    output = run("ctest", "--test-dir", sanitized_build, "--output-on-failure", "--parallel", 2)
+    assert "100% tests passed" in output
+
+
+def test_case_suite_passes_under_sanitizers(sanitized_build):
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True)
+        for name in ("asan", "ubsan")
+    ]
+    output = run(
+        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/parity/test_native.py"),
+        *("-k", "library_agrees or refused or random_calls"),
+        LD_PRELOAD=" ".join(runtime.stdout.strip() for runtime in runtimes),
+        ASAN_OPTIONS="detect_leaks=0",  # the interpreter's own
+        CHAI_TEST_LIBRARY=str(sanitized_build / "plugins" / "onnxruntime" / "libchai_onnxruntime.so"),
+    )
+    assert " passed" in output or "[100%]" in output
