@@ -1,0 +1,105 @@
+"""One attention problem of a benchmark: its shape, and memory that all implementations share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tensor = NDArray[Any]
+Phase = Literal["decode", "prefill"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A benchmark case. ``length`` is T: positions attended to by a decoded token, or tokens of a prompt."""
+
+    phase: Phase
+    batch: int
+    heads: int
+    kv_heads: int
+    kept: int
+    head_dim: int
+    length: int
+    dtype: str = "float32"
+
+    @property
+    def tokens(self) -> int:
+        """New tokens per row (S)."""
+        return 1 if self.phase == "decode" else self.length
+
+    @property
+    def past(self) -> int:
+        """Tokens in the cache before the call (n)."""
+        return self.length - self.tokens
+
+    @property
+    def ceiling(self) -> float:
+        """What attention can gain over all heads: 2G / (R + G)."""
+        return 2 * self.kv_heads / (self.kept + self.kv_heads)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of full K and V caches."""
+        itemsize = 4 if self.dtype == "float32" else 2
+        return 2 * self.batch * self.kv_heads * self.length * self.head_dim * itemsize
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of cache that a decoded token must read with R kept KV heads."""
+        return self.cache_bytes * (self.kept + self.kv_heads) // (2 * self.kv_heads)
+
+
+class Problem:
+    """Inputs of one case. The caches are as long as the case needs and full up to ``past``.
+
+    The values are random and repeat after a few megabytes, which no implementation can notice.
+    """
+
+    def __init__(self, case: Shape) -> None:
+        self.case = case
+        rng = np.random.default_rng(0)
+        self._pattern = (rng.standard_normal(1 << 20) / 2).astype(case.dtype)
+        new = (case.batch, case.kv_heads, case.tokens, case.head_dim)
+        cache = (case.batch, case.kv_heads, case.length, case.head_dim)
+        self.query = self._filled((case.batch, case.heads, case.tokens, case.head_dim), 1)
+        self.key = self._filled(new, 2)
+        self.value = self._filled(new, 3)
+        self.key_cache = self._filled(cache, 4)
+        self.value_cache = self._filled(cache, 5)
+        self.key_cache[:, :, case.past :] = self.key
+        self.value_cache[:, :, case.past :] = self.value
+
+    def _filled(self, shape: tuple[int, ...], offset: int) -> Tensor:
+        size = int(np.prod(shape))
+        array = np.empty(size, self._pattern.dtype)
+        start = offset * 7919
+        for begin in range(0, size, self._pattern.size):
+            part = array[begin : begin + self._pattern.size]
+            part[:] = np.roll(self._pattern, start + 104729 * (begin // self._pattern.size))[: part.size]
+        return array.reshape(shape)
+
+    def op_inputs(self, kept: int) -> dict[str, Tensor]:
+        """Inputs of the op with ``kept`` KV heads; its K cache is the front of the shared one."""
+        case = self.case
+        size = case.batch * kept * case.length * case.head_dim
+        compact = self.key_cache.reshape(-1)[:size].reshape(case.batch, kept, case.length, case.head_dim)
+        return {
+            "query": self.query,
+            "key": self.key,
+            "value": self.value,
+            "past_key": compact,
+            "past_value": self.value_cache,
+            "past_head_map": np.tile(head_map(case.heads, case.kv_heads, kept), (case.batch, 1)),
+            "past_lengths": np.full(case.batch, case.past, np.int32),
+            "lengths": np.full(case.batch, case.tokens, np.int32),
+        }
+
+
+def head_map(heads: int, kv_heads: int, kept: int) -> NDArray[np.int32]:
+    """The paper's kind of clusters: one large, the rest single heads. KV heads 0 … kept-1 represent."""
+    group = heads // kv_heads
+    kv_head = np.arange(heads) // group
+    return np.where(kv_head < kept, np.arange(heads), np.arange(heads) % group).astype(np.int32)

@@ -1,0 +1,61 @@
+"""Timing of several implementations against each other."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one implementation in milliseconds: the median and the quartiles around it."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @property
+    def spread(self) -> float:
+        """Half the distance of the quartiles as a share of the median."""
+        return (self.upper - self.lower) / 2 / self.median
+
+
+def interleaved(
+    implementations: Mapping[str, Callable[[], object]],
+    *,
+    min_seconds: float = 1.0,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+) -> dict[str, Timing]:
+    """Run all in turn, round after round, so that a slow phase of the machine hits all of them.
+
+    Each round begins with another implementation, and the first round is not counted.
+
+    Args:
+        implementations: by name; one call is one measurement.
+        min_seconds: time to spend on each of them at least, if ``max_rounds`` allows it.
+        min_rounds: measurements of each at least.
+        max_rounds: measurements of each at most.
+    """
+    names = list(implementations)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        implementations[name]()
+    spent = 0.0
+    for round_ in range(max_rounds):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            begin = time.perf_counter()
+            implementations[name]()
+            times[name].append(time.perf_counter() - begin)
+        spent += max(seconds[-1] for seconds in times.values())
+        if round_ + 1 >= min_rounds and spent >= min_seconds:
+            break
+    return {name: _summary(seconds) for name, seconds in times.items()}
+
+
+def _summary(seconds: list[float]) -> Timing:
+    lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Timing(1e3 * median, 1e3 * lower, 1e3 * upper)
