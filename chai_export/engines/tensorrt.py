@@ -210,7 +210,7 @@ def check_network(tensorrt: Any, network: Any, plugin_layers: int) -> None:
             "report this with the TensorRT version"
         )
     inputs = (network.get_input(i) for i in range(network.num_inputs))
-    shape_inputs = [tensor.name for tensor in inputs if tensor.is_shape_tensor]
+    shape_inputs = [network_input.name for network_input in inputs if network_input.is_shape_tensor]
     if shape_inputs:
         raise ChaiError(
             f"TensorRT reads {', '.join(shape_inputs)} as a shape, which no profile can bound; "
