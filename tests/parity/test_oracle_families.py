@@ -1,0 +1,25 @@
+"""Every supported family from its model to a verified bundle: the gate as users run it."""
+
+from __future__ import annotations
+
+import pytest
+
+from chai_export.clustering.clusters import Clusters
+from chai_export.export.stage import export
+from chai_export.models.geometry import describe
+from chai_export.quality.verify import verify
+from tests.families import FAMILIES, family_config, family_model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_bundle_of_every_family_passes_the_gate(name, tmp_path):
+    groups = describe(family_config(name)).num_kv_heads
+    family_model(name).save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", Clusters((max(1, groups // 2), max(1, groups - 3))), tmp_path / "bundle")
+    result = verify(tmp_path / "bundle", tmp_path / "model")
+    assert result.ok
+    assert max(result.max_abs_logit_diff.values()) <= 1e-4
+    assert result.greedy_match == {"all": True, "chai": True}
+    assert result.head_map_agreement == 1.0
+    assert result.greedy_ties == 0
+    assert (result.prompts, result.tokens) == (4, 4 * 64 + 3 + 6 + 17 + 29)
