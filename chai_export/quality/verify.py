@@ -136,7 +136,7 @@ def verify(
     comparison = _Comparison(allowed, LEAST_MAP_AGREEMENT[manifest.dtype])
     for heads in track(("all", "chai"), "verifying", total=2):
         count = _new_tokens(runners[heads], max(map(len, prompts)), new_tokens)
-        made = runners[heads].generate(prompts, max_new_tokens=count, temperature=0.0, ignore_eos=True)
+        made = runners[heads].generate(prompts, max_new_tokens=count, repetition_penalty=1.0, ignore_eos=True)
         generated_maps = runners[heads].head_maps.copy()
         for index, generation in enumerate(made):
             case = _Case(index, prompts[index], list(generation.token_ids), generated_maps[:, index])

@@ -196,15 +196,27 @@ def test_the_library_appends_in_place_and_the_function_body_does_not(implementat
     assert len(session.caches) == (1 if implementation == "library" else 2)
 
 
-def test_long_prompts_are_prefilled_in_chunks(runner, monkeypatch):
+def test_growing_keeps_caches_and_the_newest_head_maps(implementation, bundles):
+    session = OnnxRuntimeSession(Bundle.load(bundles["mha"]))
+    session.begin(1, 8)
+    step(session, [LONG[:8]], [8], [0])  # after an odd number of steps the other buffers are current
+    maps = session.head_map
+    session.grow(16)
+    assert np.array_equal(session.head_map, maps)
+    logits = step(session, [[33]], [1], [8])
+    np.testing.assert_allclose(logits[0], MODEL.reference([*LONG[:8], 33])[0][-1], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("chunk", "expected"), [(7, [7, 7, 7, 7, 1, 1, 1]), (3, [5, 5, 5, 5, 5, 4, 1, 1])])
+def test_long_prompts_are_prefilled_in_chunks_that_cover_the_probe(runner, monkeypatch, chunk, expected):
     from chai_export.runtime import scheduler
 
     lengths: list[int] = []
     real = runner.session.step
-    monkeypatch.setattr(scheduler, "LONGEST_CHUNK", 7)
+    monkeypatch.setattr(scheduler, "LONGEST_CHUNK", chunk)
     monkeypatch.setattr(runner.session, "step", lambda *a: (lengths.append(a[0].shape[1]), real(*a))[1])
     (result,) = runner.generate([LONG], max_new_tokens=3)
-    assert lengths == [7, 7, 7, 7, 1, 1, 1]
+    assert lengths == expected
     assert result.token_ids == MODEL.greedy(LONG, 3)
 
 
