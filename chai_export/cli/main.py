@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import chai_export
 from chai_export.cli import build as build_command
-from chai_export.cli import calibrate, doctor, evaluate, export, inspect, make, rewrite, run, verify
+from chai_export.cli import calibrate, doctor, evaluate, export, inspect, make, package, rewrite, run, verify
 from chai_export.errors import ChaiError, UsageError
 
 DEBUG_VARIABLE = "CHAI_EXPORT_DEBUG"
@@ -24,6 +24,7 @@ _COMMANDS = (
     verify,
     evaluate,
     inspect,
+    package,
     make,
     doctor,
 )

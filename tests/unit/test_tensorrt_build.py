@@ -237,7 +237,7 @@ def test_an_engine_for_another_gpu_or_version_says_to_build_again(
         ce.load(bundle.path, backend="tensorrt")
     monkeypatch.setattr(session_module, "require_gpu", lambda: GPU)
     played.tensorrt.__version__ = "11.5.0.1"
-    with pytest.raises(ChaiError, match="built for TensorRT version 11.4.0.106 and this is 11.5.0.1"):
+    with pytest.raises(ChaiError, match=r"built for TensorRT version 11\.4\.0\.106 and this is 11\.5\.0\.1"):
         ce.load(bundle.path, backend="tensorrt")
 
 
@@ -351,7 +351,7 @@ def test_no_plugin_library_and_one_for_another_version(
         environment.require_plugin(tensorrt)
     loaded = SimpleNamespace(chai_tensorrt_major=lambda: 10)
     monkeypatch.setattr(environment.ctypes, "CDLL", lambda path: loaded)
-    with pytest.raises(ChaiError, match="compiled for TensorRT 10 and 11.4.0 is installed"):
+    with pytest.raises(ChaiError, match=r"compiled for TensorRT 10 and 11\.4\.0 is installed"):
         environment.require_plugin(tensorrt)
     loaded.chai_tensorrt_major = lambda: 11
     with pytest.raises(ChaiError, match="loads but registers no plugin"):

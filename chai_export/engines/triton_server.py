@@ -1,0 +1,114 @@
+"""A model repository for NVIDIA Triton Inference Server: the engine as one step of a text, caches in and out.
+
+The server's TensorRT backend knows nothing of tokens or caches. Its model is the graph of the bundle: a
+client keeps the caches in CUDA shared memory, names one region as past and as present, and feeds tokens.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import onnx
+
+from chai_export.bundle.atomic import atomic_directory
+from chai_export.bundle.bundle import Bundle, check_files
+from chai_export.bundle.manifest import EngineRecord, write_manifest
+from chai_export.engines.tensorrt import BACKEND, DIRECTORY, PLAN_FILE
+from chai_export.errors import ChaiError
+from chai_export.runtime.native import find_library
+from chai_export.runtime.tensorrt_environment import TENSORRT_LIBRARY
+
+MODELS, PLUGINS, CLIENT = "models", "plugins", "client"
+START_FILE = "start.sh"
+_DATA_TYPES = {
+    onnx.TensorProto.FLOAT: "TYPE_FP32",
+    onnx.TensorProto.FLOAT16: "TYPE_FP16",
+    onnx.TensorProto.BFLOAT16: "TYPE_BF16",
+    onnx.TensorProto.INT32: "TYPE_INT32",
+    onnx.TensorProto.INT64: "TYPE_INT64",
+}
+
+
+def write_model_repository(bundle: Bundle, directory: str | Path, *, name: str = "chai") -> Path:
+    """Write a model repository, the plugin library, what a client needs and a start script.
+
+    ``models/NAME`` holds the engine and its config.pbtxt, ``plugins`` the library that the server loads
+    first, ``client`` the manifest and the tokenizer, and ``start.sh`` the command.
+
+    Args:
+        bundle: a bundle with a TensorRT engine.
+        directory: output; replaced if it was written by this function before.
+        name: of the model on the server.
+
+    Raises:
+        ChaiError: the bundle has no TensorRT engine, its files were changed, the plugin library is missing,
+            or the directory cannot be written.
+    """
+    build = f"`chai-export build {bundle.path} --backend {BACKEND}`"
+    record = bundle.manifest.engines.get(BACKEND)
+    if record is None:
+        raise ChaiError(f"{bundle.path} has no {BACKEND} engine; run {build} first")
+    check_files(bundle.path, record.files, again=f"run {build} again")
+    library = find_library(TENSORRT_LIBRARY)
+    if record.plugin_version is not None and library is None:
+        raise ChaiError(
+            f"lib{TENSORRT_LIBRARY}.so is not installed here and the engine needs it; package on the machine "
+            "that built the engine"
+        )
+    target = Path(directory)
+    with atomic_directory(target, replaces=START_FILE) as root:
+        version = root / MODELS / name / "1"
+        version.mkdir(parents=True)
+        shutil.copyfile(bundle.path / DIRECTORY / PLAN_FILE, version / "model.plan")
+        config = model_config(bundle, name)
+        (version.parent / "config.pbtxt").write_text(config, encoding="utf-8")
+        if record.plugin_version is not None and library is not None:
+            (root / PLUGINS).mkdir()
+            shutil.copyfile(library, root / PLUGINS / library.name)
+        _write_client_files(bundle, root / CLIENT)
+        start = root / START_FILE
+        start.write_text(start_script(record), encoding="utf-8")
+        start.chmod(0o755)
+    return target
+
+
+def model_config(bundle: Bundle, name: str) -> str:
+    """config.pbtxt of the engine: every input and output of the graph with its full shape."""
+    graph = onnx.load(str(bundle.model_path), load_external_data=False).graph
+    lines = [f'name: "{name}"', 'platform: "tensorrt_plan"', "max_batch_size: 0"]
+    for kind, values in (("input", graph.input), ("output", graph.output)):
+        for value in values:
+            tensor = value.type.tensor_type
+            dims = ", ".join(str(dim.dim_value or -1) for dim in tensor.shape.dim)
+            data_type = _DATA_TYPES[tensor.elem_type]
+            lines.append(f'{kind} [{{ name: "{value.name}", data_type: {data_type}, dims: [ {dims} ] }}]')
+    # Profile 0 takes prompts, profile 1 single tokens; the backend chooses by shape.
+    lines.append('instance_group [{ count: 1, kind: KIND_GPU, profile: [ "0", "1" ] }]')
+    return "\n".join(lines) + "\n"
+
+
+def start_script(record: EngineRecord) -> str:
+    """The command that serves the repository; its first lines say what the server must bring."""
+    plugins = (
+        f',plugins="$here/{PLUGINS}/lib{TENSORRT_LIBRARY}.so"' if record.plugin_version is not None else ""
+    )
+    config = f"--backend-config=tensorrt{plugins} " if plugins else ""
+    return (
+        "#!/usr/bin/env bash\n"
+        f"# Needs a Triton Inference Server with TensorRT {record.runtime_version} and a GPU of "
+        f"{record.gpu_architecture}.\n"
+        "set -euo pipefail\n"
+        'here="$(cd "$(dirname "$0")" && pwd)"\n'
+        f'exec tritonserver --model-repository="$here/{MODELS}" {config}"$@"\n'
+    )
+
+
+def _write_client_files(bundle: Bundle, directory: Path) -> None:
+    """Tokenizer, generation defaults and a manifest without files: what a client reads, not what runs."""
+    directory.mkdir()
+    weights = {name for name in bundle.manifest.files if name.startswith("model.onnx")}
+    for name in bundle.manifest.files.keys() - weights:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle.path / name, directory / name)
+    write_manifest(directory, bundle.manifest.model_copy(update={"files": {}, "engines": {}}))
