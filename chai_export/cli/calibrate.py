@@ -36,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe-tokens", metavar="N", type=int, default=5, help="tokens that decide the head map"
     )
+    parser.add_argument(
+        "--measure", metavar="WHAT", default="error",
+        help="what a budget minimises: error (the curves, default) or kl (from the model: slower, better)",
+    )  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the error curves (.png or .svg)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
@@ -52,6 +56,7 @@ def execute(arguments: argparse.Namespace) -> int:
         samples=arguments.samples,
         seq_len=arguments.seq_len,
         probe_tokens=arguments.probe_tokens,
+        measure=arguments.measure,
         state=arguments.output.with_name(arguments.output.name + ".state"),
         trust_remote_code=arguments.trust_remote_code,
     )

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from chai_export.clustering.clusters import Clusters
 from chai_export.clustering.curves import ErrorCurves
-from chai_export.clustering.keep import parse_keep
+from chai_export.clustering.keep import Budget, KeepRule, allocate, parse_keep
+from chai_export.clustering.measured_budget import measure_damage
 from chai_export.clustering.state import load_state, save_state, state_key
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.geometry import describe
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 WINDOWS_PER_SAMPLE = 8
 _MOST_TOKENS = 1 << 24
 _SAMPLES_PER_SAVE = 8
+_DAMAGE_SEQUENCES = 8
 
 
 def calibrate(
@@ -41,6 +43,7 @@ def calibrate(
     seq_len: int = 256,
     state: str | Path | None = None,
     probe_tokens: int = 5,
+    measure: str = "error",
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
 ) -> Clusters:
@@ -55,6 +58,9 @@ def calibrate(
         state: file in which progress is kept, so that an interrupted calibration goes on from there with
             exactly the same result; removed at the end.
         probe_tokens: P, the length of the online probe to calibrate for.
+        measure: what a budget minimises: "error", the error curves, or "kl", the divergence that each layer
+            alone causes (:mod:`chai_export.clustering.measured_budget`; slower, much better beyond the
+            elbows).
         tokenizer: instead of the one that comes with the model.
         trust_remote_code: run code that the model brings along.
 
@@ -72,6 +78,7 @@ def calibrate(
 
     _check_settings(samples, seq_len, probe_tokens)
     rule = parse_keep(keep)
+    _check_measure(measure, rule, keep)
     loaded = load_model(model, trust_remote_code=trust_remote_code)
     geometry = describe(loaded.config)
     rule.check(geometry)
@@ -79,7 +86,9 @@ def calibrate(
         require_same_with_all_heads(loaded)
     if tokenizer is None:
         tokenizer = _tokenizer_of(model)
-    cut = _sample_windows(texts, tokenizer, samples, seq_len, probe_tokens)
+    tokens = read_tokens(texts, tokenizer, _MOST_TOKENS)
+    leading = leading_special_tokens(tokenizer)
+    cut = _sample_windows(tokens, leading, samples, seq_len, probe_tokens)
 
     curves = ErrorCurves(geometry.num_layers, geometry.num_kv_heads, geometry.num_query_heads, probe_tokens)
     progress = _Progress(state, state_key(loaded, cut, {"probe_tokens": probe_tokens}), curves)
@@ -88,7 +97,13 @@ def calibrate(
         progress.after(index + 1)
 
     error_curves = curves.normalised()
-    kept = rule.choose(error_curves, geometry)
+    damage: tuple[tuple[float, ...], ...] = ()
+    if measure == "kl" and isinstance(rule, Budget):
+        sequences = _damage_sequences(tokens, leading, seq_len)
+        damage = measure_damage(loaded, sequences, error_curves, probe_tokens=probe_tokens)
+        kept = allocate(damage, rule.heads_to_drop(geometry))
+    else:
+        kept = rule.choose(error_curves, geometry)
     progress.finish()
     from chai_export import __version__
 
@@ -99,8 +114,9 @@ def calibrate(
         num_query_heads=geometry.num_query_heads,
         num_kv_heads=geometry.num_kv_heads,
         probe_tokens=probe_tokens,
-        method=f"greedy k-medoids on probe probabilities, keep {keep}",
+        method=f"greedy k-medoids on probe probabilities, keep {keep}{' by KL' if damage else ''}",
         error_curves=error_curves,
+        kl_curves=damage,
         kv_bytes_saved=geometry.kv_bytes_saved(kept),
         created_with=f"chai_export {__version__}",
     )
@@ -135,15 +151,26 @@ def _check_settings(samples: int, seq_len: int, probe_tokens: int) -> None:
         raise UsageError(f"--seq-len {seq_len} is shorter than the probe of {probe_tokens} tokens; raise it")
 
 
+def _check_measure(measure: str, rule: KeepRule, keep: str) -> None:
+    if measure not in ("error", "kl"):
+        raise UsageError(f"--measure {measure}: choose error or kl")
+    if measure == "kl" and not isinstance(rule, Budget):
+        raise UsageError(f"--measure kl needs a budget to spend, not --keep {keep}; use --keep budget:SHARE")
+
+
+def _damage_sequences(tokens: NDArray[np.int32], leading: list[int], seq_len: int) -> NDArray[np.int32]:
+    """int32 [≤ 8, seq_len]: whole sequences, spread evenly over the text."""
+    leading = leading[: seq_len - 1]
+    fresh = seq_len - len(leading)
+    available = len(tokens) // fresh
+    starts = np.linspace(0, available - 1, min(_DAMAGE_SEQUENCES, available)).round().astype(int) * fresh
+    return np.stack([np.concatenate([np.asarray(leading, np.int32), tokens[s : s + fresh]]) for s in starts])
+
+
 def _sample_windows(
-    texts: Text | Iterable[Text],
-    tokenizer: PreTrainedTokenizerBase | None,
-    samples: int,
-    seq_len: int,
-    probe_tokens: int,
+    tokens: NDArray[np.int32], leading: list[int], samples: int, seq_len: int, probe_tokens: int
 ) -> NDArray[np.int32]:
     """int32 [samples, windows, P]: the starts of sequences, cut from evenly spread samples."""
-    tokens = read_tokens(texts, tokenizer, _MOST_TOKENS)
     available = len(tokens) // seq_len
     if available == 0:
         raise ChaiError(
@@ -151,7 +178,7 @@ def _sample_windows(
         )
     count = min(samples, available)
     starts = np.linspace(0, available - 1, count).round().astype(int) * seq_len
-    leading = leading_special_tokens(tokenizer)[:probe_tokens]
+    leading = leading[:probe_tokens]
     taken = probe_tokens - len(leading)
     windows = min(WINDOWS_PER_SAMPLE, max(1, seq_len // max(1, taken)))
     offsets = np.linspace(0, seq_len - max(1, taken), windows).astype(int)

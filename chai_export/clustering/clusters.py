@@ -39,6 +39,8 @@ class Clusters:
             heads, probe tokens and windows.
         kv_bytes_saved: share of the KV cache that disappears, 0 … 1.
         created_with: program and version.
+        kl_curves: of the shape of the error curves, when the budget was measured: nats per token that a
+            layer costs by itself with k KV heads kept; empty otherwise.
         origin: the file it came from, for messages.
     """
 
@@ -52,6 +54,7 @@ class Clusters:
     error_curves: tuple[tuple[float, ...], ...] = ()
     kv_bytes_saved: float | None = None
     created_with: str | None = None
+    kl_curves: tuple[tuple[float, ...], ...] = ()
     origin: str = field(default="clusters.json", compare=False)
 
     @classmethod
@@ -104,6 +107,7 @@ class Clusters:
             "method": self.method,
             "kept_heads": list(self.kept_heads),
             "error_curves": [list(curve) for curve in self.error_curves],
+            **({"kl_curves": [list(curve) for curve in self.kl_curves]} if self.kl_curves else {}),
             "kv_bytes_saved": self.kv_bytes_saved,
             "created_with": self.created_with,
         }
@@ -138,7 +142,8 @@ def _optional(content: dict[str, Any]) -> dict[str, Any]:
         "method": str, "kv_bytes_saved": (int, float), "created_with": str,
     }  # fmt: skip
     fields = {name: content[name] for name, kind in types.items() if isinstance(content.get(name), kind)}
-    curves = content.get("error_curves")
-    if isinstance(curves, list) and all(isinstance(curve, list) for curve in curves):
-        fields["error_curves"] = tuple(tuple(float(error) for error in curve) for curve in curves)
+    for name in ("error_curves", "kl_curves"):
+        curves = content.get(name)
+        if isinstance(curves, list) and all(isinstance(curve, list) for curve in curves):
+            fields[name] = tuple(tuple(float(cost) for cost in curve) for curve in curves)
     return fields

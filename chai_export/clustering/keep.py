@@ -121,12 +121,21 @@ class Budget:
 
     def choose(self, curves: Curves, geometry: Geometry) -> tuple[int, ...]:
         """See :class:`KeepRule`."""
+        drop = self.heads_to_drop(geometry)
+        return allocate(_elbows_first(curves, drop), drop)
+
+    def heads_to_drop(self, geometry: Geometry) -> int:
+        """The fewest KV heads, over all layers, whose keys amount to the share.
+
+        Raises:
+            ChaiError: out of reach.
+        """
         self.check(geometry)
         widths = geometry.head_dim + geometry.value_head_dim
         whole = geometry.num_layers * geometry.num_kv_heads * widths / geometry.head_dim
         # The small term keeps a share such as 3/8 from asking for one head more because of its last bit.
         drop = max(0, math.ceil(self.share * whole - 1e-6))
-        return allocate(_elbows_first(curves, drop), drop)
+        return min(drop, geometry.num_layers * (geometry.num_kv_heads - 1))
 
 
 @dataclass(frozen=True)

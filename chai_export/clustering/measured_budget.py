@@ -1,0 +1,115 @@
+"""Budgets by measured damage: what each layer costs in KL divergence when it alone shares scores.
+
+Error curves say how much the probe's probabilities move, not how much the model minds. Here the model is
+asked: one layer at a time keeps R heads and all others keep everything, and the divergence from the model
+with all heads is measured. Allocation then minimises the sum over the layers, exactly, by dynamic
+programming (:func:`chai_export.clustering.keep.allocate`).
+
+The sum assumes independence: that the damage of several layers is the sum of what each does alone. It is
+a ranking that is needed, not a forecast; ``docs/quality.md`` shows how well the sum predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chai_export.clustering.keep import elbow
+from chai_export.progress import track
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MEASURED_PER_LAYER = 8
+"""Numbers of heads tried per layer, besides all of them; the rest is interpolated along the error curve."""
+
+
+def measure_damage(
+    model: PreTrainedModel,
+    windows: NDArray[np.int32],
+    error_curves: Sequence[Sequence[float]],
+    *,
+    probe_tokens: int,
+    per_layer: int = MEASURED_PER_LAYER,
+) -> tuple[tuple[float, ...], ...]:
+    """KL divergence of each layer for each number of kept heads, the other layers keeping all.
+
+    Runs ``windows · layers · per_layer`` forward passes; one window's logits exist at a time.
+
+    Args:
+        model: a supported decoder.
+        windows: int32 [N, T], sequences.
+        error_curves: [L][G], which decide where to measure and how to interpolate.
+        probe_tokens: P.
+        per_layer: numbers of heads to try in each layer, at least 1; from G-1 on, every one.
+
+    Returns:
+        [L][G]: nats per token with k heads kept at [l][k-1], never rising along a layer, 0 at the end.
+    """
+    from chai_export.models.oracle import Oracle, model_logits
+
+    groups = len(error_curves[0])
+    sums = [dict.fromkeys(heads_to_try(curve, per_layer), 0.0) for curve in error_curves]
+    for window in track(windows, "measuring layers", total=len(windows)):
+        every = model_logits(model, window)
+        for layer, by_kept in enumerate(sums):
+            for kept in by_kept:
+                kept_heads = [groups] * len(error_curves)
+                kept_heads[layer] = kept
+                by_kept[kept] += _total_kl(every, Oracle(model, kept_heads, probe_tokens).logits(window))
+    positions = max(1, windows.size)
+    return tuple(
+        _filled({kept: total / positions for kept, total in by_kept.items()}, curve)
+        for by_kept, curve in zip(sums, error_curves, strict=True)
+    )
+
+
+def heads_to_try(curve: Sequence[float], count: int) -> list[int]:
+    """Up to ``count`` numbers of kept heads worth measuring, ascending; G itself costs nothing.
+
+    One head, both sides of the elbow, then whatever halves the widest gap.
+    """
+    groups = len(curve)
+    at_elbow = elbow(curve)
+    wanted = [kept for kept in (1, at_elbow, at_elbow - 1) if 1 <= kept < groups]
+    tried = sorted(set(wanted[:count]))
+    while len(tried) < min(count, groups - 1):
+        bounds = [0, *tried, groups]
+        low, high = max(pairwise(bounds), key=lambda gap: gap[1] - gap[0])
+        tried = sorted([*tried, (low + high) // 2])
+    return tried
+
+
+def predicted(costs: Sequence[Sequence[float]], kept_heads: Sequence[int]) -> float:
+    """What the sum of the layers' costs predicts for an allocation, nats per token."""
+    return float(sum(row[kept - 1] for row, kept in zip(costs, kept_heads, strict=True)))
+
+
+def _total_kl(every: NDArray[np.float32], shared: NDArray[np.float32]) -> float:
+    """Sum over positions of KL(every || shared), from logits [T, V]."""
+    import torch
+
+    log_p, log_q = (torch.log_softmax(torch.from_numpy(x), dim=-1) for x in (every, shared))
+    return max(0.0, float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)))
+
+
+def _filled(measured: dict[int, float], curve: Sequence[float]) -> tuple[float, ...]:
+    """Every number of heads: between two measured ones in proportion to the error curve."""
+    groups = len(curve)
+    known = {**measured, groups: 0.0}
+    marks = sorted(known)
+    costs = np.zeros(groups)
+    for low, high in pairwise(marks):
+        for kept in range(low, high + 1):
+            span = curve[low - 1] - curve[high - 1]
+            share = (curve[kept - 1] - curve[high - 1]) / span if span > 0 else (high - kept) / (high - low)
+            costs[kept - 1] = known[high] + share * (known[low] - known[high])
+    for kept in range(1, marks[0]):
+        costs[kept - 1] = known[marks[0]]
+    # Keeping more heads cannot do more damage; where noise says so, the larger number counts for both.
+    falling = np.maximum.accumulate(costs[::-1])[::-1]
+    return tuple(float(cost) for cost in falling)
