@@ -10,7 +10,19 @@ from collections.abc import Sequence
 
 import chai_export
 from chai_export.cli import build as build_command
-from chai_export.cli import calibrate, doctor, evaluate, export, inspect, make, package, rewrite, run, verify
+from chai_export.cli import (
+    calibrate,
+    compare,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    make,
+    package,
+    rewrite,
+    run,
+    verify,
+)
 from chai_export.errors import ChaiError, UsageError
 
 DEBUG_VARIABLE = "CHAI_EXPORT_DEBUG"
@@ -23,6 +35,7 @@ _COMMANDS = (
     run,
     verify,
     evaluate,
+    compare,
     inspect,
     package,
     make,

@@ -112,5 +112,5 @@ def test_settings_that_cannot_work_are_refused(model):
         compare(model, TOKENS, methods=["best"])
     with pytest.raises(ChaiError, match="error curves"):
         compare(model, TOKENS, clusters=Clusters(kept_heads=(8, 8, 8, 8)), seq_len=20)
-    with pytest.raises(ChaiError, match="too few|--seq-len"):
+    with pytest.raises(ChaiError, match="--seq-len"):
         compare(model, TOKENS[:50], methods=["chai"], seq_len=40)
