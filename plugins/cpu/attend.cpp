@@ -122,7 +122,7 @@ void probe(const AttentionCall& call, const Kernels& kernel, const Executor& exe
     kernel.probe(task, scratch(kernel.probe_scratch(task)));
   });
   for_each(executor, fresh.size(), features * s.heads * s.heads > 4096, [&](std::size_t i) {
-    greedy_head_map(quantised.data() + i * s.heads * features, features, s.heads, s.kv_heads, s.kept,
+    cluster_heads(quantised.data() + i * s.heads * features, features, s.heads, s.kv_heads, s.kept,
                     fresh[i]->head_map.data());
   });
 }

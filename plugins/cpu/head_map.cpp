@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 
 namespace chai {
@@ -11,12 +12,9 @@ constexpr float kQuantisationSteps = 1024.0f;
 constexpr std::int64_t kUnassigned = std::int64_t{1} << 40;
 constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
 
-std::int64_t squared_distance(const std::int32_t* a, const std::int32_t* b, std::int64_t features) {
+std::int64_t absolute_distance(const std::int32_t* a, const std::int32_t* b, std::int64_t features) {
   std::int64_t sum = 0;
-  for (std::int64_t f = 0; f < features; ++f) {
-    const std::int64_t difference = a[f] - b[f];
-    sum += difference * difference;
-  }
+  for (std::int64_t f = 0; f < features; ++f) sum += std::abs(a[f] - b[f]);
   return sum;
 }
 
@@ -25,7 +23,7 @@ std::vector<std::int64_t> pairwise_distances(const std::int32_t* quantised, std:
   std::vector<std::int64_t> distance(num_heads * num_heads, 0);
   for (std::int64_t a = 0; a < num_heads; ++a) {
     for (std::int64_t b = 0; b < a; ++b) {
-      const std::int64_t d = squared_distance(quantised + a * features, quantised + b * features, features);
+      const std::int64_t d = absolute_distance(quantised + a * features, quantised + b * features, features);
       distance[a * num_heads + b] = distance[b * num_heads + a] = d;
     }
   }
@@ -43,15 +41,23 @@ std::vector<std::int64_t> distances_to_kv_heads(const std::vector<std::int64_t>&
   return nearest;
 }
 
+// 2 * kept steps: the KV heads chosen in the last `kept` of them stay, so in the second half each step first
+// drops the oldest choice. stamp[g] is the step in which g was last chosen.
 std::vector<bool> choose_kv_heads(const std::vector<std::int64_t>& to_kv, std::int64_t num_heads,
                                   std::int64_t num_kv_heads, std::int64_t kept) {
-  std::vector<bool> chosen(num_kv_heads, false);
-  std::vector<std::int64_t> nearest(num_heads, kUnassigned);
-  for (std::int64_t round = 0; round < kept; ++round) {
+  std::vector<std::int64_t> stamp(num_kv_heads, -kept);
+  std::vector<std::int64_t> nearest(num_heads);
+  for (std::int64_t step = 0; step < 2 * kept; ++step) {
+    for (std::int64_t h = 0; h < num_heads; ++h) {
+      nearest[h] = kUnassigned;
+      for (std::int64_t g = 0; g < num_kv_heads; ++g) {
+        if (stamp[g] > step - kept) nearest[h] = std::min(nearest[h], to_kv[h * num_kv_heads + g]);
+      }
+    }
     std::int64_t best = -1;
     std::int64_t best_cost = kNever;
     for (std::int64_t g = 0; g < num_kv_heads; ++g) {
-      if (chosen[g]) continue;
+      if (stamp[g] > step - kept) continue;
       std::int64_t cost = 0;
       for (std::int64_t h = 0; h < num_heads; ++h) {
         cost += std::min(nearest[h], to_kv[h * num_kv_heads + g]);
@@ -61,11 +67,10 @@ std::vector<bool> choose_kv_heads(const std::vector<std::int64_t>& to_kv, std::i
         best = g;
       }
     }
-    chosen[best] = true;
-    for (std::int64_t h = 0; h < num_heads; ++h) {
-      nearest[h] = std::min(nearest[h], to_kv[h * num_kv_heads + best]);
-    }
+    stamp[best] = step;
   }
+  std::vector<bool> chosen(num_kv_heads);
+  for (std::int64_t g = 0; g < num_kv_heads; ++g) chosen[g] = stamp[g] >= kept;
   return chosen;
 }
 
@@ -78,8 +83,8 @@ void quantise(const float* probabilities, std::int64_t n, std::int32_t* quantise
   }
 }
 
-void greedy_head_map(const std::int32_t* quantised, std::int64_t features, std::int64_t num_heads,
-                     std::int64_t num_kv_heads, std::int64_t kept, std::int32_t* head_map) {
+void cluster_heads(const std::int32_t* quantised, std::int64_t features, std::int64_t num_heads,
+                   std::int64_t num_kv_heads, std::int64_t kept, std::int32_t* head_map) {
   const std::vector<std::int64_t> distance = pairwise_distances(quantised, features, num_heads);
   const std::vector<bool> chosen = choose_kv_heads(distances_to_kv_heads(distance, num_heads, num_kv_heads),
                                                    num_heads, num_kv_heads, kept);

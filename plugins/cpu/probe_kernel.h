@@ -33,7 +33,7 @@ void probe(const ProbeTask& task, float* memory) {
   for (std::int64_t token = 0; token < task.tokens; ++token) {
     const std::int64_t visible = token + 1;
     widen(query, static_cast<const T*>(task.query) + token * task.key_dim, task.key_dim, 1.0f);
-    dots<1>(query, static_cast<const T*>(task.key), visible, task.key_dim, scores, visible);
+    dots_of_one(query, static_cast<const T*>(task.key), visible, task.key_dim, scores);
     for (std::int64_t i = 0; i < visible; ++i) scores[i] *= task.scale;
     probabilities(scores, visible);
     quantise(scores, visible, quantised_row);

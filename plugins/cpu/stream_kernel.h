@@ -7,77 +7,88 @@
 namespace chai {
 namespace CHAI_ISA {
 
-constexpr int kDotRows = 4;               // rows of K per step of a dot product
-constexpr int kSumRows = 8;               // rows of V per step of a weighted sum
-constexpr std::int64_t kSharedRows = 32;  // rows of V that stay in L1 while several heads weigh them
+// Memory is read fastest in one ascending stream per thread: a step that touches several rows at a time costs
+// a third of the bandwidth, software prefetch a sixth (benchmarks/experiments.md).
+constexpr int kSumsAtOnce = 4;                          // vectors that sums() adds up
+constexpr int kSharedRows = 16;                         // rows that stay in L1 while several heads use them
+constexpr int kRowsFromL1 = 8;                          // of these, rows per step of a weighted sum
+constexpr int kMostRegisters = kLanes == 16 ? 24 : 12;  // accumulators of one head's weighted sum
 
-// scores[q][r] = queries[q] · keys[r] for kDotRows consecutive rows.
-template <int QUERIES, typename T>
-CHAI_INLINE void dot_rows(const float* queries, std::int64_t query_stride, const T* keys, std::int64_t dim,
-                          float* scores, std::int64_t score_stride) {
-  Vec sum_of[QUERIES][kDotRows] = {};
-  std::int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    Vec k[kDotRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kDotRows; ++r) k[r] = load(keys + r * dim + d);
-#pragma GCC unroll 4
-    for (int q = 0; q < QUERIES; ++q) {
-      const Vec x = load(queries + q * query_stride + d);
-#pragma GCC unroll 4
-      for (int r = 0; r < kDotRows; ++r) sum_of[q][r] += x * k[r];
-    }
+// query · key; the vector still to be summed up.
+template <typename T>
+CHAI_INLINE Vec dot_lanes(const float* query, const T* key, std::int64_t vectors) {
+  Vec even = {}, odd = {};
+  std::int64_t i = 0;
+  for (; i + 2 <= vectors; i += 2) {
+    even += load(query + i * kLanes) * load(key + i * kLanes);
+    odd += load(query + (i + 1) * kLanes) * load(key + (i + 1) * kLanes);
   }
-#pragma GCC unroll 4
-  for (int q = 0; q < QUERIES; ++q) {
-    Quad total = sums(sum_of[q][0], sum_of[q][1], sum_of[q][2], sum_of[q][3]);
-    for (std::int64_t tail = d; tail < dim; ++tail) {
-      const float x = queries[q * query_stride + tail];
-      for (int r = 0; r < kDotRows; ++r) total[r] += x * load_one(keys + r * dim + tail);
-    }
-    __builtin_memcpy(scores + q * score_stride, &total, sizeof(total));
-  }
+  if (i < vectors) even += load(query + i * kLanes) * load(key + i * kLanes);
+  return even + odd;
 }
 
 template <typename T>
-CHAI_INLINE float dot_one(const float* query, const T* key, std::int64_t dim) {
-  Vec total = {};
-  std::int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) total += load(query + d) * load(key + d);
-  float result = sum(total);
-  for (; d < dim; ++d) result += query[d] * load_one(key + d);
-  return result;
+CHAI_INLINE float dot_tail(const float* query, const T* key, std::int64_t first, std::int64_t dim) {
+  float total = 0.0f;
+  for (std::int64_t d = first; d < dim; ++d) total += query[d] * load_one(key + d);
+  return total;
+}
+
+// scores[t] = query · keys[t]
+template <typename T>
+void dots_of_one(const float* query, const T* keys, std::int64_t rows, std::int64_t dim, float* scores) {
+  const std::int64_t vectors = dim / kLanes, tail = vectors * kLanes;
+  std::int64_t t = 0;
+  for (; t + kSumsAtOnce <= rows; t += kSumsAtOnce) {
+    Vec lanes[kSumsAtOnce];
+#pragma GCC unroll 4
+    for (int r = 0; r < kSumsAtOnce; ++r) lanes[r] = dot_lanes(query, keys + (t + r) * dim, vectors);
+    Quad total = sums(lanes[0], lanes[1], lanes[2], lanes[3]);
+    if (tail < dim) {
+      for (int r = 0; r < kSumsAtOnce; ++r) total[r] += dot_tail(query, keys + (t + r) * dim, tail, dim);
+    }
+    __builtin_memcpy(scores + t, &total, sizeof(total));
+  }
+  for (; t < rows; ++t) {
+    scores[t] = sum(dot_lanes(query, keys + t * dim, vectors)) + dot_tail(query, keys + t * dim, tail, dim);
+  }
+}
+
+// scores[q][t] = queries[q] · keys[t] for four queries.
+template <typename T>
+void dots_of_four(const float* const* queries, const T* keys, std::int64_t rows, std::int64_t dim,
+                  float* const* scores) {
+  const std::int64_t vectors = dim / kLanes, tail = vectors * kLanes;
+  for (std::int64_t t = 0; t < rows; ++t) {
+    const T* key = keys + t * dim;
+    Vec lanes[kSumsAtOnce] = {};
+    for (std::int64_t i = 0; i < vectors; ++i) {
+      const Vec k = load(key + i * kLanes);
+#pragma GCC unroll 4
+      for (int q = 0; q < kSumsAtOnce; ++q) lanes[q] += load(queries[q] + i * kLanes) * k;
+    }
+    const Quad total = sums(lanes[0], lanes[1], lanes[2], lanes[3]);
+    for (int q = 0; q < kSumsAtOnce; ++q) scores[q][t] = total[q] + dot_tail(queries[q], key, tail, dim);
+  }
 }
 
 // scores[q][t] = queries[q] · keys[t]
-template <int QUERIES, typename T>
-void dots(const float* queries, const T* keys, std::int64_t rows, std::int64_t dim, float* scores,
-          std::int64_t score_stride) {
-  std::int64_t t = 0;
-  for (; t + kDotRows <= rows; t += kDotRows) {
-    dot_rows<QUERIES>(queries, dim, keys + t * dim, dim, scores + t, score_stride);
-  }
-  for (; t < rows; ++t) {
-    for (int q = 0; q < QUERIES; ++q) {
-      scores[q * score_stride + t] = dot_one(queries + q * dim, keys + t * dim, dim);
-    }
-  }
-}
-
 template <typename T>
 void dots(const float* queries, std::int64_t num_queries, const T* keys, std::int64_t rows, std::int64_t dim,
           float* scores, std::int64_t score_stride) {
-  // Blocks of rows stay in L1 while further queries of the same slot use them.
+  if (num_queries == 1) return dots_of_one(queries, keys, rows, dim, scores);
   for (std::int64_t t = 0; t < rows; t += kSharedRows) {
-    const std::int64_t n = num_queries > 2 ? least(kSharedRows, rows - t) : rows;
-    std::int64_t q = 0;
-    for (; q + 2 <= num_queries; q += 2) {
-      dots<2>(queries + q * dim, keys + t * dim, n, dim, scores + q * score_stride + t, score_stride);
+    const std::int64_t n = least(kSharedRows, rows - t);
+    for (std::int64_t first = 0; first < num_queries; first += kSumsAtOnce) {
+      const float* query[kSumsAtOnce];
+      float* to[kSumsAtOnce];
+      for (int i = 0; i < kSumsAtOnce; ++i) {
+        const std::int64_t q = least(first + i, num_queries - 1);  // the last one again fills up the four
+        query[i] = queries + q * dim;
+        to[i] = scores + q * score_stride + t;
+      }
+      dots_of_four(query, keys + t * dim, n, dim, to);
     }
-    if (q < num_queries) {
-      dots<1>(queries + q * dim, keys + t * dim, n, dim, scores + q * score_stride + t, score_stride);
-    }
-    if (n == rows) break;
   }
 }
 
@@ -103,7 +114,7 @@ CHAI_INLINE SoftmaxState soften(float* scores, std::int64_t n) {
   return state;
 }
 
-// out[v] += sum over ROWS rows of weight * values.
+// out += weights · values, ROWS rows at a time: for rows that are in L1.
 template <int ROWS, typename T>
 CHAI_INLINE void add_rows(float* out, const T* values, const float* weights, std::int64_t dim) {
   Vec weight[ROWS];
@@ -122,11 +133,46 @@ CHAI_INLINE void add_rows(float* out, const T* values, const float* weights, std
 }
 
 template <typename T>
-CHAI_INLINE void weighted_sum(float* out, const T* values, const float* weights, std::int64_t rows,
-                              std::int64_t dim) {
+void weighted_sum_from_l1(float* out, const T* values, const float* weights, std::int64_t rows,
+                          std::int64_t dim) {
   std::int64_t t = 0;
-  for (; t + kSumRows <= rows; t += kSumRows) add_rows<kSumRows>(out, values + t * dim, weights + t, dim);
+  for (; t + kRowsFromL1 <= rows; t += kRowsFromL1) {
+    add_rows<kRowsFromL1>(out, values + t * dim, weights + t, dim);
+  }
   for (; t < rows; ++t) add_rows<1>(out, values + t * dim, weights + t, dim);
+}
+
+// out += weights · values, one row after the other: the first REGISTERS vectors of out are kept in registers.
+template <int REGISTERS, typename T>
+void weighted_sum_registers(float* out, const T* values, const float* weights, std::int64_t rows,
+                            std::int64_t dim) {
+  Vec total[REGISTERS];
+#pragma GCC unroll 24
+  for (int i = 0; i < REGISTERS; ++i) total[i] = load(out + i * kLanes);
+  constexpr std::int64_t kRest = REGISTERS * kLanes;
+  for (std::int64_t t = 0; t < rows; ++t) {
+    const T* row = values + t * dim;
+    const Vec weight = splat(weights[t]);
+#pragma GCC unroll 24
+    for (int i = 0; i < REGISTERS; ++i) total[i] += weight * load(row + i * kLanes);
+    if (dim > kRest) add_rows<1>(out + kRest, row + kRest, weights + t, dim - kRest);
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < REGISTERS; ++i) store(out + i * kLanes, total[i]);
+}
+
+template <typename T>
+void weighted_sum(float* out, const T* values, const float* weights, std::int64_t rows, std::int64_t dim) {
+  const std::int64_t vectors = dim / kLanes;
+  if (vectors >= kMostRegisters) {
+    weighted_sum_registers<kMostRegisters>(out, values, weights, rows, dim);
+  } else if (vectors >= 8) {
+    weighted_sum_registers<8>(out, values, weights, rows, dim);
+  } else if (vectors >= 4) {
+    weighted_sum_registers<4>(out, values, weights, rows, dim);
+  } else {
+    for (std::int64_t t = 0; t < rows; ++t) add_rows<1>(out, values + t * dim, weights + t, dim);
+  }
 }
 
 struct StreamScratch {
@@ -188,7 +234,13 @@ void stream_value(const StreamTask& task, const StreamTask::Value& value, std::i
   for (std::int64_t t = 0; t < rows; t += step) {
     for (std::int64_t i = 0; i < value.num_heads; ++i) {
       const float* weights = scratch.scores + heads[i].query * scratch.score_stride + t;
-      weighted_sum(sums_of(i), values + t * task.value_dim, weights, least(step, rows - t), task.value_dim);
+      const T* from = values + t * task.value_dim;
+      const std::int64_t n = least(step, rows - t);
+      if (i == 0) {
+        weighted_sum(sums_of(i), from, weights, n, task.value_dim);
+      } else {
+        weighted_sum_from_l1(sums_of(i), from, weights, n, task.value_dim);
+      }
     }
   }
   for (std::int64_t i = 0; i < value.num_heads; ++i) {
