@@ -1,0 +1,322 @@
+#include "session.h"
+
+#include <cstddef>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <stdexcept>
+#include <utility>
+
+namespace chai {
+namespace {
+
+class StderrLogger final : public nvinfer1::ILogger {
+ public:
+  void log(Severity severity, const char* message) noexcept override {
+    if (severity <= Severity::kWARNING) std::fprintf(stderr, "TensorRT: %s\n", message);
+  }
+};
+
+// TensorRT keeps a pointer to it for the life of the process.
+StderrLogger& logger() {
+  static StderrLogger instance;
+  return instance;
+}
+
+void require(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+void require(bool condition, const std::string& what) {
+  if (!condition) throw std::runtime_error(what);
+}
+
+std::vector<char> read_file(const std::string& path) {
+  std::ifstream stream(path, std::ios::binary);
+  std::vector<char> content{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
+  require(stream.is_open() && !content.empty(), "cannot read " + path);
+  return content;
+}
+
+nvinfer1::Dims dims(std::initializer_list<std::int64_t> sizes) {
+  nvinfer1::Dims result{};
+  for (const std::int64_t size : sizes) result.d[result.nbDims++] = size;
+  return result;
+}
+
+std::size_t item_bytes(nvinfer1::DataType type) { return type == nvinfer1::DataType::kFLOAT ? 4 : 2; }
+
+std::string layer_name(const char* kind, std::size_t layer) { return kind + ("." + std::to_string(layer)); }
+
+float from_half(std::uint16_t half) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(half >> 15) << 31;
+  const std::uint32_t exponent = half >> 10 & 31u;
+  const std::uint32_t fraction = half & 1023u;
+  if (exponent == 0) {
+    const float magnitude = static_cast<float>(fraction) / 16777216.0f;  // 2^24
+    return sign != 0 ? -magnitude : magnitude;
+  }
+  const std::uint32_t wide = exponent == 31 ? 255u : exponent + 112u;
+  const std::uint32_t bits = sign | wide << 23 | fraction << 13;
+  float value = 0.0f;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+float from_bfloat16(std::uint16_t half) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
+  float value = 0.0f;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+}  // namespace
+
+TensorRtSession::Buffer::Buffer(std::size_t bytes) : bytes_(bytes) {
+  require(cudaMalloc(&data_, bytes), "allocating GPU memory");
+}
+
+TensorRtSession::Buffer::~Buffer() { cudaFree(data_); }
+
+TensorRtSession::Buffer::Buffer(Buffer&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+
+TensorRtSession::Buffer& TensorRtSession::Buffer::operator=(Buffer&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+TensorRtSession::TensorRtSession(const std::string& plan, const std::string& plugin, bool all_heads) {
+  const std::vector<char> bytes = read_file(plan);
+  require(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a CUDA stream");
+  runtime_.reset(nvinfer1::createInferRuntime(logger()));
+  require(runtime_ != nullptr, "TensorRT does not start (see its message)");
+  require(runtime_->getPluginRegistry().loadLibrary(plugin.c_str()) != nullptr,
+          plugin + " does not load, or was loaded before (see TensorRT's message)");
+  engine_.reset(runtime_->deserializeCudaEngine(bytes.data(), bytes.size()));
+  require(engine_ != nullptr, plan + " does not load; build it on this GPU and with this TensorRT");
+  read_geometry(all_heads);
+  make_context(kPrefill);
+  make_context(kDecode);
+}
+
+TensorRtSession::~TensorRtSession() {
+  if (stream_ != nullptr) cudaStreamSynchronize(stream_);
+  drop_decode();
+  // Contexts before the engine, the engine before the runtime, and all before the stream.
+  for (auto& context : contexts_) context.reset();
+  engine_.reset();
+  runtime_.reset();
+  if (stream_ != nullptr) cudaStreamDestroy(stream_);
+}
+
+void TensorRtSession::read_geometry(bool all_heads) {
+  const auto most = [&](const std::string& name) {
+    return engine_->getProfileShape(name.c_str(), kPrefill, nvinfer1::OptProfileSelector::kMAX);
+  };
+  const nvinfer1::Dims head_map = most("head_map");
+  const nvinfer1::Dims input_ids = most("input_ids");
+  const nvinfer1::Dims value = most("past_value.0");
+  require(head_map.nbDims == 3 && input_ids.nbDims == 2 && value.nbDims == 4, "the engine is not one of chai_export");
+  geometry_.layers = head_map.d[0];
+  geometry_.query_heads = head_map.d[2];
+  geometry_.max_batch = input_ids.d[0];
+  geometry_.max_tokens = input_ids.d[1];
+  geometry_.kv_heads = value.d[1];
+  geometry_.max_capacity = value.d[2];
+  geometry_.vocab_size = engine_->getTensorShape("logits").d[2];
+  for (std::int64_t layer = 0; layer < geometry_.layers; ++layer) {
+    const std::string name = layer_name("past_key", static_cast<std::size_t>(layer));
+    // The profile's least number of kept heads is the bundle's.
+    const nvinfer1::Dims least =
+        engine_->getProfileShape(name.c_str(), kPrefill, nvinfer1::OptProfileSelector::kMIN);
+    require(least.nbDims == 4, "the engine has no " + name);
+    geometry_.kept_heads.push_back(least.d[1]);
+    cached_heads_.push_back(all_heads ? geometry_.kv_heads : least.d[1]);
+  }
+}
+
+void TensorRtSession::make_context(Profile profile) {
+  contexts_[profile].reset(engine_->createExecutionContext());
+  require(contexts_[profile] != nullptr, "no GPU memory for an execution context");
+  require(contexts_[profile]->setOptimizationProfileAsync(profile, stream_), "the engine lacks a profile");
+  require(cudaStreamSynchronize(stream_), "choosing a profile");
+}
+
+void TensorRtSession::begin(std::int64_t batch, std::int64_t capacity) {
+  require(batch >= 1 && batch <= geometry_.max_batch, "the engine takes 1 to " + std::to_string(geometry_.max_batch) +
+                                                          " rows; build with a higher --max-batch");
+  require(capacity >= 1 && capacity <= geometry_.max_capacity,
+          "the engine takes 1 to " + std::to_string(geometry_.max_capacity) + " tokens; build with a higher --max-seq");
+  drop_decode();
+  batch_ = batch;
+  capacity_ = capacity;
+  caches_.clear();
+  allocate_caches();
+  const auto maps = static_cast<std::size_t>(geometry_.layers * batch * geometry_.query_heads) * sizeof(std::int32_t);
+  head_map_ = Buffer(maps);
+  present_head_map_ = Buffer(maps);
+  require(cudaMemsetAsync(head_map_.get(), 0, maps, stream_), "clearing the head map");
+}
+
+void TensorRtSession::allocate_caches() {
+  for (std::size_t layer = 0; layer < cached_heads_.size(); ++layer) {
+    const std::string key = layer_name("key", layer);
+    const std::string value = layer_name("value", layer);
+    const auto bytes = [&](const std::string& name, std::int64_t heads) {
+      const std::string past = "past_" + name;
+      const std::int64_t elements = batch_ * heads * capacity_ * engine_->getTensorShape(past.c_str()).d[3];
+      return static_cast<std::size_t>(elements) * item_bytes(engine_->getTensorDataType(past.c_str()));
+    };
+    caches_[key] = Buffer(bytes(key, cached_heads_[layer]));
+    caches_[value] = Buffer(bytes(value, geometry_.kv_heads));
+  }
+}
+
+TensorRtSession::Feeds TensorRtSession::make_feeds(std::int64_t tokens, std::int64_t outputs) const {
+  const auto rows = static_cast<std::size_t>(batch_);
+  Feeds feeds;
+  feeds.tokens = tokens;
+  feeds.outputs = outputs;
+  feeds.inputs["input_ids"] = Buffer(rows * static_cast<std::size_t>(tokens) * sizeof(std::int64_t));
+  feeds.inputs["lengths"] = Buffer(rows * sizeof(std::int32_t));
+  feeds.inputs["past_lengths"] = Buffer(rows * sizeof(std::int32_t));
+  feeds.inputs["output_positions"] = Buffer(rows * static_cast<std::size_t>(outputs) * sizeof(std::int64_t));
+  const auto logits = rows * static_cast<std::size_t>(outputs * geometry_.vocab_size);
+  feeds.logits = Buffer(logits * item_bytes(engine_->getTensorDataType("logits")));
+  return feeds;
+}
+
+void TensorRtSession::fill(const Feeds& feeds, const std::vector<std::int64_t>& input_ids,
+                           const std::vector<std::int32_t>& lengths, const std::vector<std::int32_t>& past_lengths,
+                           const std::vector<std::int64_t>& output_positions) {
+  const auto copy = [&](const char* name, const void* data) {
+    const Buffer& buffer = feeds.inputs.at(name);
+    require(cudaMemcpyAsync(buffer.get(), data, buffer.bytes(), cudaMemcpyHostToDevice, stream_), "copying inputs");
+  };
+  copy("input_ids", input_ids.data());
+  copy("lengths", lengths.data());
+  copy("past_lengths", past_lengths.data());
+  copy("output_positions", output_positions.data());
+}
+
+void TensorRtSession::bind(Profile profile, const Feeds& feeds) {
+  nvinfer1::IExecutionContext& context = *contexts_[profile];
+  const auto input = [&](const std::string& name, const nvinfer1::Dims& shape, void* address) {
+    require(context.setInputShape(name.c_str(), shape), "the engine does not take this shape of " + name);
+    require(context.setTensorAddress(name.c_str(), address), "TensorRT refuses the address of " + name);
+  };
+  input("input_ids", dims({batch_, feeds.tokens}), feeds.inputs.at("input_ids").get());
+  input("lengths", dims({batch_}), feeds.inputs.at("lengths").get());
+  input("past_lengths", dims({batch_}), feeds.inputs.at("past_lengths").get());
+  input("output_positions", dims({batch_, feeds.outputs}), feeds.inputs.at("output_positions").get());
+  input("head_map", dims({geometry_.layers, batch_, geometry_.query_heads}), head_map_.get());
+  for (const auto& [name, cache] : caches_) {
+    nvinfer1::Dims shape = engine_->getTensorShape(("past_" + name).c_str());
+    const bool is_key = name.rfind("key.", 0) == 0;
+    shape.d[0] = batch_;
+    shape.d[1] = is_key ? cached_heads_[std::stoul(name.substr(4))] : geometry_.kv_heads;
+    shape.d[2] = capacity_;
+    input("past_" + name, shape, cache.get());
+    // In place: the plugin appends to the buffer it reads.
+    require(context.setTensorAddress(("present_" + name).c_str(), cache.get()), "TensorRT refuses a cache");
+  }
+  require(context.setTensorAddress("present_head_map", present_head_map_.get()), "TensorRT refuses the head map");
+  require(context.setTensorAddress("logits", feeds.logits.get()), "TensorRT refuses the logits");
+}
+
+void TensorRtSession::execute(Profile profile) {
+  require(contexts_[profile]->enqueueV3(stream_), "TensorRT could not run the step (see its message)");
+  require(cudaMemcpyAsync(head_map_.get(), present_head_map_.get(), head_map_.bytes(), cudaMemcpyDeviceToDevice, stream_),
+          "keeping the head map");
+}
+
+std::vector<float> TensorRtSession::step(const std::vector<std::int64_t>& input_ids,
+                                         const std::vector<std::int32_t>& lengths,
+                                         const std::vector<std::int32_t>& past_lengths,
+                                         const std::vector<std::int64_t>& output_positions) {
+  const auto rows = static_cast<std::size_t>(batch_);
+  require(rows > 0, "call begin first");
+  require(lengths.size() == rows && past_lengths.size() == rows && !input_ids.empty() && !output_positions.empty() &&
+              input_ids.size() % rows == 0 && output_positions.size() % rows == 0,
+          "input sizes do not fit the batch");
+  const auto tokens = static_cast<std::int64_t>(input_ids.size() / rows);
+  const auto outputs = static_cast<std::int64_t>(output_positions.size() / rows);
+  for (std::size_t row = 0; row < rows; ++row) {
+    require(lengths[row] >= 0 && lengths[row] <= tokens && past_lengths[row] >= 0 &&
+                (lengths[row] == 0 || past_lengths[row] + lengths[row] <= capacity_),
+            "row " + std::to_string(row) + " does not fit its cache");
+  }
+  if (tokens != 1 || outputs != 1) {
+    const Feeds feeds = make_feeds(tokens, outputs);
+    fill(feeds, input_ids, lengths, past_lengths, output_positions);
+    bind(kPrefill, feeds);
+    execute(kPrefill);
+    return read_logits(feeds);
+  }
+  if (decode_ == nullptr) {
+    decode_ = std::make_unique<Feeds>(make_feeds(1, 1));
+    fill(*decode_, input_ids, lengths, past_lengths, output_positions);
+    bind(kDecode, *decode_);
+    execute(kDecode);  // outside the graph: TensorRT prepares for the new shapes in it
+    return read_logits(*decode_);
+  }
+  fill(*decode_, input_ids, lengths, past_lengths, output_positions);
+  if (decode_graph_ == nullptr) capture_decode();
+  require(cudaGraphLaunch(decode_graph_, stream_), "launching the decode graph");
+  return read_logits(*decode_);
+}
+
+void TensorRtSession::capture_decode() {
+  require(cudaStreamSynchronize(stream_), "waiting before a capture");
+  cudaGraph_t graph = nullptr;
+  require(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "beginning a capture");
+  try {
+    execute(kDecode);
+  } catch (...) {
+    cudaStreamEndCapture(stream_, &graph);
+    if (graph != nullptr) cudaGraphDestroy(graph);
+    throw;
+  }
+  require(cudaStreamEndCapture(stream_, &graph), "ending a capture");
+  const cudaError_t status = cudaGraphInstantiate(&decode_graph_, graph, 0);
+  cudaGraphDestroy(graph);
+  require(status, "instantiating the decode graph");
+}
+
+void TensorRtSession::drop_decode() {
+  if (decode_graph_ != nullptr) cudaGraphExecDestroy(decode_graph_);
+  decode_graph_ = nullptr;
+  decode_.reset();
+}
+
+std::vector<float> TensorRtSession::read_logits(const Feeds& feeds) const {
+  std::vector<char> raw(feeds.logits.bytes());
+  require(cudaMemcpyAsync(raw.data(), feeds.logits.get(), raw.size(), cudaMemcpyDeviceToHost, stream_),
+          "copying logits");
+  require(cudaStreamSynchronize(stream_), "running the step");
+  const nvinfer1::DataType type = engine_->getTensorDataType("logits");
+  std::vector<float> logits(raw.size() / item_bytes(type));
+  if (type == nvinfer1::DataType::kFLOAT) {
+    std::memcpy(logits.data(), raw.data(), raw.size());
+    return logits;
+  }
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    std::uint16_t half = 0;
+    std::memcpy(&half, raw.data() + 2 * i, sizeof(half));
+    logits[i] = type == nvinfer1::DataType::kHALF ? from_half(half) : from_bfloat16(half);
+  }
+  return logits;
+}
+
+std::vector<std::int32_t> TensorRtSession::head_map() const {
+  std::vector<std::int32_t> map(head_map_.bytes() / sizeof(std::int32_t));
+  require(cudaMemcpyAsync(map.data(), head_map_.get(), head_map_.bytes(), cudaMemcpyDeviceToHost, stream_),
+          "copying the head map");
+  require(cudaStreamSynchronize(stream_), "copying the head map");
+  return map;
+}
+
+}  // namespace chai
