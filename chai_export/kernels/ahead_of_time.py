@@ -62,9 +62,11 @@ def _run_worker(request: dict[str, Any], scratch: str) -> None:
     environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
     environment |= PINNED_ENVIRONMENT
     environment["TRITON_CACHE_DIR"] = str(Path(scratch) / "cache")
-    # The child finds the same packages, however this process found them.
-    environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
-    command = [sys.executable, "-m", "chai_export.kernels.compile_worker"]
+    # The child uses this very copy of the package (-S: no import hooks of an editable install) and finds
+    # all others where this process does.
+    package_parent = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join([package_parent, *(entry for entry in sys.path if entry)])
+    command = [sys.executable, "-S", "-m", "chai_export.kernels.compile_worker"]
     done = subprocess.run(
         command, input=json.dumps(request), text=True, capture_output=True, env=environment, check=False
     )

@@ -118,11 +118,13 @@ def test_same_source_gives_the_same_bytes_in_another_folder(
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     program = (
-        "from chai_export.kernels import Spec, compile\n"
+        "import chai_export\nfrom chai_export.kernels import Spec, compile\n"
         "compile(Spec('float16', 4, 2, 32, 32), 90, 'out', only=['decode_scores_kernel', 'append_kernel'])\n"
+        f"assert chai_export.__file__.startswith({str(tmp_path)!r})\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
+    search = os.pathsep.join([str(package.parent), *sys.path])
+    command = [sys.executable, "-S", "-c", program]  # -S: an editable install would bring its own copy
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": search}, check=True)
     first = {launch["kernel"]: launch for launch in _load(compiled[90])["launches"]}
     second = _load(tmp_path / "out" / "index.json")
     assert second["source_sha256"] == _load(compiled[90])["source_sha256"]

@@ -6,7 +6,7 @@ Contract
     writes    present_head_map int32 [B,H]
               plan int32 [B, 2G + 2H + 1]: slot of each KV head | KV head of each slot | score row of each
               query head | query heads ordered into pieces | number of full pieces
-    numerics  integers only: distances int32 (exact for P < 1024), sums of distances int64
+    numerics  integers only: distances int32, sums of distances int64
 
 Pieces: a cluster is cut into groups of MEMBERS query heads ("full pieces"); what is left over forms single
 pieces. The order lists the heads of the full pieces first, then the single ones.
@@ -59,15 +59,14 @@ def group_distances(
                 b = tl.load(
                     entry_ptr + kv_heads * group + index, mask=(kv_heads < KV_HEADS) & inside, other=0
                 )
-                difference = a[:, None] - b[None, :]
-                distance += difference * difference
+                distance += tl.abs(a[:, None] - b[None, :])
         nearest_index = tl.where(distance < nearest, index, nearest_index)
         nearest = tl.minimum(nearest, distance)
     return nearest, nearest_index
 
 
 @triton.jit
-def greedy_map(
+def clustered_map(
     nearest,
     nearest_index,
     kept,
@@ -76,21 +75,24 @@ def greedy_map(
     HEADS_PADDED: tl.constexpr,
     KV_PADDED: tl.constexpr,
 ):
-    """Greedy k-medoids over KV heads, then nearest representative; ties go to the lower index."""
+    """Choose KV heads, then the nearest representative; ties go to the lower index.
+
+    2 * kept steps: the KV heads chosen in the last ``kept`` of them stay, so in the second half each step
+    first drops the oldest choice. ``stamp`` is the step in which a KV head was last chosen.
+    """
     group: tl.constexpr = HEADS // KV_HEADS
     heads = tl.arange(0, HEADS_PADDED)
     kv_heads = tl.arange(0, KV_PADDED)
     to_kv = nearest.to(tl.int64)
-    reached = tl.full([HEADS_PADDED], UNASSIGNED_DISTANCE, tl.int64)
-    chosen = (kv_heads >= KV_HEADS).to(tl.int32)
-    for _ in range(kept):
+    stamp = tl.full([KV_PADDED], 0, tl.int32) - kept
+    for step in range(2 * kept):
+        stays = stamp > step - kept
+        reached = tl.min(tl.where(stays[None, :], to_kv, UNASSIGNED_DISTANCE), axis=1)
         cost = tl.where((heads < HEADS)[:, None], tl.minimum(reached[:, None], to_kv), 0)
-        total = tl.where(chosen > 0, OUT_OF_REACH, tl.sum(cost, axis=0))
-        best = tl.argmin(total, axis=0)
-        chosen = tl.where(kv_heads == best, 1, chosen)
-        to_best = tl.min(tl.where((kv_heads == best)[None, :], to_kv, OUT_OF_REACH), axis=1)
-        reached = tl.minimum(reached, to_best)
-    is_kept = (chosen > 0) & (kv_heads < KV_HEADS)
+        excluded = stays | (kv_heads >= KV_HEADS)
+        best = tl.argmin(tl.where(excluded, OUT_OF_REACH, tl.sum(cost, axis=0)), axis=0)
+        stamp = tl.where(kv_heads == best, step, stamp)
+    is_kept = stamp >= kept
     closest = tl.argmin(tl.where(is_kept[None, :], to_kv, OUT_OF_REACH), axis=1)
     at_closest = kv_heads[None, :] == closest[:, None]
     index = tl.max(tl.where(at_closest, nearest_index, 0), axis=1)
@@ -152,7 +154,7 @@ def head_map_kernel(
             nearest, nearest_index = group_distances(
                 quantised_ptr + row * PROBE * PROBE * HEADS, HEADS, KV_HEADS, PROBE, HEADS_PADDED, KV_PADDED
             )
-            head_map = greedy_map(nearest, nearest_index, kept, HEADS, KV_HEADS, HEADS_PADDED, KV_PADDED)
+            head_map = clustered_map(nearest, nearest_index, kept, HEADS, KV_HEADS, HEADS_PADDED, KV_PADDED)
         else:
             head_map = first_heads_map(kept, HEADS, KV_HEADS, HEADS_PADDED)
         tl.store(target, head_map, mask=heads < HEADS)
