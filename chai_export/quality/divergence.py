@@ -63,6 +63,11 @@ class Divergence:
         return self._nll_all / self.tokens
 
     @property
+    def nll_change_sum(self) -> float:
+        """Loss with shared scores less loss with all heads, nats over all tokens."""
+        return self._nll - self._nll_all
+
+    @property
     def nll(self) -> float:
         """Loss with shared scores, nats per token."""
         return self._nll / self.tokens

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from chai_export.clustering.calibrate import calibrate
 from chai_export.clustering.clusters import Clusters
-from chai_export.clustering.keep import parse_keep
+from chai_export.clustering.keep import Numbers, parse_keep
 from chai_export.clustering.static_maps import static_head_maps
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.geometry import Geometry, describe
@@ -43,6 +43,7 @@ class MethodResult:
         kv_bytes_saved: share of the KV cache.
         nll: loss in nats per token.
         nll_change: against all heads.
+        nll_change_error: standard error of that, from its spread over windows.
         perplexity_change: relative, 0.01 is 1 %.
         kl: mean KL(all heads || method) in nats per token.
         top1_agreement: share of positions with the same most probable token.
@@ -55,6 +56,7 @@ class MethodResult:
     kv_bytes_saved: float
     nll: float
     nll_change: float
+    nll_change_error: float
     perplexity_change: float
     kl: float
     top1_agreement: float
@@ -162,7 +164,7 @@ def compare(
         every, targets = model_logits(loaded, sequence)[skip:-1], sequence[skip + 1 :]
         for setup in setups:
             shared = setup.logits(loaded, sequence, seed + number)[skip:-1]
-            setup.sums.add(every, shared, targets)
+            setup.add(every, shared, targets)
     return Comparison(
         model=Path(str(loaded.config.name_or_path)).name or geometry.model_type,
         tokens=setups[0].sums.tokens,
@@ -183,6 +185,7 @@ class _Setup:
         self.probe = probe
         self.static: NDArray[np.int32] | None = None
         self.sums = Divergence()
+        self._changes: list[float] = []
 
     def logits(self, model: PreTrainedModel, sequence: NDArray[np.int32], seed: int) -> NDArray[np.float32]:
         """Logits of one sequence under this method."""
@@ -191,6 +194,15 @@ class _Setup:
         else:
             choose = method_maps(self.method, self.kept, self.probe, seed)
         return logits_with_maps(model, sequence, choose, self.probe if self.method.exact_probe else 0)
+
+    def add(
+        self, every: NDArray[np.float32], shared: NDArray[np.float32], targets: NDArray[np.int32]
+    ) -> None:
+        """Add the logits of one sequence."""
+        before = (self.sums.nll_change_sum, self.sums.tokens)
+        self.sums.add(every, shared, targets)
+        tokens = self.sums.tokens - before[1]
+        self._changes.append((self.sums.nll_change_sum - before[0]) / tokens)
 
     def result(self, geometry: Geometry) -> MethodResult:
         """The line."""
@@ -202,10 +214,15 @@ class _Setup:
             kv_bytes_saved=geometry.kv_bytes_saved(self.kept),
             nll=self.sums.nll,
             nll_change=self.sums.nll - self.sums.nll_all,
+            nll_change_error=_standard_error(self._changes),
             perplexity_change=self.sums.perplexity_change,
             kl=self.sums.kl,
             top1_agreement=self.sums.top1_agreement,
         )
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def spread_windows(
@@ -242,6 +259,8 @@ def _allocations(
     rules = [(text, parse_keep(text)) for text in keep]
     for _, rule in rules:
         rule.check(geometry)
+    if all(isinstance(rule, Numbers) for _, rule in rules):
+        return [(text, rule.choose((), geometry)) for text, rule in rules]
     if clusters is None:
         measured = calibrate(
             model, known, keep="all", seq_len=min(256, len(known)), probe_tokens=min(probe_tokens),
