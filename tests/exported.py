@@ -1,0 +1,68 @@
+"""Exports and bundles of tiny models, made once per test run and shared by every test that asks."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from chai_export.bundle.bundle import Bundle
+from chai_export.clustering.clusters import Clusters
+from chai_export.export.torch_export import DEFAULT_OPSET, export_onnx
+from chai_export.graph.stage import rewrite
+from chai_export.models.geometry import describe
+from tests.families import family_config, family_model
+
+
+@lru_cache
+def scratch() -> Path:
+    """A directory for this process, removed when it ends."""
+    path = Path(tempfile.mkdtemp(prefix="chai-tests-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def layers(name: str) -> dict[str, Any]:
+    """Tracing costs seconds per layer: two layers where their order is at stake, one elsewhere."""
+    if name in ("llama-gqa", "gpt2", "opt"):
+        return {}
+    return {"num_hidden_layers": 1}
+
+
+@lru_cache
+def model_of(name: str) -> PreTrainedModel:
+    """The tiny model that :func:`exported` exports."""
+    model = family_model(name, **layers(name))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases that are all ones or zeros hide mistakes
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@lru_cache
+def exported(name: str, opset: int = DEFAULT_OPSET, attention: str = "sdpa") -> Path:
+    """decoder.onnx of a tiny model."""
+    directory = scratch() / f"{name}-{opset}-{attention}"
+    directory.mkdir()
+    return export_onnx(model_of(name), directory, opset=opset, attention=attention)
+
+
+@lru_cache
+def kept_of(name: str) -> tuple[int, ...]:
+    """Kept heads of the tiny bundles: another number in each layer, at least one head dropped."""
+    geometry = describe(family_config(name, **layers(name)))
+    return tuple(max(1, geometry.num_kv_heads // 2 - layer) for layer in range(geometry.num_layers))
+
+
+@lru_cache
+def bundle_of(name: str, opset: int = DEFAULT_OPSET, attention: str = "sdpa") -> Bundle:
+    """The bundle that the rewrite makes of :func:`exported`."""
+    path = exported(name, opset, attention)
+    return rewrite(path, Clusters(kept_of(name)), path.parent / "bundle")

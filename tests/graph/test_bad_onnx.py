@@ -1,0 +1,144 @@
+"""Damaged or unsuitable files end in one line that names the cause; nothing is written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from chai_export.clustering.clusters import Clusters
+from chai_export.errors import ChaiError
+from chai_export.graph.stage import explain, rewrite
+from chai_export.graph.summary import count_ops
+from tests.exported import exported, kept_of
+
+NAME = "llama-gqa"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    source = exported(NAME)
+    target = tmp_path / "source"
+    target.mkdir()
+    for file in (source, Path(f"{source}.data")):
+        shutil.copy(file, target)
+    return target / source.name
+
+
+def refuse(
+    path: Path, tmp_path: Path, reason: str, kept: tuple[int, ...] = (1, 1), **options: object
+) -> None:
+    with pytest.raises(ChaiError, match=reason) as caught:
+        rewrite(path, Clusters(kept), tmp_path / "bundle", **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    refuse(tmp_path / "nothing.onnx", tmp_path, "does not exist")
+
+
+def test_directory_without_a_model(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path / "empty", tmp_path, "no ONNX file")
+
+
+def test_directory_with_several_models(copy: Path, tmp_path: Path) -> None:
+    for name in ("a.onnx", "b.onnx"):
+        shutil.copy(copy, copy.with_name(name))
+    copy.unlink()
+    refuse(copy.parent, tmp_path, "several ONNX files: a.onnx, b.onnx")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", bytes(range(256)) * 8])
+def test_damaged_file(content: bytes, copy: Path, tmp_path: Path) -> None:
+    copy.write_bytes(content)
+    refuse(copy, tmp_path, "not a readable ONNX model")
+    with pytest.raises(ChaiError):
+        explain(copy)
+    with pytest.raises(ChaiError):
+        count_ops(copy)
+
+
+def test_truncated_file(copy: Path, tmp_path: Path) -> None:
+    copy.write_bytes(copy.read_bytes()[:-5000])
+    refuse(copy, tmp_path, "source")
+
+
+def test_missing_weights(copy: Path, tmp_path: Path) -> None:
+    Path(f"{copy}.data").unlink()
+    refuse(copy, tmp_path, r"decoder\.onnx\.data, which is missing")
+
+
+def test_truncated_weights(copy: Path, tmp_path: Path) -> None:
+    data = Path(f"{copy}.data")
+    data.write_bytes(data.read_bytes()[:1000])
+    refuse(copy, tmp_path, "too short")
+
+
+def test_weights_outside_the_directory(copy: Path, tmp_path: Path) -> None:
+    shutil.move(f"{copy}.data", tmp_path / "decoder.onnx.data")
+    model = onnx.load(copy, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../decoder.onnx.data"
+    copy.write_bytes(model.SerializeToString())
+    refuse(copy, tmp_path, "outside its directory")
+
+
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [((1,), "1 layers, the model has 2"), ((1, 3), "layer 1 keeps 3"), ((1, 0), "layer 1 keeps 0")],
+)
+def test_clusters_that_do_not_fit(kept: tuple[int, ...], reason: str, tmp_path: Path) -> None:
+    refuse(exported(NAME), tmp_path, reason, kept)
+
+
+def test_probe_of_no_tokens(tmp_path: Path) -> None:
+    refuse(exported(NAME), tmp_path, "--probe-tokens 0", kept_of(NAME), probe_tokens=0)
+
+
+def test_missing_tokenizer(tmp_path: Path) -> None:
+    refuse(exported(NAME), tmp_path, "no tokenizer", kept_of(NAME), tokenizer=tmp_path)
+
+
+def plain_model(path: Path, *names: str) -> Path:
+    """A model without attention whose inputs have the given names."""
+    inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "tokens"]) for name in names]
+    table = onnx.numpy_helper.from_array(np.zeros((8, 4), np.float32), "table")
+    node = helper.make_node("Gather", ["table", names[0]], ["logits"])
+    output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "tokens", 4])
+    graph = helper.make_graph([node], "plain", inputs, [output], [table])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+def test_a_model_without_attention(tmp_path: Path) -> None:
+    path = plain_model(tmp_path / "plain.onnx", "input_ids")
+    refuse(path, tmp_path, "no attention found")
+    assert explain(path).verdict == "cannot be rewritten: no attention found"
+
+
+def test_unknown_inputs_are_named(copy: Path, tmp_path: Path) -> None:
+    model = onnx.load(copy)
+    (reader,) = [node for node in model.graph.node if "position_ids" in node.input]
+    model.graph.input.append(helper.make_tensor_value_info("offsets", TensorProto.INT64, ["batch", "tokens"]))
+    node = helper.make_node("Add", ["position_ids", "offsets"], ["shifted"])
+    reader.input[list(reader.input).index("position_ids")] = "shifted"
+    model.graph.node.insert(0, node)
+    path = tmp_path / "source" / "changed.onnx"
+    onnx.save(model, path)
+    refuse(path, tmp_path, "does not know .offsets.")
+
+
+def test_an_old_opset(copy: Path, tmp_path: Path) -> None:
+    model = onnx.load(copy)
+    model.opset_import[0].version = 17
+    path = tmp_path / "source" / "old.onnx"
+    onnx.save(model, path)
+    refuse(path, tmp_path, "opset 17")

@@ -1,0 +1,70 @@
+"""Attention that the op cannot express is refused, with the layer and the reason, and nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from chai_export.clustering.clusters import Clusters
+from chai_export.errors import ChaiError
+from chai_export.export.torch_export import export_onnx
+from chai_export.graph.stage import explain, rewrite
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "intermediate_size": 48,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+CASES: dict[str, tuple[str, dict[str, Any], str, int, str]] = {
+    "alibi": ("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64}, "eager", 18, "bias"),
+    "window": ("mistral", {**_SIZES, "sliding_window": 16}, "sdpa", 23, "sliding window of 16 tokens"),
+    "softcap": (
+        "gemma2",
+        {**_SIZES, "head_dim": 8, "layer_types": ["full_attention"], "sliding_window": 64},
+        "eager",
+        18,
+        "soft-capped",
+    ),
+    "sinks": (
+        "gpt_oss",
+        {
+            **_SIZES,
+            "head_dim": 8,
+            "layer_types": ["full_attention"],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+        },
+        "eager",
+        18,
+        "attention sinks",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_by_layer_and_reason(case: str, tmp_path: Path) -> None:
+    model_type, options, attention, opset, reason = CASES[case]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **options)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    source = tmp_path / "source"
+    source.mkdir()
+    path = export_onnx(model, source, opset=opset, attention=attention)
+    with pytest.raises(ChaiError, match=f"layer 0.*{reason}") as caught:
+        rewrite(path, Clusters((1,)), tmp_path / "bundle")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "bundle").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+    explanation = explain(path)
+    assert not explanation.rewritable
+    assert reason in explanation.verdict
+    assert reason in explanation.rows()[0][-1]
