@@ -50,7 +50,7 @@ class Bundle:
 
     @property
     def model_path(self) -> Path:
-        """The ONNX graph of design section 4."""
+        """The ONNX graph; docs/how-it-works.md lists its inputs and outputs."""
         return self.path / MODEL_FILE
 
     @property

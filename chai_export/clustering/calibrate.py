@@ -114,7 +114,7 @@ def calibrate(
         num_query_heads=geometry.num_query_heads,
         num_kv_heads=geometry.num_kv_heads,
         probe_tokens=probe_tokens,
-        method=f"greedy k-medoids on probe probabilities, keep {keep}{' by KL' if damage else ''}",
+        method=f"k-medoids on probe probabilities, keep {keep}{' by KL' if damage else ''}",
         error_curves=error_curves,
         kl_curves=damage,
         kv_bytes_saved=geometry.kv_bytes_saved(kept),

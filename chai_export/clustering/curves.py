@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from chai_export.op.head_map import QUANTISATION_STEPS, distances, greedy_order, quantise
+from chai_export.op.head_map import QUANTISATION_STEPS, greedy_order, quantise, squared_distances
 
 
 class ErrorCurves:
@@ -38,7 +38,7 @@ class ErrorCurves:
         for layer, batch in enumerate(features):
             for probabilities in batch:
                 # The greedy choice is nested: its first k heads are the choice for k, so one run gives all k.
-                _, errors = greedy_order(distances(quantise(probabilities)), groups, groups)
+                _, errors = greedy_order(squared_distances(quantise(probabilities)), groups, groups)
                 self.sums[layer] += np.asarray(errors, dtype=np.int64)
         self.windows += len(features[0])
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from chai_export.op.head_map import distances, greedy_head_map, quantise
+from chai_export.op.head_map import distances, cluster_heads, quantise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,5 +38,5 @@ def static_head_maps(
         per_layer = [distances(quantise(layer[0])) for layer in features]
         sums = [a + b for a, b in zip(sums, per_layer, strict=True)] if sums else per_layer
     return np.stack(
-        [greedy_head_map(total, groups, kept) for total, kept in zip(sums, kept_heads, strict=True)]
+        [cluster_heads(total, groups, kept) for total, kept in zip(sums, kept_heads, strict=True)]
     )

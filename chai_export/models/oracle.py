@@ -17,7 +17,7 @@ from torch import Tensor
 from chai_export.errors import ChaiError
 from chai_export.models.attention import attention_of, causal_attention, probe_probabilities
 from chai_export.models.geometry import describe
-from chai_export.op.head_map import distances, greedy_head_map, quantise
+from chai_export.op.head_map import distances, cluster_heads, quantise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,8 +27,8 @@ HeadMapRule = Callable[[NDArray[np.float32], int, int], NDArray[np.int32]]
 
 
 def op_head_map(probabilities: NDArray[np.float32], num_kv_heads: int, kept: int) -> NDArray[np.int32]:
-    """The op's rule (design section 3, step 1): greedy k-medoids on quantised probabilities."""
-    return greedy_head_map(distances(quantise(probabilities)), num_kv_heads, kept)
+    """The op's rule (docs/op.md, step 1): k-medoids on quantised probabilities."""
+    return cluster_heads(distances(quantise(probabilities)), num_kv_heads, kept)
 
 
 class Oracle:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from chai_export.op.head_map import (
     QUANTISATION_STEPS,
-    greedy_head_map,
+    cluster_heads,
     kept_kv_heads,
     probe_probabilities,
 )
@@ -216,7 +216,7 @@ def _random_map(rng: np.random.Generator, case: Case) -> NDArray[np.int32]:
     points = rng.integers(0, 1000, size=case.heads)
     distance = np.abs(points[:, None] - points[None, :]).astype(np.int64)
     used = case.kept - int(case.kept > 1 and rng.random() < 0.5)
-    return greedy_head_map(distance, case.kv_heads, used)
+    return cluster_heads(distance, case.kv_heads, used)
 
 
 def _keep_rounding_margin(

@@ -5,7 +5,8 @@ libraries, more slowly. The text below is the whole of it; four things in it are
 
 * K and V are masked with ``Where`` before the products (0 * NaN is NaN); scores get a finite -1e30.
 * Caches are written with ``Where`` over every position: ``TensorScatter`` would write padding.
-* The head map is int64 arithmetic, the greedy choice a ``Loop``; both stand in an ``If`` that decode skips.
+* The head map is int64 arithmetic, the choice of KV heads a ``Loop``; both stand in an ``If`` that decode
+  skips. ``stamp`` is the step in which a KV head was last chosen: those of the last R steps are kept.
 * Scores are computed for the query heads of kept KV heads only, then shared by index.
 """
 
@@ -152,38 +153,40 @@ _HEAD_MAP = """
       u_a = Unsqueeze (u, axis2)
       u_b = Unsqueeze (u, axis1)
       difference = Sub (u_a, u_b)
-      square = Mul (difference, difference)
-      dist = ReduceSum <keepdims: int = 0> (square, axis3)
+      absolute = Abs (difference)
+      dist = ReduceSum <keepdims: int = 0> (absolute, axis3)
       grouped_shape = Concat <axis: int = 0> (B, H, G, group)
       dist_grouped = Reshape (dist, grouped_shape)
       dist_kv = ReduceMin <keepdims: int = 0> (dist_grouped, axis3)
-      kept_shape = Concat <axis: int = 0> (B, G)
-      nothing_kept = Expand (zero, kept_shape)
-      nearest_shape = Concat <axis: int = 0> (B, H)
-      nearest_start = Expand (far, nearest_shape)
+      two = Constant <value_int: int = 2> ()
+      steps_in_all = Mul (R_0, two)
+      stamp_shape = Concat <axis: int = 0> (B, G)
+      never = Neg (R_0)
+      stamp_start = Expand (never, stamp_shape)
       always = Constant <value = bool {1}> ()
-      nearest_end, kept_end = Loop (R_0, always, nearest_start, nothing_kept) <
-        body = choose (int64 step, bool go_on, int64[batch, heads] nearest, int64[batch, kv_heads] kept)
-            => (bool go_on_out, int64[batch, heads] nearest_out, int64[batch, kv_heads] kept_out) {
-          nearest_3 = Unsqueeze (nearest, axis2)
-          joined = Min (nearest_3, dist_kv)
+      stamp_end = Loop (steps_in_all, always, stamp_start) <
+        body = choose (int64 step, bool go_on, int64[batch, kv_heads] stamp)
+            => (bool go_on_out, int64[batch, kv_heads] stamp_out) {
+          oldest = Sub (step, R_0)
+          is_kept = Greater (stamp, oldest)
+          is_kept_3 = Unsqueeze (is_kept, axis1)
+          reached = Where (is_kept_3, dist_kv, far)
+          nearest = ReduceMin <keepdims: int = 1> (reached, axis2)
+          joined = Min (nearest, dist_kv)
           cost_any = ReduceSum <keepdims: int = 0> (joined, axis1)
-          is_kept = Cast <to: int = 9> (kept)
           cost = Where (is_kept, out_of_reach, cost_any)
           least = ReduceMin <keepdims: int = 1> (cost, axis1)
           is_least = Equal (cost, least)
           index_or_G = Where (is_least, kv, G_0)
           best = ReduceMin <keepdims: int = 1> (index_or_G, axis1)
           is_best = Equal (kv, best)
-          best_i = Cast <to: int = 7> (is_best)
-          kept_out = Add (kept, best_i)
-          is_best_3 = Unsqueeze (is_best, axis1)
-          to_best = Where (is_best_3, joined, out_of_reach)
-          nearest_out = ReduceMin <keepdims: int = 0> (to_best, axis2)
+          stamp_out = Where (is_best, step, stamp)
           go_on_out = Identity (go_on)
         }
       >
-      kept_of_head_i = Gather <axis: int = 1> (kept_end, kv_of_head)
+      kept_end = GreaterOrEqual (stamp_end, R_0)
+      kept_i = Cast <to: int = 7> (kept_end)
+      kept_of_head_i = Gather <axis: int = 1> (kept_i, kv_of_head)
       kept_of_head = Cast <to: int = 9> (kept_of_head_i)
       candidate = Unsqueeze (kept_of_head, axis1)
       reachable = Where (candidate, dist, out_of_reach)

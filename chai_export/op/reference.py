@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from chai_export.op.head_map import (
     Int32Array,
     distances,
-    greedy_head_map,
+    cluster_heads,
     kept_kv_heads,
     probe_probabilities,
     quantise,
@@ -85,7 +85,7 @@ def clustered_head_attention(
         if fresh:
             probe = min(probe_tokens, int(lengths[b]))
             p = probe_probabilities(query[b, :, :probe], key[b, :, :probe], factor)
-            head_map = greedy_head_map(distances(quantise(p)), key.shape[1], past_key.shape[1])
+            head_map = cluster_heads(distances(quantise(p)), key.shape[1], past_key.shape[1])
         elif lengths[b] > 0:
             _check_map(b, head_map, num_heads, group, past_key.shape[1])
         maps.append(head_map)

@@ -123,7 +123,7 @@ void probe(const AttentionCall& call, const Kernels& kernel, const Executor& exe
   });
   for_each(executor, fresh.size(), features * s.heads * s.heads > 4096, [&](std::size_t i) {
     cluster_heads(quantised.data() + i * s.heads * features, features, s.heads, s.kv_heads, s.kept,
-                    fresh[i]->head_map.data());
+                  fresh[i]->head_map.data());
   });
 }
 

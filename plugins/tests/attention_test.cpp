@@ -130,7 +130,7 @@ Problem make_problem(Generator* random, Storage storage, bool large) {
     p.past_lengths.push_back(static_cast<std::int32_t>(kind < 3 ? random->between(0, s.capacity - m) : 0));
     std::vector<std::int32_t> points(s.heads), map(s.heads);
     for (std::int32_t& point : points) point = static_cast<std::int32_t>(random->between(0, 99));
-    chai::greedy_head_map(points.data(), 1, s.heads, s.kv_heads, random->between(1, s.kept), map.data());
+    chai::cluster_heads(points.data(), 1, s.heads, s.kv_heads, random->between(1, s.kept), map.data());
     p.past_head_map.insert(p.past_head_map.end(), map.begin(), map.end());
   }
   p.query = random->tensor(storage, s.batch * s.heads * s.tokens * s.key_dim);

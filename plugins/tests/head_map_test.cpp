@@ -10,8 +10,8 @@ namespace {
 std::vector<std::int32_t> map_of(const std::vector<std::int32_t>& points, std::int64_t kv_heads,
                                  std::int64_t kept) {
   std::vector<std::int32_t> map(points.size());
-  chai::greedy_head_map(points.data(), 1, static_cast<std::int64_t>(points.size()), kv_heads, kept,
-                        map.data());
+  chai::cluster_heads(points.data(), 1, static_cast<std::int64_t>(points.size()), kv_heads, kept,
+                      map.data());
   return map;
 }
 
@@ -31,6 +31,8 @@ int main() {
          "two clusters; a pair's tie goes to the lower index");
   EXPECT((map_of({5, 5, 5}, 3, 2) == Map{0, 1, 0}), "equal heads: the lower indices are kept");
   EXPECT((map_of({0, 8, 15, 9}, 4, 1) == Map{1, 1, 1, 1}), "the medoid is kept");
+  // Chosen once: the middle and one end. Chosen again, the middle moves to where it serves more heads.
+  EXPECT((map_of({0, 2, 5, 8, 10}, 5, 2) == Map{0, 0, 3, 3, 3}), "every choice is made once more");
   // Two query heads per KV head; either KV head costs 2, so the lower one is kept, whole.
   EXPECT((map_of({0, 10, 9, 1}, 2, 1) == Map{0, 1, 1, 0}), "whole KV heads, nearest of their query heads");
 

@@ -15,7 +15,7 @@ from chai_export.clustering.curves import ErrorCurves
 from chai_export.clustering.plot import plot_curves
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.oracle import Oracle, model_logits
-from chai_export.op.head_map import distances, greedy_head_map, quantise
+from chai_export.op.head_map import distances, cluster_heads, quantise
 from tests.families import family_model
 from tests.planted import GQA_GROUPS, MHA_GROUPS, distinct, planted_model
 
@@ -54,7 +54,7 @@ def test_curves_are_the_error_of_the_ops_own_choice():
         error = 0
         for window in probabilities:
             distance = distances(quantise(window))
-            head_map = greedy_head_map(distance, 4, kept)
+            head_map = cluster_heads(distance, 4, kept)
             error += distance[np.arange(8), head_map].sum()
         assert curves.normalised()[0][kept - 1] == pytest.approx(error / (3 * 8 * 5 * 1024**2))
 

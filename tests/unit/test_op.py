@@ -13,6 +13,14 @@ from onnx import TensorProto, helper
 
 from chai_export.op.cases import CASES, Case, check
 from chai_export.op.function import function_proto
+from chai_export.op.head_map import (
+    choose_kv_heads,
+    distances,
+    greedy_order,
+    probe_probabilities,
+    quantise,
+    squared_distances,
+)
 from chai_export.op.model import node_model
 from chai_export.op.reference import AttentionResult, clustered_head_attention
 from chai_export.op.schema import OUTPUT_NAMES, register_schema_once
@@ -105,6 +113,40 @@ def test_keeping_every_head_gives_the_identity_map():
         case = by_name[name]
         result = case.reference(case.inputs())
         assert result.present_head_map[0].tolist() == list(range(case.heads))
+
+
+def line_distances(points: list[int]) -> np.ndarray:
+    return np.abs(np.subtract.outer(points, points)).astype(np.int64)
+
+
+def test_every_choice_is_made_once_more():
+    distance = line_distances([0, 1, 2, 10, 11, 3])
+    assert sorted(greedy_order(distance, 6, 2)[0]) == [2, 3]
+    assert sorted(choose_kv_heads(distance, 6, 2)) == [1, 3]
+
+
+def test_distances_are_absolute():
+    quantised = np.array([[[0, 3]], [[1, 5]]], dtype=np.int32)
+    assert distances(quantised).tolist() == [[0, 3], [3, 0]]
+    assert squared_distances(quantised).tolist() == [[0, 5], [5, 0]]
+
+
+def test_cases_tell_choosing_twice_from_choosing_once_and_absolute_from_squared():
+    once = squared = 0
+    for case in CASES:
+        inputs = case.inputs()
+        for b, (past, new) in enumerate(case.rows):
+            if case.online and past == 0 and new > 0:
+                probe = min(case.probe_tokens, new)
+                scale = case.scale or case.head_dim**-0.5
+                u = quantise(
+                    probe_probabilities(inputs["query"][b, :, :probe], inputs["key"][b, :, :probe], scale)
+                )
+                chosen = set(choose_kv_heads(distances(u), case.kv_heads, case.kept))
+                once += chosen != set(greedy_order(distances(u), case.kv_heads, case.kept)[0])
+                squared += chosen != set(choose_kv_heads(squared_distances(u), case.kv_heads, case.kept))
+    assert once >= 3
+    assert squared >= 3
 
 
 def test_twins_are_found_as_clusters():
