@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import json
@@ -17,21 +16,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-import chai_export
 from chai_export.kernels.blocks import choose
 from chai_export.kernels.program import build_program
 from chai_export.kernels.spec import Shape, Spec
+from tests.tensorrt_probe import (
+    BOOL,
+    CHW2,
+    DTYPE_VALUES,
+    FLOAT,
+    HALF,
+    HWC8,
+    INT8,
+    INT32,
+    LIBRARY,
+    LINEAR,
+    NAME,
+    Probe,
+    build_probe,
+)
 
-LIBRARY = Path(chai_export.__file__).parent / "libchai_tensorrt.so"
-PROBE_SOURCE = Path(__file__).parents[2] / "plugins/tests/tensorrt/probe.cpp"
 SPEC = Spec("float16", 4, 2, 16, 16, 5)
 ARCHITECTURE = 90
-NAME = ("ClusteredHeadAttention", "1", "chai")
-FLOAT, HALF, INT8, INT32, BOOL, BF16 = 0, 1, 2, 3, 4, 7
-"""Values of nvinfer1::DataType."""
-LINEAR, CHW2, HWC8 = 0, 1, 2
-"""Values of nvinfer1::TensorFormat."""
-DTYPE_VALUES = {"float32": FLOAT, "float16": HALF, "bfloat16": BF16}
 
 trt: Any
 try:
@@ -196,86 +201,12 @@ def test_kernels_changed_after_compilation_are_refused(
     assert "is not the file the index was written for" in capfd.readouterr().err
 
 
-class Probe:
-    """The plugin's C++ interface, through plugins/tests/tensorrt/probe.cpp."""
-
-    def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
-        runtime = next(
-            Path(importlib.import_module("tensorrt_lean_libs").__file__).parent.glob("libnvinfer_lean*")
-        )
-        get_registry = ctypes.CDLL(str(runtime)).getPluginRegistry
-        get_registry.restype = ctypes.c_void_p
-        self._registry = ctypes.c_void_p(get_registry())
-        for name in ("create", "restore", "clone"):
-            self._function(name).restype = ctypes.c_void_p
-        self._function("workspace").restype = ctypes.c_int64
-
-    def _function(self, name: str) -> Any:
-        return getattr(self._library, f"probe_{name}")
-
-    def create(self, directory: Path, scale: float = 0.0, online: int = 1) -> ctypes.c_void_p:
-        path = str(directory).encode()
-        pointer = self._function("create")(self._registry, path, ctypes.c_float(scale), 5, online)
-        assert pointer
-        return ctypes.c_void_p(pointer)
-
-    def restore(self, plugin: ctypes.c_void_p) -> ctypes.c_void_p:
-        return ctypes.c_void_p(self._function("restore")(self._registry, plugin))
-
-    def clone(self, plugin: ctypes.c_void_p) -> ctypes.c_void_p:
-        return ctypes.c_void_p(self._function("clone")(plugin))
-
-    def destroy(self, *plugins: ctypes.c_void_p) -> None:
-        for plugin in plugins:
-            self._function("destroy")(plugin)
-
-    def fields(self, plugin: ctypes.c_void_p) -> dict[str, bytes]:
-        name, data = ctypes.c_char_p(), ctypes.c_void_p()
-        kind, length = ctypes.c_int32(), ctypes.c_int32()
-        out = [ctypes.byref(value) for value in (name, kind, length, data)]
-        found = {}
-        for i in range(self._function("field")(plugin, 99, *out)):
-            self._function("field")(plugin, i, *out)
-            size = length.value if kind.value == int(trt.PluginFieldType.UNKNOWN) else 4 * length.value
-            found[name.value.decode()] = ctypes.string_at(data, size)
-        return found
-
-    def output_types(self, plugin: ctypes.c_void_p, inputs: list[int]) -> list[int] | None:
-        outputs = (ctypes.c_int32 * 4)()
-        status = self._function("output_types")(plugin, (ctypes.c_int32 * 8)(*inputs), outputs)
-        return None if status else list(outputs)
-
-    def supports(self, plugin: ctypes.c_void_p, position: int, types: list[int], formats: list[int]) -> bool:
-        arrays = [(ctypes.c_int32 * 12)(*values) for values in (types, formats)]
-        return bool(self._function("supports")(plugin, position, *arrays))
-
-    def workspace(self, plugin: ctypes.c_void_p, shape: Shape) -> int:
-        b, s, r, c = shape.batch, shape.tokens, shape.kept, shape.capacity
-        h, g, d, dv = SPEC.num_query_heads, SPEC.num_kv_heads, SPEC.head_dim, SPEC.value_head_dim
-        shapes = [(b, h, s, d), (b, g, s, d), (b, g, s, dv), (b, r, c, d), (b, g, c, dv), (b, h), (b,), (b,)]
-        flat = [size for dims in shapes for size in (*dims, 0, 0, 0)[:4]]
-        return int(self._function("workspace")(plugin, (ctypes.c_int64 * 32)(*flat)))
-
-
-def cuda_headers() -> Path | None:
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and Path(nvcc).resolve().parents[1]]
-    found = (Path(home) / "include" for home in homes if home)
-    return next((path for path in found if (path / "cuda_runtime_api.h").is_file()), None)
-
-
 @pytest.fixture(scope="module")
 def probe(creator: Any, tmp_path_factory: pytest.TempPathFactory) -> Probe:
-    root = os.environ.get("TensorRT_ROOT")  # noqa: SIM112 - CMake's spelling
-    compiler, cuda = shutil.which("g++"), cuda_headers()
-    if not root or compiler is None or cuda is None:
+    library = build_probe(tmp_path_factory.mktemp("probe"))
+    if library is None:
         pytest.skip("compiling the probe needs g++, CUDA's headers and TensorRT_ROOT (TensorRT's headers)")
-    output = tmp_path_factory.mktemp("probe") / "libprobe.so"
-    includes = [f"-isystem{Path(root) / 'include'}", f"-isystem{cuda}"]
-    command = [compiler, "-std=c++17", "-shared", "-fPIC", *includes, str(PROBE_SOURCE), "-o", str(output)]
-    subprocess.run(command, check=True, timeout=300)
-    return Probe(output)
+    return Probe(library)
 
 
 def test_a_clone_and_a_restored_plugin_carry_every_field(probe: Probe, kernels: Path) -> None:
@@ -364,7 +295,7 @@ def test_other_float_types_than_the_kernels_are_rejected(probe: Probe, kernels: 
 def test_workspace_is_what_the_python_launcher_uses(probe: Probe, kernels: Path, shape: Shape) -> None:
     plugin = probe.create(kernels)
     program = build_program(SPEC, choose(SPEC, ARCHITECTURE))
-    assert probe.workspace(plugin, shape) == program.workspace_bytes(shape) > 0
+    assert probe.workspace(plugin, SPEC, shape) == program.workspace_bytes(shape) > 0
     probe.destroy(plugin)
 
 
@@ -388,3 +319,20 @@ def test_a_thousand_plugins_leave_nothing_behind(probe: Probe, kernels: Path) ->
         cycle()
     assert resident_bytes() - before < 100 * image  # a tenth of one leaked image per cycle would show
     probe.destroy(first)
+
+
+def test_attaching_without_a_driver_is_an_error_and_enqueue_too(
+    probe: Probe, kernels: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    plugin = probe.create(kernels)
+    assert probe.attach(plugin).value is None
+    assert "loading kernels: loading probe_kernel.cubin failed: CUDA driver version" in capfd.readouterr().err
+    shape = Shape(1, 1, 1, 64)
+    addresses = [1 << 20] * 4
+    assert not probe.enqueue(plugin, SPEC, shape, [1 << 20] * 5 + [2 << 20] * 3, addresses, 1 << 20, 0)
+    assert "ClusteredHeadAttention, enqueue: " in capfd.readouterr().err
+    probe.destroy(plugin)

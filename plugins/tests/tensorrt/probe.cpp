@@ -23,10 +23,22 @@ nvinfer1::IPluginV3OneBuild* build(nvinfer1::IPluginV3* plugin) {
       plugin->getCapabilityInterface(nvinfer1::PluginCapabilityType::kBUILD));
 }
 
-const nvinfer1::PluginFieldCollection* serialised(nvinfer1::IPluginV3* plugin) {
-  auto* runtime = static_cast<nvinfer1::IPluginV3OneRuntime*>(
+nvinfer1::IPluginV3OneRuntime* runtime(nvinfer1::IPluginV3* plugin) {
+  return static_cast<nvinfer1::IPluginV3OneRuntime*>(
       plugin->getCapabilityInterface(nvinfer1::PluginCapabilityType::kRUNTIME));
-  return runtime->getFieldsToSerialize();
+}
+
+const nvinfer1::PluginFieldCollection* serialised(nvinfer1::IPluginV3* plugin) {
+  return runtime(plugin)->getFieldsToSerialize();
+}
+
+nvinfer1::Dims read_dims(const std::int64_t* sizes) {
+  nvinfer1::Dims dims{};
+  while (dims.nbDims < 4 && sizes[dims.nbDims] > 0) {
+    dims.d[dims.nbDims] = sizes[dims.nbDims];
+    ++dims.nbDims;
+  }
+  return dims;
 }
 
 }  // namespace
@@ -94,14 +106,30 @@ PROBE std::int32_t probe_supports(nvinfer1::IPluginV3* plugin, std::int32_t posi
   return build(plugin)->supportsFormatCombination(position, all.data(), kInputs, kOutputs) ? 1 : 0;
 }
 
+// The clone that TensorRT makes for an execution context.
+PROBE nvinfer1::IPluginV3* probe_attach(nvinfer1::IPluginV3* plugin) {
+  return runtime(plugin)->attachToContext(nullptr);
+}
+
+// `dims` as for probe_workspace; `type` is the DataType of the float tensors.
+PROBE std::int32_t probe_enqueue(nvinfer1::IPluginV3* plugin, const std::int64_t* dims, std::int32_t type,
+                                 const void* const* inputs, void* const* outputs, void* workspace,
+                                 cudaStream_t stream) {
+  std::array<nvinfer1::PluginTensorDesc, kInputs> in{};
+  for (std::size_t i = 0; i < in.size(); ++i) {
+    in[i].dims = read_dims(dims + 4 * i);
+    in[i].type = i < 5 ? static_cast<nvinfer1::DataType>(type) : nvinfer1::DataType::kINT32;
+    in[i].format = nvinfer1::TensorFormat::kLINEAR;
+  }
+  const std::array<nvinfer1::PluginTensorDesc, kOutputs> out{};
+  return runtime(plugin)->enqueue(in.data(), out.data(), inputs, outputs, workspace, stream);
+}
+
 // `dims` holds four numbers for each of the eight inputs, 0 past its rank.
 PROBE std::int64_t probe_workspace(nvinfer1::IPluginV3* plugin, const std::int64_t* dims) {
   std::array<nvinfer1::DynamicPluginTensorDesc, kInputs + kOutputs> all{};
   for (std::size_t i = 0; i < kInputs; ++i) {
-    for (std::size_t axis = 0; axis < 4 && dims[4 * i + axis] > 0; ++axis) {
-      all[i].max.d[all[i].max.nbDims++] = dims[4 * i + axis];
-    }
-    all[i].min = all[i].opt = all[i].desc.dims = all[i].max;
+    all[i].min = all[i].opt = all[i].desc.dims = all[i].max = read_dims(dims + 4 * i);
   }
   return static_cast<std::int64_t>(
       build(plugin)->getWorkspaceSize(all.data(), kInputs, all.data() + kInputs, kOutputs));

@@ -1,0 +1,145 @@
+"""A TensorRT plugin's C++ interface for tests, through plugins/tests/tensorrt/probe.cpp and ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import chai_export
+from chai_export.kernels.spec import Shape, Spec
+
+LIBRARY = Path(chai_export.__file__).parent / "libchai_tensorrt.so"
+PROBE_SOURCE = Path(__file__).parents[1] / "plugins/tests/tensorrt/probe.cpp"
+PROBE_VARIABLE = "CHAI_TENSORRT_PROBE"
+"""Names a probe that was compiled before, for machines without TensorRT's headers."""
+NAME = ("ClusteredHeadAttention", "1", "chai")
+FLOAT, HALF, INT8, INT32, BOOL, BF16 = 0, 1, 2, 3, 4, 7
+"""Values of nvinfer1::DataType."""
+LINEAR, CHW2, HWC8 = 0, 1, 2
+"""Values of nvinfer1::TensorFormat."""
+UNKNOWN_FIELD = 8
+"""nvinfer1::PluginFieldType::kUNKNOWN: a field of bytes."""
+DTYPE_VALUES = {"float32": FLOAT, "float16": HALF, "bfloat16": BF16}
+
+
+def cuda_headers() -> Path | None:
+    """Directory of cuda_runtime_api.h."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and Path(nvcc).resolve().parents[1]]
+    found = (Path(home) / "include" for home in homes if home)
+    return next((path for path in found if (path / "cuda_runtime_api.h").is_file()), None)
+
+
+def build_probe(directory: Path) -> Path | None:
+    """Compile the probe, or None where that is not possible."""
+    if given := os.environ.get(PROBE_VARIABLE):
+        return Path(given)
+    root = os.environ.get("TensorRT_ROOT")  # noqa: SIM112 - CMake's spelling
+    compiler, cuda = shutil.which("g++"), cuda_headers()
+    if not root or compiler is None or cuda is None:
+        return None
+    output = directory / "libprobe.so"
+    includes = [f"-isystem{Path(root) / 'include'}", f"-isystem{cuda}"]
+    command = [compiler, "-std=c++17", "-shared", "-fPIC", *includes, str(PROBE_SOURCE), "-o", str(output)]
+    subprocess.run(command, check=True, timeout=300)
+    return output
+
+
+def _flat_dims(spec: Spec, shape: Shape) -> Any:
+    b, s, r, c = shape.batch, shape.tokens, shape.kept, shape.capacity
+    h, g, d, dv = spec.num_query_heads, spec.num_kv_heads, spec.head_dim, spec.value_head_dim
+    shapes = [(b, h, s, d), (b, g, s, d), (b, g, s, dv), (b, r, c, d), (b, g, c, dv), (b, h), (b,), (b,)]
+    flat = [size for dims in shapes for size in (*dims, 0, 0, 0)[:4]]
+    return (ctypes.c_int64 * len(flat))(*flat)
+
+
+class Probe:
+    """The plugin's C++ interface, through plugins/tests/tensorrt/probe.cpp."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        runtime = next(
+            Path(importlib.import_module("tensorrt_lean_libs").__file__).parent.glob("libnvinfer_lean*")
+        )
+        get_registry = ctypes.CDLL(str(runtime)).getPluginRegistry
+        get_registry.restype = ctypes.c_void_p
+        self._registry = ctypes.c_void_p(get_registry())
+        for name in ("create", "restore", "clone", "attach"):
+            self._function(name).restype = ctypes.c_void_p
+        self._function("workspace").restype = ctypes.c_int64
+
+    def _function(self, name: str) -> Any:
+        return getattr(self._library, f"probe_{name}")
+
+    def create(
+        self, directory: Path, scale: float = 0.0, online: int = 1, probe_tokens: int = 5
+    ) -> ctypes.c_void_p:
+        path = str(directory).encode()
+        pointer = self._function("create")(self._registry, path, ctypes.c_float(scale), probe_tokens, online)
+        assert pointer
+        return ctypes.c_void_p(pointer)
+
+    def restore(self, plugin: ctypes.c_void_p) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self._function("restore")(self._registry, plugin))
+
+    def clone(self, plugin: ctypes.c_void_p) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self._function("clone")(plugin))
+
+    def destroy(self, *plugins: ctypes.c_void_p) -> None:
+        for plugin in plugins:
+            self._function("destroy")(plugin)
+
+    def fields(self, plugin: ctypes.c_void_p) -> dict[str, bytes]:
+        name, data = ctypes.c_char_p(), ctypes.c_void_p()
+        kind, length = ctypes.c_int32(), ctypes.c_int32()
+        out = [ctypes.byref(value) for value in (name, kind, length, data)]
+        found = {}
+        for i in range(self._function("field")(plugin, 99, *out)):
+            self._function("field")(plugin, i, *out)
+            size = length.value if kind.value == UNKNOWN_FIELD else 4 * length.value
+            found[name.value.decode()] = ctypes.string_at(data, size)
+        return found
+
+    def output_types(self, plugin: ctypes.c_void_p, inputs: list[int]) -> list[int] | None:
+        outputs = (ctypes.c_int32 * 4)()
+        status = self._function("output_types")(plugin, (ctypes.c_int32 * 8)(*inputs), outputs)
+        return None if status else list(outputs)
+
+    def supports(self, plugin: ctypes.c_void_p, position: int, types: list[int], formats: list[int]) -> bool:
+        arrays = [(ctypes.c_int32 * 12)(*values) for values in (types, formats)]
+        return bool(self._function("supports")(plugin, position, *arrays))
+
+    def workspace(self, plugin: ctypes.c_void_p, spec: Spec, shape: Shape) -> int:
+        return int(self._function("workspace")(plugin, _flat_dims(spec, shape)))
+
+    def attach(self, plugin: ctypes.c_void_p) -> ctypes.c_void_p:
+        """The clone for an execution context: on a GPU this loads the kernels."""
+        return ctypes.c_void_p(self._function("attach")(plugin))
+
+    def enqueue(
+        self,
+        plugin: ctypes.c_void_p,
+        spec: Spec,
+        shape: Shape,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        workspace: int,
+        stream: int,
+    ) -> bool:
+        """Run the plugin on device addresses; True unless it reports an error."""
+        status = self._function("enqueue")(
+            plugin,
+            _flat_dims(spec, shape),
+            DTYPE_VALUES[spec.dtype],
+            (ctypes.c_void_p * 8)(*inputs),
+            (ctypes.c_void_p * 4)(*outputs),
+            ctypes.c_void_p(workspace),
+            ctypes.c_void_p(stream),
+        )
+        return int(status) == 0
