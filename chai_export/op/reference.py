@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from chai_export.op.head_map import (
     Int32Array,
-    distances,
     cluster_heads,
+    distances,
     kept_kv_heads,
     probe_probabilities,
     quantise,
