@@ -43,10 +43,10 @@ def recorded_architectures(name: str) -> list[int]:
     return architectures() if name in ("small", "llama-7b") else [89, 90]
 
 
-def measure(name: str, arch: int) -> tuple[str, dict[str, Any]]:
+def measure(name: str, arch: int, kernels: list[str]) -> tuple[str, dict[str, Any]]:
     """Triton version and, per kernel, what the compiler reports."""
     with tempfile.TemporaryDirectory() as folder:
-        index = json.loads(compile(SPECS[name], arch, folder).read_text())
+        index = json.loads(compile(SPECS[name], arch, folder, only=kernels).read_text())
     report = {
         launch["kernel"]: launch["resources"] | {"shared_bytes": launch["shared_bytes"]}
         for launch in index["launches"]
@@ -61,10 +61,12 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="write the figures")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--specs", default=",".join(SPECS), help="names, separated by commas")
+    parser.add_argument("--kernels", default="", help="kernel names, separated by commas (default: all)")
     arguments = parser.parse_args()
+    kernels = arguments.kernels.split(",") if arguments.kernels else []
     tasks = [(name, arch) for name in arguments.specs.split(",") for arch in recorded_architectures(name)]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        measured = list(pool.map(lambda task: measure(*task), tasks))
+        measured = list(pool.map(lambda task: measure(*task, kernels), tasks))
     recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {"figures": {}}
     changed = 0
     for (name, arch), (_, report) in zip(tasks, measured, strict=True):
@@ -77,7 +79,7 @@ def main() -> int:
                 f"{name:12} sm_{arch:<4} {kernel:22} {registers:4} registers {spilled:5} B spilled "
                 f"{figures['shared_bytes']:7} B shared {figures['cubin_bytes']:7} B{note}"
             )
-        recorded["figures"].setdefault(name, {})[f"sm_{arch}"] = report
+        recorded["figures"].setdefault(name, {}).setdefault(f"sm_{arch}", {}).update(report)
     if arguments.record:
         specs = {name: asdict(spec) for name, spec in SPECS.items()}
         recorded = {"triton": measured[0][0], "specs": specs, "figures": recorded["figures"]}
