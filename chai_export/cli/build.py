@@ -15,12 +15,24 @@ EXAMPLE = "chai-export build ./bundle --backend onnxruntime --max-seq 4096"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="directory from `export` or `rewrite`")
-    parser.add_argument("--backend", metavar="NAME", required=True, help="onnxruntime")
+    parser.add_argument("--backend", metavar="NAME", required=True, help="onnxruntime or tensorrt")
     parser.add_argument(
         "--max-batch", metavar="N", type=int, default=8, help="largest batch (default %(default)s)"
     )
     parser.add_argument(
         "--max-seq", metavar="N", type=int, help="largest capacity in tokens (default: the model's)"
+    )
+    parser.add_argument(
+        "--builder-memory",
+        metavar="GIB",
+        type=float,
+        help="tensorrt: GPU memory for the builder's workspace (default: all that is free)",
+    )
+    parser.add_argument(
+        "--kernels",
+        metavar="DIR",
+        type=Path,
+        help="tensorrt: kernels compiled before (default: compile them)",
     )
 
 
@@ -33,6 +45,8 @@ def execute(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         max_batch=arguments.max_batch,
         max_seq=arguments.max_seq,
+        builder_memory=None if arguments.builder_memory is None else int(arguments.builder_memory * 2**30),
+        kernels=arguments.kernels,
     )
     if arguments.json:
         print_json(record.model_dump(mode="json"))

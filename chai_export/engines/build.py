@@ -15,7 +15,13 @@ DEFAULT_MAX_SEQ = 4096
 
 
 def build(
-    bundle: str | Path | Bundle, backend: str = "onnxruntime", max_batch: int = 8, max_seq: int | None = None
+    bundle: str | Path | Bundle,
+    backend: str = "onnxruntime",
+    max_batch: int = 8,
+    max_seq: int | None = None,
+    *,
+    builder_memory: int | None = None,
+    kernels: str | Path | None = None,
 ) -> EngineRecord:
     """Build an engine for ``backend`` and enter it in the bundle's manifest.
 
@@ -24,14 +30,20 @@ def build(
         backend: "onnxruntime" or "tensorrt".
         max_batch: most rows computed at one time.
         max_seq: most tokens of prompt and text together. Default: what the model was trained for.
+        builder_memory: "tensorrt" only: bytes of GPU memory that the builder may use as workspace.
+        kernels: "tensorrt" only: directory of kernels compiled elsewhere, instead of compiling them.
 
     Raises:
-        UsageError: a limit is below 1.
+        UsageError: a limit is below 1, or an argument is of another backend.
         ChaiError: the bundle is not valid or cannot be written, the backend is unknown or cannot run it, the
             caches of these limits do not fit in memory, or the model has fewer positions.
     """
     require_backend(backend)
-    for flag, value in (("--max-batch", max_batch), ("--max-seq", max_seq)):
+    for flag, option in (("--builder-memory", builder_memory), ("--kernels", kernels)):
+        if option is not None and backend != "tensorrt":
+            raise UsageError(f"{flag} is for --backend tensorrt; leave it out for {backend}")
+    limits = (("--max-batch", max_batch), ("--max-seq", max_seq), ("--builder-memory", builder_memory))
+    for flag, value in limits:
         if value is not None and value < 1:
             raise UsageError(f"{flag} is {value}; give 1 or more")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
@@ -45,7 +57,8 @@ def build(
     if backend == "tensorrt":
         from chai_export.engines.tensorrt import build_tensorrt
 
-        record = build_tensorrt(bundle, max_batch, max_seq)
+        given = Path(kernels) if kernels is not None else None
+        record = build_tensorrt(bundle, max_batch, max_seq, builder_memory=builder_memory, kernels=given)
     else:
         from chai_export.engines.onnxruntime import build_onnxruntime
 

@@ -33,6 +33,7 @@ def diagnose() -> list[Finding]:
     return [
         _function_body(),
         _native_library(),
+        _tensorrt(),
         _gpu(),
         *(_package(name, fix) for name, fix in _PACKAGES.items()),
         Finding("python", True, platform.python_version()),
@@ -71,6 +72,29 @@ def _native_library() -> Finding:
     except Exception as error:
         return Finding(name, False, _one_line(error), fix, is_backend=True)
     return Finding(name, True, answer, is_backend=True)
+
+
+def _tensorrt() -> Finding:
+    """Whether engines can be built and run here; nothing is built to find out."""
+    from chai_export.errors import ChaiError
+    from chai_export.runtime.tensorrt_environment import (
+        import_polygraphy,
+        import_tensorrt,
+        require_gpu,
+        require_plugin,
+    )
+
+    name = "tensorrt, plugin"
+    try:
+        tensorrt = import_tensorrt()
+        import_polygraphy()
+        gpu = require_gpu()
+        library = require_plugin(tensorrt)
+    except ChaiError as problem:
+        found, _, fix = str(problem).partition("; ")
+        return Finding(name, False, _one_line(found), fix)
+    plugin = library.name if library is not None else "the function body"
+    return Finding(name, True, f"TensorRT {tensorrt.__version__} with {plugin} on {gpu.name}")
 
 
 def _known_answer(*, native: bool) -> str:

@@ -17,9 +17,10 @@ import chai_export as ce
 from chai_export.bundle.bundle import Bundle
 from chai_export.engines import tensorrt as engine_module
 from chai_export.engines.build import build
+from chai_export.engines.doctor import diagnose
 from chai_export.engines.tensorrt import NETWORK_FILE, place_kernels, spec_of
 from chai_export.engines.tensorrt_profiles import profiles
-from chai_export.errors import ChaiError
+from chai_export.errors import ChaiError, UsageError
 from chai_export.kernels.spec import Spec
 from chai_export.op.schema import DOMAIN, OP_TYPE
 from chai_export.runtime import tensorrt_environment as environment
@@ -358,3 +359,20 @@ def test_no_plugin_library_and_one_for_another_version(
         environment.require_plugin(tensorrt)
     registry.get_creator = lambda *names: object()
     assert environment.require_plugin(tensorrt) == library
+
+
+def test_options_of_tensorrt_are_refused_for_another_backend(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="--builder-memory is for --backend tensorrt"):
+        build(bundle, "onnxruntime", builder_memory=1 << 30)
+    with pytest.raises(UsageError, match="--builder-memory is 0; give 1 or more"):
+        build(bundle, "tensorrt", builder_memory=0)
+
+
+def test_doctor_says_what_tensorrt_lacks_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Any:
+        raise ChaiError("TensorRT cannot be imported (none); pip install it")
+
+    monkeypatch.setattr(environment, "import_tensorrt", missing)
+    finding = next(f for f in diagnose() if f.name == "tensorrt, plugin")
+    assert not finding.works
+    assert (finding.found, finding.fix) == ("TensorRT cannot be imported (none)", "pip install it")
