@@ -19,7 +19,7 @@ from chai_export.bundle.atomic import atomic_directory, atomic_file
 from chai_export.bundle.bundle import ENGINES_DIRECTORY, MODEL_FILE, Bundle, record_files
 from chai_export.bundle.hashing import sha256_file
 from chai_export.bundle.manifest import EngineRecord, FileRecord
-from chai_export.engines.tensorrt_network import plugin_network
+from chai_export.engines.tensorrt_network import plugin_network, portable_network
 from chai_export.engines.tensorrt_profiles import Range, profiles, trtexec_shapes
 from chai_export.engines.tensorrt_progress import BuildProgress, error_recorder
 from chai_export.errors import ChaiError
@@ -79,28 +79,28 @@ def build_tensorrt(
     }
     if builder_memory is not None:
         settings["builder_memory"] = builder_memory
-    network_files: dict[str, FileRecord] = {}
     with atomic_directory(bundle.path / DIRECTORY, replaces=PLAN_FILE) as directory:
-        source = bundle.model_path
+        # Beside the weights it refers to, for as long as it is parsed.
+        source = bundle.path / f".{directory.name}.onnx"
         with contextlib.ExitStack() as cleanup:
+            cleanup.callback(source.unlink, missing_ok=True)
+            place: Path | None = None
             if plugin is not None:
                 index = place_kernels(spec_of(bundle), gpu, kernels, directory / KERNELS)
-                source = bundle.path / f".{directory.name}.onnx"
-                cleanup.callback(source.unlink, missing_ok=True)
-                _save_network(bundle, str(index.parent.resolve()), source)
+                place = index.parent.resolve()
                 settings["plugin_sha256"] = sha256_file(plugin)
                 settings["kernels_sha256"] = sha256_file(index)
+            _save_network(bundle, place, source)
             layers = bundle.manifest.num_layers if plugin is not None else 0
             plan = _build_plan(tensorrt, polygraphy, source, shapes, layers, builder_memory)
         (directory / PLAN_FILE).write_bytes(plan)
         _prove(tensorrt, bundle, plan, plugin is not None, max_batch)
     settings["trtexec"] = trtexec_line(shapes, plugin, builder_memory)
-    if plugin is not None:
-        path = bundle.path / NETWORK_FILE
-        # trtexec is run in the bundle's directory.
-        with atomic_file(path) as file:
-            _save_network(bundle, f"{DIRECTORY}/{KERNELS}", file)
-        network_files[NETWORK_FILE] = FileRecord(sha256=sha256_file(path), size=path.stat().st_size)
+    path = bundle.path / NETWORK_FILE
+    # trtexec is run in the bundle's directory.
+    with atomic_file(path) as file:
+        _save_network(bundle, Path(DIRECTORY, KERNELS) if plugin is not None else None, file)
+    network = {NETWORK_FILE: FileRecord(sha256=sha256_file(path), size=path.stat().st_size)}
     return EngineRecord(
         backend=BACKEND,
         runtime_version=tensorrt.__version__,
@@ -110,7 +110,7 @@ def build_tensorrt(
         op_version=bundle.manifest.op_version,
         gpu_architecture=gpu.target,
         plugin_version=PLUGIN_VERSION if plugin is not None else None,
-        files={**record_files(bundle.path / DIRECTORY, bundle.path), **network_files},
+        files={**record_files(bundle.path / DIRECTORY, bundle.path), **network},
         settings=settings,
         created_with=f"chai_export {__version__}",
     )
@@ -147,8 +147,12 @@ def place_kernels(spec: Spec, gpu: Gpu, given: Path | None, directory: Path) -> 
     return directory / INDEX_NAME
 
 
-def _save_network(bundle: Bundle, kernel_directory: str, path: Path) -> None:
-    model = plugin_network(bundle, PLUGIN_VERSION, PLUGIN_NAMESPACE, kernel_directory)
+def _save_network(bundle: Bundle, kernel_directory: Path | None, path: Path) -> None:
+    """Write the graph for the parser: with the plugin and its kernels, or with the function body."""
+    if kernel_directory is None:
+        model = portable_network(bundle)
+    else:
+        model = plugin_network(bundle, PLUGIN_VERSION, PLUGIN_NAMESPACE, str(kernel_directory))
     path.write_bytes(model.SerializeToString())
 
 
@@ -281,7 +285,7 @@ def trtexec_line(
     shapes: tuple[Mapping[str, Range], ...], plugin: Path | None, builder_memory: int | None
 ) -> str:
     """The command that builds an equal engine, to be run in the bundle's directory."""
-    words = ["trtexec", f"--onnx={NETWORK_FILE if plugin else MODEL_FILE}"]
+    words = ["trtexec", f"--onnx={NETWORK_FILE}"]
     if plugin is not None:
         words.append(f"--dynamicPlugins={plugin}")
     for index, profile in enumerate(shapes):

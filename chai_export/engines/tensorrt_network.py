@@ -1,4 +1,4 @@
-"""The ONNX graph that TensorRT's parser reads: op nodes that name the plugin and where its kernels lie."""
+"""The ONNX graph that TensorRT's parser reads: with the plugin, or with the function body in its terms."""
 
 from __future__ import annotations
 
@@ -40,3 +40,34 @@ def plugin_network(bundle: Bundle, version: str, namespace: str, kernel_director
     for node in nodes:
         node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in marks.items())
     return model
+
+
+def portable_network(bundle: Bundle) -> onnx.ModelProto:
+    """The bundle's graph with the function body, for those who may not load plugins.
+
+    TensorRT's parser documents CumSum for floating point only, so the one over integers (ranks of kept heads,
+    small and exact in float32) is done there. Weights stay where they are.
+    """
+    model = onnx.load(str(bundle.model_path), load_external_data=False)
+    for function in model.functions:
+        if (function.domain, function.name) == (DOMAIN, OP_TYPE):
+            _sum_in_float(function)
+    return model
+
+
+def _sum_in_float(function: onnx.FunctionProto) -> None:
+    nodes = []
+    for node in function.node:
+        if node.op_type != "CumSum":
+            nodes.append(node)
+            continue
+        values, sums = f"{node.output[0]}_values", f"{node.output[0]}_sums"
+        summed = onnx.helper.make_node("CumSum", [values, node.input[1]], [sums])
+        summed.attribute.extend(node.attribute)
+        nodes += [
+            onnx.helper.make_node("Cast", [node.input[0]], [values], to=onnx.TensorProto.FLOAT),
+            summed,
+            onnx.helper.make_node("Cast", [sums], list(node.output), to=onnx.TensorProto.INT64),
+        ]
+    del function.node[:]
+    function.node.extend(nodes)

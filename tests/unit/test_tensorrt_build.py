@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 import chai_export as ce
@@ -19,6 +20,7 @@ from chai_export.engines import tensorrt as engine_module
 from chai_export.engines.build import build
 from chai_export.engines.doctor import diagnose
 from chai_export.engines.tensorrt import NETWORK_FILE, place_kernels, spec_of
+from chai_export.engines.tensorrt_network import portable_network
 from chai_export.engines.tensorrt_profiles import profiles
 from chai_export.errors import ChaiError, UsageError
 from chai_export.kernels.spec import Spec
@@ -221,7 +223,7 @@ def test_without_native_code_the_function_body_is_built(
     assert played.parsed is not None
     assert len(played.parsed.functions) == 1
     assert record.plugin_version is None
-    assert list(record.files) == ["engines/tensorrt/engine.plan"]
+    assert set(record.files) == {"engines/tensorrt/engine.plan", NETWORK_FILE}
     monkeypatch.delenv(SWITCH)
     runner = ce.load(bundle.path, backend="tensorrt")
     assert runner.generate([[5, 9]], 4, ignore_eos=True)[0].token_ids == MODEL.greedy([5, 9], 4)
@@ -376,3 +378,54 @@ def test_doctor_says_what_tensorrt_lacks_and_the_fix(monkeypatch: pytest.MonkeyP
     finding = next(f for f in diagnose() if f.name == "tensorrt, plugin")
     assert not finding.works
     assert (finding.found, finding.fix) == ("TensorRT cannot be imported (none)", "pip install it")
+
+
+PARSED_OPERATORS = """
+Abs Add And Cast CastLike Concat Constant Div Equal Expand Gather GatherElements GatherND Greater
+GreaterOrEqual
+Identity If Less LessOrEqual Loop MatMul Max Min Mul Neg Range ReduceMax ReduceMin ReduceSum Reshape Round
+Shape
+Slice Softmax Sqrt Squeeze Sub Transpose Unsqueeze Where
+"""
+"""Documented as supported, for the types in use, by TensorRT's ONNX parser (operators.md of release 10.1)."""
+
+
+def operators(nodes: Any) -> set[str]:
+    found = set()
+    for node in nodes:
+        found.add(node.op_type)
+        for attribute in node.attribute:
+            found |= operators(attribute.g.node)
+    return found
+
+
+def test_the_portable_network_uses_documented_operators_only(bundle: Bundle) -> None:
+    function = portable_network(bundle).functions[0]
+    assert operators(function.node) - {"CumSum"} <= set(PARSED_OPERATORS.split())
+    produced = {name: node for node in function.node for name in node.output}
+    sums = [node for node in function.node if node.op_type == "CumSum"]
+    assert sums
+    for node in sums:
+        cast = produced[node.input[0]]
+        assert (cast.op_type, attributes(cast)) == ("Cast", {"to": onnx.TensorProto.FLOAT})
+
+
+def test_the_portable_network_computes_the_same(bundle: Bundle, tmp_path: Path) -> None:
+    feeds = {
+        "input_ids": np.arange(12, dtype=np.int64).reshape(2, 6),
+        "lengths": np.array([6, 4], np.int32),
+        "past_lengths": np.zeros(2, np.int32),
+        "output_positions": np.array([[5], [3]]),
+        "head_map": np.zeros((2, 2, 4), np.int32),
+    }
+    for layer, kept in enumerate(MODEL.kept):
+        feeds[f"past_key.{layer}"] = np.zeros((2, kept, 8, 8), np.float32)
+        feeds[f"past_value.{layer}"] = np.zeros((2, 4, 8, 4), np.float32)
+    rewritten = tmp_path / "portable.onnx"
+    onnx.save(portable_network(bundle), rewritten)
+    results = [
+        onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)
+        for path in (bundle.model_path, rewritten)
+    ]
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
