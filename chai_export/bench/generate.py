@@ -1,0 +1,176 @@
+"""``chai-export bench generate``: time to the first token and per token after it, of whole models.
+
+All implementations hold their caches at the same time and take turns token by token, so that a slow phase
+of the machine hits each of them.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import psutil
+
+from chai_export.bench import machine
+from chai_export.bench.decoders import BundleDecoder, Decoder, GenaiDecoder, build_genai, genai_is_installed
+from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.manifest import Manifest
+from chai_export.errors import ChaiError, UsageError
+from chai_export.progress import track
+
+ALL_HEADS = "chai_all_heads"
+GENAI = "onnxruntime_genai"
+
+
+def bench_generate(
+    bundle: str | Path,
+    *,
+    prompt_tokens: int = 1024,
+    new_tokens: int = 32,
+    rounds: int = 3,
+    model: str | Path | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Measure a bundle with CHAI and with all heads, and onnxruntime-genai on the same weights.
+
+    Args:
+        bundle: what to measure.
+        prompt_tokens: length of the prompt, of random tokens.
+        new_tokens: tokens after the first one that are timed.
+        rounds: prompts that are timed, for the time to the first token.
+        model: the Hugging Face directory that the bundle was made of, for onnxruntime-genai.
+        threads: of every implementation; all cores that this process may use by default.
+
+    Raises:
+        UsageError: a length is out of range.
+        ChaiError: the bundle is not valid, or its caches do not fit in memory.
+    """
+    for flag, value in (
+        ("--prompt-tokens", prompt_tokens),
+        ("--new-tokens", new_tokens),
+        ("--rounds", rounds),
+    ):
+        if value < 1:
+            raise UsageError(f"{flag} is {value}; give 1 or more")
+    loaded = Bundle.load(bundle)
+    manifest = loaded.manifest
+    capacity = prompt_tokens + new_tokens + 1
+    if manifest.max_positions is not None and capacity > manifest.max_positions:
+        raise UsageError(
+            f"{capacity} tokens are asked for, the model has {manifest.max_positions}; lower --prompt-tokens"
+        )
+    cores = threads or len(os.sched_getaffinity(0))
+    _require_memory(manifest, capacity)
+    with tempfile.TemporaryDirectory(prefix="chai-genai-") as work:
+        decoders: dict[str, Decoder] = {
+            "chai": BundleDecoder(loaded, "chai", capacity, cores),
+            ALL_HEADS: BundleDecoder(loaded, "all", capacity, cores),
+        }
+        skipped = _add_genai(decoders, model, Path(work), manifest.dtype, capacity, cores)
+        prompt = np.random.default_rng(0).integers(0, manifest.vocab_size, prompt_tokens)
+        first, each = _measure(decoders, prompt, new_tokens, rounds)
+    ceiling = decode_ceiling(loaded, prompt_tokens + new_tokens // 2)
+    return {
+        "machine": machine.describe(),
+        "threads": cores,
+        "bundle": str(bundle),
+        "dtype": manifest.dtype,
+        "kept_heads": list(manifest.kept_heads),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "ttft_ms": first,
+        "tpot_ms": each,
+        "skipped": skipped,
+        "ceiling": ceiling,
+        "ttft_speedup_vs_best_peer": _speedup(first),
+        "tpot_speedup_vs_best_peer": _speedup(each),
+    }
+
+
+def decode_ceiling(bundle: Bundle, tokens: int) -> float:
+    """What decoding can gain with ``tokens`` in the cache: bytes read per token, all heads against CHAI."""
+    weights = weight_bytes(bundle.model_path)
+    all_heads, chai = (
+        weights + tokens * bundle.manifest.kv_bytes_per_token(mode) for mode in ("all", "chai")
+    )
+    return all_heads / chai
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of weights read for one token: every initializer but tables that rows are gathered from."""
+    graph = onnx.load(path, load_external_data=False).graph
+    used_by: dict[str, set[str]] = {}
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            used_by.setdefault(name, set()).add("table" if node.op_type == "Gather" and position == 0 else "")
+    total = 0
+    for tensor in graph.initializer:
+        if used_by.get(tensor.name) != {"table"}:
+            itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            total += int(np.prod(tensor.dims, dtype=np.int64)) * itemsize
+    return total
+
+
+def _require_memory(manifest: Manifest, capacity: int) -> None:
+    caches = capacity * (manifest.kv_bytes_per_token("chai") + 2 * manifest.kv_bytes_per_token("all"))
+    available = psutil.virtual_memory().available
+    if caches > available:
+        raise ChaiError(
+            f"the caches of all implementations take {caches / 1e9:.1f} GB and {available / 1e9:.1f} GB are "
+            "free; lower --prompt-tokens"
+        )
+
+
+def _add_genai(
+    decoders: dict[str, Decoder],
+    model: str | Path | None,
+    work: Path,
+    dtype: str,
+    capacity: int,
+    threads: int,
+) -> dict[str, str]:
+    """Add onnxruntime-genai, or say why it is not there."""
+    if not genai_is_installed():
+        return {GENAI: "not installed; pip install onnxruntime-genai"}
+    if model is None:
+        return {GENAI: "--model is not given"}
+    build_genai(Path(model), work / "model", dtype, threads)
+    decoders[GENAI] = GenaiDecoder(work / "model", capacity)
+    return {}
+
+
+def _measure(
+    decoders: Mapping[str, Decoder], prompt: Any, new_tokens: int, rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median milliseconds to the first token and per token after it, by implementation."""
+    first: dict[str, list[float]] = {name: [] for name in decoders}
+    each: dict[str, list[float]] = {name: [] for name in decoders}
+    for decoder in decoders.values():
+        decoder.first(prompt[: min(len(prompt), 64)])  # memory is touched, threads are awake
+    for _ in track(range(rounds), "bench generate: prompts"):
+        for name, decoder in decoders.items():
+            first[name].append(_milliseconds(lambda d=decoder: d.first(prompt)))
+    for _ in track(range(new_tokens), "bench generate: tokens"):
+        for name, decoder in decoders.items():
+            each[name].append(_milliseconds(decoder.next))
+    return (
+        {name: statistics.median(times) for name, times in first.items()},
+        {name: statistics.median(times) for name, times in each.items()},
+    )
+
+
+def _milliseconds(call: Any) -> float:
+    begin = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def _speedup(times: Mapping[str, float]) -> float:
+    return min(time for name, time in times.items() if name != "chai") / times["chai"]

@@ -1,0 +1,80 @@
+"""``chai-export bench memory``: bytes of cache and peak resident size, each mode in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chai_export.bench import machine
+from chai_export.bundle.bundle import Bundle
+from chai_export.errors import ChaiError, UsageError
+
+MODES = ("chai", "all")
+
+
+def bench_memory(bundle: str | Path, *, prompt_tokens: int = 1024, new_tokens: int = 8) -> dict[str, Any]:
+    """Run a prompt with CHAI and with all heads, and report what each needed.
+
+    Args:
+        bundle: what to measure.
+        prompt_tokens: length of the prompt, of random tokens.
+        new_tokens: tokens made after it.
+
+    Raises:
+        UsageError: a length is out of range.
+        ChaiError: the bundle is not valid or a run fails.
+    """
+    for flag, value in (("--prompt-tokens", prompt_tokens), ("--new-tokens", new_tokens)):
+        if value < 1:
+            raise UsageError(f"{flag} is {value}; give 1 or more")
+    manifest = Bundle.load(bundle).manifest
+    return {
+        "machine": machine.describe(),
+        "bundle": str(bundle),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "kv_bytes_per_token": manifest.kv_bytes_per_token("chai"),
+        "kv_bytes_per_token_all_heads": manifest.kv_bytes_per_token("all"),
+        "heads": {mode: _in_own_process(bundle, mode, prompt_tokens, new_tokens) for mode in MODES},
+    }
+
+
+def _in_own_process(bundle: str | Path, mode: str, prompt_tokens: int, new_tokens: int) -> dict[str, int]:
+    words = [sys.executable, "-m", __name__, str(bundle), mode, str(prompt_tokens), str(new_tokens)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise ChaiError(f"the run with heads={mode} failed ({reason}); try a shorter --prompt-tokens")
+    result: dict[str, int] = json.loads(done.stdout)
+    return result
+
+
+def _run(bundle: str, mode: str, prompt_tokens: int, new_tokens: int) -> dict[str, int]:
+    """What the process of one mode prints: bytes of caches in use, and the most that was resident."""
+    from chai_export.runtime.runner import load
+
+    runner = load(bundle, heads=mode, max_batch=1)
+    vocabulary = runner.bundle.manifest.vocab_size
+    prompt = np.random.default_rng(0).integers(0, vocabulary, prompt_tokens).tolist()
+    loaded = _peak_resident()
+    runner.generate([prompt], max_new_tokens=new_tokens, ignore_eos=True)
+    return {
+        "kv_cache_bytes": runner.kv_cache_bytes,
+        "peak_resident_bytes": _peak_resident(),
+        "peak_resident_bytes_when_loaded": loaded,
+    }
+
+
+def _peak_resident() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    print(json.dumps(_run(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
