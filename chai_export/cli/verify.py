@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from chai_export.cli.output import print_json, print_table
 
@@ -22,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", metavar="FILE", type=Path, help="text for the prompts (default: random tokens)"
     )
     parser.add_argument("--backend", metavar="NAME", default="onnxruntime", help="(default %(default)s)")
+    parser.add_argument(
+        "--polygraphy",
+        action="store_true",
+        help="also compare each attention of the TensorRT engine with ONNX Runtime's",
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
@@ -37,6 +44,9 @@ def execute(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
     )
     report = result.to_json()
+    layers = _compare_layers(arguments.bundle) if arguments.polygraphy else []
+    if layers:
+        report["layers"] = layers
     if arguments.json:
         print_json(report)
         return 0 if result.ok else 1
@@ -50,6 +60,19 @@ def execute(arguments: argparse.Namespace) -> int:
         for heads, against in (("all", "Hugging Face model"), ("chai", "torch oracle"))
     ]
     print_table(["heads", "against", "largest logit difference", "greedy tokens"], rows)
+    if layers:
+        differences = [
+            (x["index"], x["name"], f"{x['max_abs_diff']:.2e}", f"{x['max_abs']:.2e}") for x in layers
+        ]
+        print_table(["layer", "attention", "largest difference", "largest value"], differences)
     print(f"head-map agreement: {report['head_map_agreement']:.4f}")
     print("verified" if result.ok else "NOT verified: this bundle does not compute what its model computes")
     return 0 if result.ok else 1
+
+
+def _compare_layers(path: Path) -> list[dict[str, Any]]:
+    """What `--polygraphy` adds; the verdict stays with the logits and tokens."""
+    from chai_export.bundle.bundle import Bundle
+    from chai_export.engines.tensorrt_layers import compare_layers
+
+    return [asdict(layer) for layer in compare_layers(Bundle.load(path))]

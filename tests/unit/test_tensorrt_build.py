@@ -17,9 +17,11 @@ import pytest
 import chai_export as ce
 from chai_export.bundle.bundle import Bundle
 from chai_export.engines import tensorrt as engine_module
+from chai_export.engines import tensorrt_layers as layers_module
 from chai_export.engines.build import build
 from chai_export.engines.doctor import diagnose
 from chai_export.engines.tensorrt import NETWORK_FILE, place_kernels, spec_of
+from chai_export.engines.tensorrt_layers import compare_layers
 from chai_export.engines.tensorrt_network import portable_network
 from chai_export.engines.tensorrt_profiles import profiles
 from chai_export.errors import ChaiError, UsageError
@@ -68,6 +70,7 @@ class Played:
 
     def _parse(self, path: str, strongly_typed: bool) -> Any:
         assert strongly_typed
+        self.path = path
         self.parsed = model = onnx.load(path)
         kinds = [
             "plugin" if n.op_type == OP_TYPE and not model.functions else "other" for n in model.graph.node
@@ -382,10 +385,8 @@ def test_doctor_says_what_tensorrt_lacks_and_the_fix(monkeypatch: pytest.MonkeyP
 
 PARSED_OPERATORS = """
 Abs Add And Cast CastLike Concat Constant Div Equal Expand Gather GatherElements GatherND Greater
-GreaterOrEqual
-Identity If Less LessOrEqual Loop MatMul Max Min Mul Neg Range ReduceMax ReduceMin ReduceSum Reshape Round
-Shape
-Slice Softmax Sqrt Squeeze Sub Transpose Unsqueeze Where
+GreaterOrEqual Identity If Less LessOrEqual Loop MatMul Max Min Mul Neg Range ReduceMax ReduceMin ReduceSum
+Reshape Round Shape Slice Softmax Sqrt Squeeze Sub Transpose Unsqueeze Where
 """
 """Documented as supported, for the types in use, by TensorRT's ONNX parser (operators.md of release 10.1)."""
 
@@ -429,3 +430,46 @@ def test_the_portable_network_computes_the_same(bundle: Bundle, tmp_path: Path) 
     ]
     for one, other in zip(*results, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def play_runner(played: Played, bundle: Bundle, error: float) -> None:
+    """An engine that computes what the portable graph does, but for ``error`` in the second layer."""
+
+    class Runner:
+        def __init__(self, path: str) -> None:
+            model = portable_network(bundle)
+            model.graph.output.extend(onnx.load(path).graph.output[len(model.graph.output) :])
+            self.session = onnxruntime.InferenceSession(model.SerializeToString())
+            self.watched = [o.name for o in self.session.get_outputs()]
+
+        def __enter__(self) -> Runner:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            """Nothing is held."""
+
+        def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
+            results = dict(zip(self.watched, self.session.run(None, feeds), strict=True))
+            results[self.watched[-1]] = results[self.watched[-1]] + np.float32(error)
+            return results
+
+    played.polygraphy.engine_from_network = lambda network, config: played.path
+    played.polygraphy.TrtRunner = Runner
+
+
+def test_layers_are_compared_one_by_one(
+    bundle: Bundle, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("import_tensorrt", "require_gpu", "require_plugin", "import_polygraphy"):
+        monkeypatch.setattr(layers_module, name, getattr(engine_module, name))
+    with pytest.raises(ChaiError, match="has no tensorrt engine"):
+        compare_layers(bundle)
+    build(bundle, "tensorrt", 4, 64)
+    before = sorted(bundle.path.rglob("*"))
+    for error in (0.0, 0.5):
+        play_runner(played, bundle, error)
+        found = compare_layers(Bundle.load(bundle.path), tokens=9)
+        assert [layer.index for layer in found] == [0, 1]
+        assert [layer.max_abs_diff for layer in found] == pytest.approx([0.0, error])
+        assert all(layer.max_abs > 0.01 for layer in found)
+    assert sorted(bundle.path.rglob("*")) == before

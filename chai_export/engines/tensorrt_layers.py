@@ -1,0 +1,158 @@
+"""TensorRT against ONNX Runtime, attention by attention: where two backends part when their logits differ."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from chai_export.bundle.bundle import Bundle, check_files
+from chai_export.engines.tensorrt import BACKEND, DIRECTORY, KERNELS, build_error, check_network, parse_error
+from chai_export.engines.tensorrt_network import plugin_network, portable_network
+from chai_export.errors import ChaiError
+from chai_export.op.cases import numpy_dtype
+from chai_export.op.schema import DOMAIN, OP_TYPE
+from chai_export.runtime.tensorrt_environment import (
+    PLUGIN_NAMESPACE,
+    PLUGIN_VERSION,
+    import_polygraphy,
+    import_tensorrt,
+    require_gpu,
+    require_plugin,
+)
+
+DEFAULT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """The attention output of one layer: largest difference, and largest value of ONNX Runtime's."""
+
+    index: int
+    name: str
+    max_abs_diff: float
+    max_abs: float
+
+
+def compare_layers(bundle: Bundle, *, tokens: int = DEFAULT_TOKENS, seed: int = 0) -> list[LayerDifference]:
+    """Run one prefill of random tokens on both and compare every attention's output.
+
+    TensorRT gets an engine of its own for this, built with polygraphy from the same graph and kernels with
+    each attention as an output; ONNX Runtime runs the function body.
+
+    Args:
+        bundle: a float32 or float16 bundle with a TensorRT engine.
+        tokens: length of the sequence.
+        seed: of the tokens.
+
+    Raises:
+        ChaiError: as :func:`chai_export.engines.tensorrt.build_tensorrt`; or the bundle has no engine, its
+            engine has no plugin, or it is bfloat16, which ONNX Runtime does not compute on a CPU.
+    """
+    build = f"`chai-export build {bundle.path} --backend {BACKEND}`"
+    record = bundle.manifest.engines.get(BACKEND)
+    if record is None or record.plugin_version is None:
+        raise ChaiError(f"{bundle.path} has no {BACKEND} engine with the plugin; run {build} first")
+    if bundle.manifest.dtype == "bfloat16":
+        raise ChaiError("ONNX Runtime computes no bfloat16 on a CPU; compare a bundle of --dtype float32")
+    check_files(bundle.path, record.files, again=f"run {build} again")
+    tensorrt, polygraphy = import_tensorrt(), import_polygraphy()
+    require_gpu()
+    require_plugin(tensorrt)
+    feeds = _feeds(bundle, tokens, seed)
+    kernels = (bundle.path / DIRECTORY / KERNELS).resolve()
+    watched = plugin_network(bundle, PLUGIN_VERSION, PLUGIN_NAMESPACE, str(kernels))
+    names = _watch(watched, bundle.manifest.dtype)
+    expected = _run_onnxruntime(bundle, feeds, names)
+    with _beside_weights(bundle, watched) as path:
+        found = _run_tensorrt(tensorrt, polygraphy, path, feeds, bundle.manifest.num_layers)
+    return [
+        LayerDifference(
+            index, name, float(np.abs(found[name] - wanted).max()), float(np.abs(wanted).max(initial=0.0))
+        )
+        for index, (name, wanted) in enumerate(zip(names, expected, strict=True))
+    ]
+
+
+def _feeds(bundle: Bundle, tokens: int, seed: int) -> dict[str, NDArray[Any]]:
+    """One fresh row of random tokens, caches of that capacity."""
+    m = bundle.manifest
+    item = numpy_dtype(m.dtype)
+    random = np.random.default_rng(seed)
+    feeds: dict[str, NDArray[Any]] = {
+        "input_ids": random.integers(0, m.vocab_size, (1, tokens)),
+        "lengths": np.array([tokens], np.int32),
+        "past_lengths": np.zeros(1, np.int32),
+        "output_positions": np.array([[tokens - 1]], np.int64),
+        "head_map": np.zeros((m.num_layers, 1, m.num_query_heads), np.int32),
+    }
+    for layer, kept in enumerate(m.kept_heads):
+        feeds[f"past_key.{layer}"] = np.zeros((1, kept, tokens, m.head_dim), item)
+        feeds[f"past_value.{layer}"] = np.zeros((1, m.num_kv_heads, tokens, m.value_head_dim), item)
+    return feeds
+
+
+def _watch(model: onnx.ModelProto, dtype: str) -> list[str]:
+    """Make every attention's output an output of the graph; their names in the order of the graph."""
+    element = onnx.helper.np_dtype_to_tensor_dtype(numpy_dtype(dtype))
+    nodes = (n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, OP_TYPE))
+    names = [node.output[0] for node in nodes]
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, element, None) for name in names)
+    return names
+
+
+def _run_onnxruntime(
+    bundle: Bundle, feeds: dict[str, NDArray[Any]], names: list[str]
+) -> list[NDArray[np.float32]]:
+    import onnxruntime
+
+    model = portable_network(bundle)
+    _watch(model, bundle.manifest.dtype)
+    with _beside_weights(bundle, model) as path:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return [result.astype(np.float32) for result in session.run(names, feeds)]
+
+
+def _run_tensorrt(
+    tensorrt: Any, polygraphy: Any, path: Path, feeds: dict[str, NDArray[Any]], layers: int
+) -> dict[str, NDArray[np.float32]]:
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
+
+    with contextlib.redirect_stdout(sys.stderr), G_LOGGER.verbosity(G_LOGGER.ERROR):
+        try:
+            network = polygraphy.network_from_onnx_path(str(path), strongly_typed=True)
+        except PolygraphyException as error:
+            raise parse_error(str(error), with_plugin=True) from error
+        check_network(tensorrt, network[1], layers)
+        profile = polygraphy.Profile()
+        for name, array in feeds.items():
+            profile.add(name, array.shape, array.shape, array.shape)
+        try:
+            engine = polygraphy.engine_from_network(
+                network, config=polygraphy.CreateConfig(profiles=[profile])
+            )
+            with polygraphy.TrtRunner(engine) as runner:
+                results = runner.infer(feeds)
+        except PolygraphyException as error:
+            raise build_error([str(error)]) from error
+    return {name: np.array(result, np.float32) for name, result in results.items()}
+
+
+@contextlib.contextmanager
+def _beside_weights(bundle: Bundle, model: onnx.ModelProto) -> Iterator[Path]:
+    """A graph as a file where the weights it refers to are, for as long as it is read."""
+    path = bundle.path / f".layers-{os.getpid()}.onnx"
+    try:
+        path.write_bytes(model.SerializeToString())
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
