@@ -46,9 +46,11 @@ class Engine:
             logits = logits + self._faults["logits"]
         return logits
 
-    def generate(self, prompts, max_new_tokens, temperature, ignore_eos):
-        assert temperature == 0.0
-        assert ignore_eos
+    def generate(
+        self, prompts, max_new_tokens, *, temperature=0.0, repetition_penalty=None, ignore_eos=False
+    ):
+        # The reference knows neither sampling nor penalties nor an end.
+        assert (temperature, repetition_penalty, ignore_eos) == (0.0, 1.0, True)
         made, maps = [], []
         for prompt in prompts:
             new = []
