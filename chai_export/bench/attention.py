@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,15 @@ ATTRIBUTES = {"scale": 0.0, "probe_tokens": 5, "online": 1}
 AGREEMENT = {"float32": 2e-4, "float16": 2e-2}
 
 
-def default_cases(
-    *, lengths: Sequence[int] = (2048, 8192, 32768), prompts: Sequence[int] = (2048, 8192)
-) -> list[Shape]:
+LENGTHS = (2048, 8192, 32768)
+PROMPTS = (2048, 8192)
+
+
+def default_cases(*, dtype: str = "float32", head_dim: int = 128) -> list[Shape]:
     """Heads as in a 7B model, multi-head and grouped, kept and not: the cases that the project reports."""
     heads = ((32, 32, 8), (32, 8, 4), (32, 32, 32))
-    decode = [Shape("decode", batch, *h, 128, t) for h in heads for batch in (1, 8) for t in lengths]
-    prefill = [Shape("prefill", 1, *h, 128, t) for h in heads for t in prompts]
+    decode = [Shape("decode", b, *h, head_dim, t, dtype) for h in heads for b in (1, 8) for t in LENGTHS]
+    prefill = [Shape("prefill", 1, *h, head_dim, t, dtype) for h in heads for t in PROMPTS]
     return decode + prefill
 
 

@@ -9,8 +9,8 @@ import traceback
 from collections.abc import Sequence
 
 import chai_export
-from chai_export.cli import build as build_command
 from chai_export.cli import (
+    bench,
     calibrate,
     compare,
     doctor,
@@ -19,10 +19,12 @@ from chai_export.cli import (
     inspect,
     make,
     package,
+    report,
     rewrite,
     run,
     verify,
 )
+from chai_export.cli import build as build_command
 from chai_export.errors import ChaiError, UsageError
 
 DEBUG_VARIABLE = "CHAI_EXPORT_DEBUG"
@@ -36,7 +38,9 @@ _COMMANDS = (
     verify,
     evaluate,
     compare,
+    report,
     inspect,
+    bench,
     package,
     make,
     doctor,

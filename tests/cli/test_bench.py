@@ -1,0 +1,109 @@
+"""`chai-export bench`: every figure is there and of the kind that its name says."""
+
+from __future__ import annotations
+
+import pytest
+
+from chai_export.bench.problem import Problem, Shape, head_map
+from chai_export.bench.timing import interleaved
+from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
+
+needs_library = pytest.mark.skipif(
+    find_library(ONNXRUNTIME_LIBRARY) is None, reason="libchai_onnxruntime.so was not built"
+)
+SMALL = ("--length", 96, "--heads", 8, "--head-dim", 16, "--seconds", 0, "--threads", 1)
+
+
+@needs_library
+def test_attention_compares_the_op_with_every_peer(command):
+    outcome = command("bench", "attention", *SMALL, "--kv-heads", 4, "--kept", 2, "--batch", 2, "--json")
+    assert outcome.code == 0, outcome.err
+    result = outcome.json
+    assert result["read_bandwidth_gb_s"] > 0
+    assert [case["phase"] for case in result["cases"]] == ["decode", "prefill"]
+    for case in result["cases"]:
+        assert (case["B"], case["H"], case["G"], case["R"], case["D"], case["T"]) == (2, 8, 4, 2, 16, 96)
+        assert case["ceiling"] == pytest.approx(8 / 6)
+        assert case["skipped"] == {}
+        assert sorted(case["peers_ms"]) == ["chai_all_heads", "ort_attention", "ort_gqa", "torch_sdpa"]
+        best = min(case["peers_ms"].values())
+        assert case["peers_ms"][case["best_peer"]] == best
+        assert case["speedup_vs_best_peer"] == pytest.approx(best / case["chai_ms"])
+    decode = result["cases"][0]
+    read = 2 * 96 * 16 * 4 * (2 + 4)  # B · T · D · float32 · (R + G)
+    assert decode["bandwidth_gb_s"] == pytest.approx(read / decode["chai_ms"] / 1e6)
+
+
+@needs_library
+def test_attention_prints_a_table_for_people(command):
+    outcome = command("bench", "attention", *SMALL, "--phase", "decode", "--dtype", "float16")
+    assert outcome.code == 0, outcome.err
+    assert "8/8/2" in outcome.out
+    assert "ceiling" in outcome.out
+    assert "GB/s; threads: 1" in outcome.err
+
+
+@needs_library
+def test_attention_names_peers_whose_scores_would_not_fit(command, monkeypatch):
+    import psutil
+
+    small = psutil.virtual_memory()._replace(available=100_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: small)
+    outcome = command("bench", "attention", *SMALL, "--phase", "prefill", "--kv-heads", 2, "--json")
+    assert outcome.code == 0, outcome.err
+    (case,) = outcome.json["cases"]
+    assert list(case["skipped"]) == ["ort_attention"]
+    assert "scores" in case["skipped"]["ort_attention"]
+
+
+@pytest.mark.parametrize("flags", [("--kept", 9), ("--kv-heads", 3), ("--kept", 0)])
+def test_attention_refuses_heads_that_do_not_fit(command, flags):
+    outcome = command("bench", "attention", "--heads", 8, *flags)
+    assert outcome.code == 2
+    assert flags[0] in outcome.err
+
+
+def test_generate_times_both_modes_and_says_why_a_peer_is_missing(command, bundle):
+    arguments = ("--prompt-tokens", 20, "--new-tokens", 3, "--rounds", 1, "--threads", 1)
+    outcome = command("bench", "generate", bundle, *arguments, "--json")
+    assert outcome.code == 0, outcome.err
+    result = outcome.json
+    assert set(result["tpot_ms"]) == set(result["ttft_ms"]) == {"chai", "chai_all_heads"}
+    assert list(result["skipped"]) == ["onnxruntime_genai"]
+    assert 1.0 < result["ceiling"] < 1.1
+
+
+def test_generate_refuses_a_prompt_of_no_tokens(command, bundle):
+    outcome = command("bench", "generate", bundle, "--prompt-tokens", 0)
+    assert outcome.code == 2
+    assert "--prompt-tokens is 0" in outcome.err
+
+
+def test_memory_counts_fewer_cache_bytes_with_chai(command, bundle):
+    outcome = command("bench", "memory", bundle, "--prompt-tokens", 20, "--new-tokens", 2, "--json")
+    assert outcome.code == 0, outcome.err
+    chai, all_heads = (outcome.json["heads"][mode] for mode in ("chai", "all"))
+    assert chai["kv_cache_bytes"] * 24 == all_heads["kv_cache_bytes"] * 20  # K of 5 + 3 heads of 12, V of all
+    assert chai["peak_resident_bytes"] >= chai["peak_resident_bytes_when_loaded"] > 0
+
+
+def test_interleaved_runs_take_turns():
+    order = []
+    timings = interleaved(
+        {name: lambda name=name: order.append(name) for name in "abc"},
+        min_seconds=0,
+        min_rounds=3,
+        max_rounds=3,
+    )
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert all(timing.lower <= timing.median <= timing.upper for timing in timings.values())
+
+
+def test_problem_shares_its_memory_and_has_one_large_cluster():
+    problem = Problem(Shape("decode", 2, 8, 4, 2, 16, 32))
+    inputs = problem.op_inputs(2)
+    assert inputs["past_key"].base is not None
+    assert inputs["past_key"].shape == (2, 2, 32, 16)
+    assert inputs["past_value"] is problem.value_cache
+    assert head_map(8, 4, 2).tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
+    assert (problem.key_cache[:, :, 31:] == problem.key).all()
