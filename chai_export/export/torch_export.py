@@ -87,7 +87,7 @@ def trace(model: PreTrainedModel, *, opset: int, attention: str) -> ir.Model:
         arguments["position_ids"] = positions
         dims["position_ids"] = {0: "batch", 1: "tokens"}
         names.append("position_ids")
-    with _attention(model, attention), _quiet():
+    with _traceable(model, attention), _quiet():
         try:
             program = torch.onnx.export(
                 FlatCacheDecoder(model),
@@ -133,24 +133,29 @@ _LARGEST_FOLDED = 8192
 
 
 @contextmanager
-def _attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """Trace with the given attention implementation and leave the model as it was."""
+def _traceable(model: PreTrainedModel, attention: str) -> Iterator[None]:
+    """Trace with the given attention, and experts without data-dependent control; then restore the model."""
     before = model.config._attn_implementation
+    experts = getattr(model.config, "_experts_implementation", None)
     try:
-        model.set_attn_implementation(implementation)
+        model.set_attn_implementation(attention)
     except ValueError:
         # Some families have eager attention only.
         model.set_attn_implementation("eager")
+    if experts is not None:
+        model.set_experts_implementation("batched_mm")
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+        if experts is not None:
+            model.set_experts_implementation(experts)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence torch.onnx: it warns about optional packages and its own internals."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.__trace", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -12,7 +12,7 @@ from chai_export.errors import ChaiError
 from chai_export.graph import match_attention_op, match_softmax
 from chai_export.graph.mask import MaskError, MaskProver
 from chai_export.graph.roles import Roles, find_roles
-from chai_export.graph.site import AttentionSite, NoMatch, Refusal
+from chai_export.graph.site import AttentionSite, NoMatch, Refusal, ScoreChain
 
 Matcher = tuple[Callable[[ir.Node], bool], Callable[[ir.Node, int], AttentionSite]]
 
@@ -59,20 +59,24 @@ def survey(model: ir.Model) -> Survey:
     findings = [_with_layer(finding, index) for index, finding in enumerate(findings)]
     findings = _without_shared_caches(findings)
     sites = [finding for finding in findings if isinstance(finding, AttentionSite)]
-    if not sites:
+    if not sites and not any(_chain(finding) for finding in findings):
         return Survey(tuple(findings), None)
     roles = find_roles(graph, _caches(graph, sites))
     prover = MaskProver(graph, roles)
     checked: list[Finding] = []
     longest = []
     for finding in findings:
-        if isinstance(finding, Refusal):
+        chain = _chain(finding)
+        if chain is None:
             checked.append(finding)
             continue
         try:
-            proof = prover.prove(finding)
+            proof = prover.prove(chain)
         except MaskError as error:
             checked.append(Refusal(finding.anchor, None, str(error), 5, finding.layer))
+            continue
+        if isinstance(finding, Refusal):
+            checked.append(finding)
             continue
         longest.append(proof.longest_past)
         checked.append(replace(finding, scale=finding.scale * proof.scale))
@@ -108,8 +112,12 @@ def _match(node: ir.Node, opset: int) -> Finding | None:
             try:
                 return match(node, opset)
             except NoMatch as miss:
-                return Refusal(node, miss.node, miss.reason, miss.depth)
+                return Refusal(node, miss.node, miss.reason, miss.depth, chain=miss.chain)
     return None
+
+
+def _chain(finding: Finding) -> ScoreChain | None:
+    return finding.chain
 
 
 def _with_layer(finding: Finding, index: int) -> Finding:

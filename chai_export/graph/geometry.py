@@ -48,28 +48,75 @@ def _first(*sizes: int | None) -> int | None:
     return next((size for size in sizes if size is not None), None)
 
 
-def _size(value: ir.Value, axis: int) -> int | None:
-    """A dim stated by the value's shape, or by the Reshape and Transpose that made it."""
+# Operators whose first input has the same sizes, at least on the axes of heads and head dim.
+_LIKE_FIRST = frozenset(
+    {"Cast", "Identity", "RotaryEmbedding", "RMSNormalization", "LayerNormalization", "Neg", "Clip"}
+    | {"SimplifiedLayerNormalization"}
+)
+_BROADCAST = frozenset({"Add", "Sub", "Mul", "Div"})
+_PIECES = frozenset({"Concat", "Slice", "Split"})
+
+
+def _size(value: ir.Value | None, axis: int, depth: int = 12) -> int | None:
+    """A dim of a rank-4 value: stated by its shape, or by the nodes that made it."""
     size = static_dim(value, axis)
-    if size is not None:
+    node = value.producer() if value is not None else None
+    if size is not None or node is None or depth == 0:
         return size
-    node = value.producer()
-    if node is None or node.domain != "":
-        return None
-    if node.op_type == "Transpose" and "perm" in node.attributes and node.inputs[0] is not None:
-        return _size(node.inputs[0], node.attributes["perm"].as_ints()[axis])
     if node.op_type == "Reshape":
-        return _target_dim(node.inputs[1], axis)
+        return _target_dim(node, axis)
+    if node.op_type == "Transpose" and "perm" in node.attributes:
+        axis = node.attributes["perm"].as_ints()[axis]
+    # Rotary embedding takes heads apart along their width, never along their number.
+    elif node.op_type not in _LIKE_FIRST | _BROADCAST and not (node.op_type in _PIECES and axis == 1):
+        return None
+    sources = node.inputs if node.op_type in _BROADCAST else node.inputs[:1]
+    sizes = [_size(item, axis, depth - 1) for item in sources]
+    return max((size for size in sizes if size is not None), default=None)
+
+
+def _target_dim(node: ir.Node, axis: int) -> int | None:
+    """One dim of a Reshape: a number of its target, or what [B, S, width] to [B, S, -1, dim] leaves."""
+    parts = _target(node.inputs[1])
+    if parts is None or axis >= len(parts):
+        return None
+    wanted = parts[axis]
+    if wanted is not None and wanted > 0:
+        return wanted
+    inner = parts[-1]
+    if wanted == -1 and axis == len(parts) - 2 and inner is not None and inner > 0:
+        width = _width(node.inputs[0])
+        return width // inner if width is not None and width % inner == 0 else None
     return None
 
 
-def _target_dim(shape: ir.Value | None, axis: int) -> int | None:
-    """One number of a Reshape target: a constant, or a part of a Concat of one-element parts."""
+def _target(shape: ir.Value | None) -> list[int | None] | None:
+    """The numbers of a Reshape target, None where one is computed: a constant, or a Concat of parts."""
     numbers = integers(shape)
     if numbers is not None:
-        return numbers[axis] if axis < len(numbers) and numbers[axis] > 0 else None
+        return list(numbers)
     node = shape.producer() if shape is not None else None
-    if node is None or node.op_type != "Concat" or axis >= len(node.inputs):
+    if node is None or node.op_type != "Concat":
         return None
-    part = integers(node.inputs[axis])
-    return part[0] if part is not None and len(part) == 1 and part[0] > 0 else None
+    parts = [integers(item) for item in node.inputs]
+    if any(part is not None and len(part) != 1 for part in parts):
+        return None
+    return [None if part is None else part[0] for part in parts]
+
+
+def _width(value: ir.Value | None, depth: int = 6) -> int | None:
+    """Last dim of a projection: stated, or that of its weight."""
+    width = static_dim(value, -1)
+    node = value.producer() if value is not None else None
+    if width is not None or node is None or depth == 0:
+        return width
+    if node.op_type == "MatMul":
+        weight = node.inputs[1]
+        tensor = weight.const_value if weight is not None else None
+        return tensor.shape.numpy()[-1] if tensor is not None else static_dim(weight, -1)
+    if node.op_type in _LIKE_FIRST:
+        return _width(node.inputs[0], depth - 1)
+    if node.op_type in _BROADCAST:
+        widths = [_width(item, depth - 1) for item in node.inputs]
+        return max((width for width in widths if width is not None), default=None)
+    return None

@@ -81,7 +81,8 @@ def normalise(model: ir.Model) -> None:
     2. Identity nodes are gone, and casts to the type that a value has already.
     3. A widening cast directly undone is gone (float16 → float32 → float16).
     4. Initializers of up to a kilobyte are in memory, larger ones stay where they are.
-    5. Nodes stand in topological order, unused ones are gone, every value has a unique name.
+    5. Shapes are stated where the exporter left them out and ONNX can infer them.
+    6. Nodes stand in topological order, unused ones are gone, every value has a unique name.
     """
     ir.passes.Sequential(
         common.RemoveInitializersFromInputsPass(),
@@ -95,6 +96,8 @@ def normalise(model: ir.Model) -> None:
         if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= INLINE_BYTES:
             value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
     ir.passes.Sequential(common.RemoveUnusedNodesPass(), common.NameFixPass())(model)
+    if any(output.shape is None for node in model.graph for output in node.outputs):
+        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
 
 
 _WIDER: dict[ir.DataType, set[ir.DataType]] = {

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from chai_export.graph.evaluate import Array, EvaluationError, Slice, cut
 from chai_export.graph.roles import Roles, Sizes
-from chai_export.graph.site import AttentionSite, ScoreChain
+from chai_export.graph.site import ScoreChain
 
 LONG_PASTS = (2**20, 2**17, 2**15, 2**13, 2**11, 500)
 """Tried in turn: graphs with mask tables of a fixed length cannot be evaluated beyond it."""
@@ -50,13 +50,12 @@ class MaskProver:
         self._roles = roles
         self._known: dict[tuple[object, ...], MaskProof] = {}
 
-    def prove(self, site: AttentionSite) -> MaskProof:
-        """Evaluate the site's chain.
+    def prove(self, chain: ScoreChain) -> MaskProof:
+        """Evaluate a chain.
 
         Raises:
             MaskError: with the reason in words.
         """
-        chain = site.chain
         if chain.scores is None and chain.mask is None:
             if not chain.causal:
                 raise MaskError("there is no mask, so tokens would see the future")
@@ -112,17 +111,24 @@ class MaskProver:
             (mask,) = part.run(roles, sizes, feeds)
             _compare(_additive(mask, chain, sizes), allowed, judged, sizes)
             return 1.0
-        shape = (sizes.batch, 1, sizes.tokens, sizes.total)
+        shape = self._score_shape(chain.scores, sizes)
 
         def evaluate(score: float) -> Array:
             assert chain.scores is not None
             scores = np.full(shape, score, np.float32)
             (logits,) = part.run(roles, sizes, {**feeds, chain.scores: scores})
-            return np.asarray(logits, np.float32)
+            return np.asarray(logits, np.float32).reshape(sizes.batch, -1, sizes.tokens, sizes.total)
 
         base = evaluate(0.0)
         _compare(base, allowed, judged, sizes)
         return _linear_scale(evaluate, allowed & judged, base.shape)
+
+    def _score_shape(self, scores: ir.Value, sizes: Sizes) -> tuple[int, ...]:
+        """One head stands for all, unless batch and heads are merged into one axis."""
+        dims = self._roles.dims(scores, sizes)
+        if dims is None or len(dims) != 3 or dims[0] is None:
+            return (sizes.batch, 1, sizes.tokens, sizes.total)
+        return (dims[0], sizes.tokens, sizes.total)
 
 
 def _linear_scale(evaluate: object, judged: Array, shape: tuple[int, ...]) -> float:

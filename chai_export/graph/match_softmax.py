@@ -24,9 +24,9 @@ from chai_export.graph.geometry import site_geometry
 from chai_export.graph.site import AttentionSite, NoMatch, ScoreChain
 from chai_export.graph.walk import consumers_through, strip_scale, trace_cache
 
-_GUARDS = frozenset({"Where", "IsNaN", "Cast", "Identity", "Dropout"})
+_GUARDS = frozenset({"Where", "IsNaN", "Cast", "Identity", "Dropout", "Reshape"})
 _ARITHMETIC = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Max", "Min", "Clip", "Identity", "Softmax"}
+    {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Max", "Min", "Clip", "Identity", "Reshape"}
 )
 _NAMED = {
     "Tanh": "the scores are soft-capped (Tanh before the softmax)",
@@ -60,7 +60,9 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
     assert query is not None
     assert key is not None
     if rank(query) not in (None, 4):
-        raise NoMatch(product, f"the query has rank {rank(query)} instead of 4 [B, H, S, D]", 1)
+        reason = f"the query has rank {rank(query)} instead of 4 [B, H, S, D]"
+        chain = ScoreChain(scores=product.outputs[0], logits=node.inputs[0])
+        raise NoMatch(product, reason, 1, chain)
     keys = trace_cache(key, "the key")
     value = after.inputs[1]
     assert value is not None

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from chai_export.errors import ChaiError
+from chai_export.graph.evaluate import EvaluationError
 from chai_export.graph.roles import Roles, Sizes
 from chai_export.graph.segments import Array, run_in_segments
 from chai_export.graph.site import AttentionSite
@@ -40,10 +41,21 @@ def prove_model(
     generator = np.random.default_rng(0)
     data = [_case(sizes, padded, sites, vocabulary, generator) for sizes, padded in _CASES]
     rows = [(case, row) for case in data for row in range(case.sizes.batch)]
-    theirs = iter(
-        run_in_segments(source, source_directory, [_source_inputs(*each, roles, sites) for each in rows])
-    )
-    mine = run_in_segments(bundle, bundle_directory, [_bundle_inputs(case, sites) for case in data])
+    try:
+        sources = [_source_inputs(*each, roles, sites) for each in rows]
+        theirs = iter(run_in_segments(source, source_directory, sources))
+    except EvaluationError as error:
+        raise ChaiError(
+            f"the source model cannot be run by ONNX Runtime ({error}), so the rewrite cannot be proven; "
+            "export it again with another opset"
+        ) from error
+    try:
+        mine = run_in_segments(bundle, bundle_directory, [_bundle_inputs(case, sites) for case in data])
+    except EvaluationError as error:
+        raise ChaiError(
+            f"the rewritten model differs from the source: ONNX Runtime cannot run it ({error}); "
+            "nothing was written; report this model"
+        ) from error
     worst, tolerance = 0.0, RELATIVE_TOLERANCE
     logits_name = next(str(v.name) for v in source.graph.outputs if not _is_present(v, sites))
     for case, my in zip(data, mine, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from chai_export.graph.evaluate import EvaluationError
 from chai_export.graph.float32 import to_float32
 
 Array = NDArray[Any]
@@ -27,7 +28,7 @@ class _Segment:
 
 
 def run_in_segments(
-    model: ir.Model, directory: Path, cases: list[Mapping[str, Array]], limit: int = SEGMENT_BYTES
+    model: ir.Model, directory: Path, cases: Sequence[Mapping[str, Array]], limit: int = SEGMENT_BYTES
 ) -> list[dict[str, Array]]:
     """Run ``model`` in float32 on each case and return its graph outputs by name, per case.
 
@@ -36,6 +37,9 @@ def run_in_segments(
         directory: where external data is.
         cases: graph inputs by name.
         limit: bytes of weights per piece; one node's weights are never split.
+
+    Raises:
+        EvaluationError: ONNX Runtime cannot load or run a piece.
     """
     import onnxruntime as ort
 
@@ -60,13 +64,19 @@ def run_in_segments(
         part.opset_imports.update(model.opset_imports)
         to_float32(part)
         data = ir.serde.serialize_model(part).SerializeToString()
-        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        try:
+            session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises types of its own that it does not export
+            raise EvaluationError(str(error).strip().splitlines()[0][:300]) from error
         names = [str(value.name) for value in segment.outputs]
         later = {str(value.name) for rest in segments[index + 1 :] for value in rest.inputs}
         later |= {str(value.name) for value in model.graph.outputs}
         for values in live:
             feeds = {info.name: values[info.name] for info in session.get_inputs()}
-            results = session.run(names, feeds)
+            try:
+                results = session.run(names, feeds)
+            except Exception as error:  # as above
+                raise EvaluationError(str(error).strip().splitlines()[0][:300]) from error
             values.update(zip(names, results, strict=True))
             for name in [name for name in values if name not in later]:
                 del values[name]

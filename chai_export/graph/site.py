@@ -7,17 +7,36 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 
+@dataclass(frozen=True)
+class ScoreChain:
+    """The arithmetic between Q·K and the probabilities, as a function of the scores.
+
+    ``scores`` is the product of query and key, ``logits`` what enters the softmax: everything that happens
+    between them (scale, mask, casts) is evaluated numerically, not trusted. For an ``Attention`` node there
+    are no such values; ``mask`` is its mask input instead, and ``scores`` and ``logits`` are None.
+    """
+
+    scores: ir.Value | None = None
+    logits: ir.Value | None = None
+    mask: ir.Value | None = None
+    causal: bool = False
+
+
 class NoMatch(Exception):  # noqa: N818
     """Raised inside a matcher; carries the node that does not fit and the reason.
 
-    ``depth`` counts the rules that held before, so that the nearest miss can be told from the others.
+    ``depth`` counts the rules that held before, so that the nearest miss can be told from the others;
+    ``chain`` is what happens to the scores, if that was found: it may hold a better reason.
     """
 
-    def __init__(self, node: ir.Node | None, reason: str, depth: int = 0) -> None:
+    def __init__(
+        self, node: ir.Node | None, reason: str, depth: int = 0, chain: ScoreChain | None = None
+    ) -> None:
         super().__init__(reason)
         self.node = node
         self.reason = reason
         self.depth = depth
+        self.chain = chain
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,7 @@ class Refusal:
     reason: str
     depth: int
     layer: int | None = None
+    chain: ScoreChain | None = None
 
     def where(self) -> str:
         """The layer (or anchor) and the node, for messages."""
@@ -49,21 +69,6 @@ class CachedHeads:
     new: ir.Value
     present: ir.Value
     scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class ScoreChain:
-    """The arithmetic between Q·K and the probabilities, as a function of the scores.
-
-    ``scores`` is the product of query and key, ``logits`` what enters the softmax: everything that happens
-    between them (scale, mask, casts) is evaluated numerically, not trusted. For an ``Attention`` node there
-    are no such values; ``mask`` is its mask input instead, and ``scores`` and ``logits`` are None.
-    """
-
-    scores: ir.Value | None = None
-    logits: ir.Value | None = None
-    mask: ir.Value | None = None
-    causal: bool = False
 
 
 @dataclass(frozen=True)
