@@ -33,8 +33,9 @@ Made by `python benchmarks/quality_tradeoff.py` on {results["date"]}; do not edi
 Model: `examples/pydoc-5m`, whose redundancy was planted (its README says how), so these figures show that
 the method works and how methods rank, not what a large model would lose.
 Text: {results["windows"]} windows of {results["seq_len"]} tokens of `examples/text/heldout.txt`
-({results["tokens"]} predictions), teacher-forced. With all heads the loss is {results["nll_all"]:.4f} nats a token
-(perplexity {results["perplexity_all"]:.2f}). Heads per layer were chosen on `examples/text/calibration.txt`.
+({results["tokens"]} predictions), teacher-forced. With all heads the loss is {results["nll_all"]:.4f} nats
+a token (perplexity {results["perplexity_all"]:.2f}). Heads per layer were chosen on
+`examples/text/calibration.txt`.
 
 *Loss* is the change of nats per token against all heads, ± its standard error over windows; 0.010 is 1 % of
 perplexity. *KL* is the mean divergence from the model with all heads, in nats per token. *Probe* is the

@@ -6,8 +6,8 @@
 About ten minutes on one core. Head counts come from examples/text/calibration.txt, figures from
 examples/text/heldout.txt, which the model has not seen. Everything runs in torch (`chai-export compare`).
 
-What was tried and left out: two and more passes of re-choosing, and full swaps (PAM), give the maps of one
-pass to within noise; distances on square roots of the probabilities (Hellinger) are better at some budgets
+What was tried and left out: more rounds of choosing than two, and full swaps (PAM), change nothing beyond
+noise; distances on square roots of the probabilities (Hellinger) are better at some budgets
 and worse at others; weighting later probe rows more is worse where the budget is easy.
 """
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from chai_export.clustering.calibrate import calibrate
 from chai_export.clustering.clusters import Clusters
-from chai_export.clustering.keep import Numbers, parse_keep
+from chai_export.clustering.keep import Budget, KeepRule, Numbers, allocate, parse_keep
 from chai_export.clustering.static_maps import static_head_maps
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.geometry import Geometry, describe
@@ -116,7 +116,8 @@ def compare(
         text: what to measure on.
         calibration: where the error curves and the maps of CHAI-static come from; without it the first
             half of ``text``, and only the second half is measured.
-        clusters: take error curves from here instead of measuring them.
+        clusters: take error curves from here instead of measuring them; where they hold measured
+            divergences (``calibrate --measure kl``), budgets go by these.
         keep: rules of ``--keep``; each gives one allocation of heads.
         methods: names, all unless given.
         probe_tokens: probe lengths to try.
@@ -271,7 +272,14 @@ def _allocations(
         measured.check(geometry)
         if not measured.error_curves:
             raise ChaiError(f"{measured.origin} has no error curves; calibrate again or leave --clusters out")
-    return [(text, rule.choose(measured.error_curves, geometry)) for text, rule in rules]
+    return [(text, _kept(rule, measured, geometry)) for text, rule in rules]
+
+
+def _kept(rule: KeepRule, measured: Clusters, geometry: Geometry) -> tuple[int, ...]:
+    """A budget goes by measured divergence where the clusters have it."""
+    if isinstance(rule, Budget) and measured.kl_curves:
+        return allocate(measured.kl_curves, rule.heads_to_drop(geometry))
+    return rule.choose(measured.error_curves, geometry)
 
 
 def _check_settings(probe_tokens: Sequence[int], windows: int, seq_len: int) -> None:

@@ -52,7 +52,7 @@ def op_rule(probabilities: Probabilities, num_kv_heads: int, kept: int, seed: in
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("chai", "what the op does", op_rule),
+        Method("chai", "the op: absolute distance, every choice made twice", op_rule),
         Method(
             "greedy",
             "greedy medoids, squared distance",
@@ -70,13 +70,8 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "refined",
-            "greedy, every choice made once more, squared distance",
+            "every choice made twice, squared distance",
             _medoids(medoids.refined_map, medoids.squared_distance),
-        ),
-        Method(
-            "refined-absolute",
-            "greedy, every choice made once more, absolute distance",
-            _medoids(medoids.refined_map, medoids.absolute_distance),
         ),
         Method(
             "voronoi",

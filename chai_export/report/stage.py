@@ -1,0 +1,73 @@
+"""The report stage: a bundle and the figures about it go in, one HTML page comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from chai_export.errors import UsageError
+from chai_export.report import collect
+from chai_export.report.page import render
+
+
+def report(
+    bundle: str | Path,
+    out_file: str | Path,
+    *,
+    reference: str | Path | None = None,
+    prompts: Sequence[str] = (),
+    evaluation: str | Path | None = None,
+    verification: str | Path | None = None,
+    comparison: str | Path | None = None,
+    backend: str = "onnxruntime",
+) -> dict[str, Any]:
+    """Write one self-contained HTML page about a bundle.
+
+    Args:
+        bundle: directory of the bundle.
+        out_file: the page.
+        reference: the Hugging Face model; with it the page shows how heads correlate.
+        prompts: sample prompts whose head maps are shown; a few of its own unless given.
+        evaluation: output of ``chai-export eval --json``.
+        verification: output of ``chai-export verify --json``.
+        comparison: output of ``chai-export compare --json``, for the trade-off curve.
+        backend: engine that computes the head maps.
+
+    Returns:
+        Everything the page shows, as JSON values.
+
+    Raises:
+        ChaiError: the bundle, the model or a file cannot be used, or the page cannot be written.
+        UsageError: a prompt is empty.
+    """
+    from chai_export.bundle.atomic import atomic_file
+    from chai_export.clustering.clusters import Clusters
+    from chai_export.runtime.runner import load
+
+    samples = list(prompts) or list(collect.SAMPLE_PROMPTS)
+    if not all(samples):
+        raise UsageError("--prompt is empty; give some text")
+    # Files are read first: a wrong one should not cost the time of running the model.
+    figures = {
+        "eval": None if evaluation is None else collect.read_result(evaluation, "eval", "top1_agreement"),
+        "verify": None if verification is None else collect.read_result(verification, "verify", "ok"),
+        "compare": None if comparison is None else collect.read_result(comparison, "compare", "results"),
+    }
+    runner = load(bundle, backend=backend, heads="chai")
+    clusters = Clusters.load(runner.bundle.clusters_path)
+    data: dict[str, Any] = {
+        "bundle": collect.compiled(runner.bundle),
+        "clusters": clusters.to_json(),
+        "cache": collect.cache_growth(runner.bundle.manifest),
+        "head_maps": collect.head_maps(runner, samples),
+        "correlations": None,
+        **figures,
+        "environment": collect.environment(),
+    }
+    if reference is not None:
+        ids = [collect.prompt_ids(runner, prompt) for prompt in samples]
+        data["correlations"] = collect.correlations(reference, ids)
+    with atomic_file(out_file) as partial:
+        partial.write_text(render(data), encoding="utf-8")
+    return data

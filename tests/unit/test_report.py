@@ -1,0 +1,185 @@
+"""The report: one file, nothing fetched, nothing lost on a phone, every picture with words."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import struct
+import subprocess
+import zlib
+
+import numpy as np
+import pytest
+
+from chai_export.errors import ChaiError
+from chai_export.report import collect, png, svg
+from chai_export.report.page import chosen_point, render, tradeoff
+
+LAYERS, HEADS = 3, 8
+MEASURE = """<script>
+onload = () => {
+  const page = document.getElementById("frame").contentDocument, root = page.documentElement;
+  const all = (selector) => [...page.querySelectorAll(selector)];
+  const beyond = (element) => element.getBoundingClientRect().right > root.clientWidth + 1;
+  document.title = JSON.stringify({
+    width: root.clientWidth,
+    scroll: root.scrollWidth,
+    outside: all("main > *, figure, .card, p, h1, h2").filter(beyond).map((e) => e.outerHTML.slice(0, 90)),
+    images: page.images.length,
+    broken: [...page.images].filter((image) => !image.complete || !image.naturalWidth).length,
+    tables: all("table").filter((table) => !table.closest(".scroll")).length,
+    charts: all("svg").filter((chart) => chart.clientHeight > 20).length,
+  });
+};
+</script>"""
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def row(saved, kl, method="chai", probe=5, kept=(8, 4, 4)):
+    return {
+        "method": method, "probe_tokens": probe, "kept_heads": list(kept), "kv_bytes_saved": saved,
+        "perplexity_change": 10 * kl, "kl": kl,
+    }  # fmt: skip
+
+
+def data(**changes):
+    maps = np.random.default_rng(0).integers(0, HEADS, (2, LAYERS, HEADS))
+    content = {
+        "bundle": {
+            "source": {"kind": "hf", "name": "model-with-a-rather-long-name-" * 3, "model_type": "llama"},
+            "dtype": "float32", "num_layers": LAYERS, "num_query_heads": HEADS, "num_kv_heads": HEADS,
+            "head_dim": 16, "probe_tokens": 5, "kept_heads": [8, 4, 4], "op_version": 1, "opset": 23,
+            "created_with": "chai_export 0", "engines": [], "file_bytes": 12345, "kv_bytes_per_token": 300,
+            "kv_bytes_per_token_all_heads": 400, "kv_bytes_saved": 0.25,
+            "proof": {"compared": "logits", "max_abs_diff": 1e-6, "tolerance": 1e-4},
+        },
+        "clusters": {"method": "elbow", "error_curves": [[8.0, 4, 2, 1, 0.5, 0.2, 0.1, 0.0]] * LAYERS},
+        "cache": [{"tokens": n, "chai": 300 * n, "all": 400 * n} for n in (64, 128, 100000)],
+        "head_maps": {
+            "prompts": ["one <script>alert(1)</script>", "word" * 60], "maps": maps.tolist(),
+            "stability": [1.0] * LAYERS, "grouping": [0.5] * LAYERS,
+            "together": np.eye(HEADS)[None].repeat(LAYERS, 0).tolist(),
+        },
+        "correlations": np.eye(HEADS)[None].repeat(LAYERS, 0).tolist(),
+        "eval": {"tokens": 9, "all": {"nll": 2.0, "perplexity": 7.4}, "chai": {"nll": 2.1, "perplexity": 8.2},
+                 "top1_agreement": 0.9, "kl": 0.1},
+        "verify": {"ok": True, "max_abs_logit_diff": {"all": 1e-5, "chai": 2e-5}, "tolerance": 1e-4,
+                   "head_map_agreement": 1.0},
+        "compare": {"results": [row(0.1, 0.01), row(0.3, 0.5), row(0.1, 0.02, "random"), row(0.3, 0.4)]},
+        "environment": {"python": "3"},
+    }  # fmt: skip
+    return {**content, **changes}
+
+
+EMPTY = {
+    "correlations": None,
+    "eval": None,
+    "verify": None,
+    "compare": None,
+    "clusters": {"method": None, "error_curves": []},
+}
+
+
+@pytest.mark.parametrize("changes", [{}, EMPTY])
+def test_the_page_is_self_contained_and_escapes_what_it_shows(changes):
+    page = render(data(**changes))
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert not re.search(r"url\(|@import|<script|<link", page)
+    assert "one &lt;script&gt;" in page
+    assert page.count("<figure>") == page.count("</figure>") > LAYERS
+
+
+@pytest.mark.parametrize("changes", [{}, EMPTY])
+def test_every_picture_has_a_text_alternative(changes):
+    page = render(data(**changes))
+    pictures = re.findall(r"<svg [^>]*>|<img [^>]*>", page)
+    assert len(pictures) >= 2 * LAYERS if changes == {} else pictures
+    for picture in pictures:
+        text = re.search(r'(?:aria-label|alt)="([^"]*)"', picture)
+        assert text, picture
+        assert len(html.unescape(text[1])) > 20
+
+
+def test_what_was_not_measured_is_said_with_the_command_that_measures_it():
+    page = render(data(**EMPTY))
+    for command in ("chai-export eval", "chai-export compare", "chai-export calibrate", "--reference"):
+        assert command in page
+
+
+def test_the_trade_off_shows_the_best_allocation_of_each_size_and_this_bundle():
+    content = data()
+    assert [(entry["kv_bytes_saved"], entry["kl"]) for entry in tradeoff(content)] == [
+        (0.1, 0.01),
+        (0.3, 0.4),
+    ]
+    assert chosen_point(content)["perplexity_change"] == pytest.approx(8.2 / 7.4 - 1)
+    assert chosen_point(data(eval=None))["perplexity_change"] == pytest.approx(0.1)
+    assert chosen_point(data(eval=None, compare=None)) is None
+
+
+def test_a_matrix_becomes_a_png_of_its_values():
+    pixels = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    file = png.encode(pixels)
+    assert file.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">II", file[16:24]) == (3, 2)
+    at = file.index(b"IDAT")
+    content = zlib.decompress(file[at + 4 : at + 4 + struct.unpack(">I", file[at - 4 : at])[0]])
+    assert content == b"\0" + pixels[0].tobytes() + b"\0" + pixels[1].tobytes()
+    assert png.data_address(np.array([[1.0, -1.0], [np.nan, 5.0]])).startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"), [(0, 100, [0, 50, 100]), (0, 0.3, [0, 0.1, 0.2, 0.3]), (-3, 7, [0, 5])]
+)
+def test_ticks_are_round_numbers_inside_the_range(low, high, expected):
+    assert svg.ticks(low, high) == expected
+
+
+def test_stability_counts_groups_apart_from_representatives():
+    class Runner:
+        tokenizer = None
+        bundle = type("Bundle", (), {"manifest": type("Manifest", (), {"vocab_size": 99})})
+        maps = iter([[[0, 0, 2, 2]], [[1, 1, 2, 2]]])
+
+        def logits(self, ids):
+            self.head_maps = np.array(next(self.maps))[:, None]
+
+    found = collect.head_maps(Runner(), ["a", "b"])
+    assert found["stability"] == [0.5]
+    assert found["grouping"] == [1.0]
+    assert found["together"][0][0] == [1, 1, 0, 0]
+
+
+def test_a_file_that_is_not_a_command_s_output_is_named(tmp_path):
+    path = tmp_path / "eval.json"
+    path.write_text('{"ok": true}')
+    with pytest.raises(ChaiError, match="not the output of chai-export eval"):
+        collect.read_result(path, "eval", "kl")
+    path.write_text("no json")
+    with pytest.raises(ChaiError, match="not JSON"):
+        collect.read_result(path, "eval", "kl")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
+@pytest.mark.parametrize("width", [400, 1000])
+def test_a_browser_shows_the_page_without_overflow(tmp_path, width):
+    """The page in a frame of the given width; the outer page reports what the inner one measures."""
+    style = f"width:{width}px;height:900px;border:0"
+    frame = f'<iframe id="frame" style="{style}" srcdoc="{html.escape(render(data()))}"></iframe>'
+    outer = tmp_path / "outer.html"
+    outer.write_text(f"<!doctype html><title>not run</title><body>{frame}{MEASURE}", encoding="utf-8")
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=4000", "--dump-dom", outer.as_uri(),
+    ]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    seen = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", dom)[1]))
+    assert seen["width"] == width
+    assert seen["scroll"] <= width, seen
+    assert seen["outside"] == []
+    assert (seen["broken"], seen["images"]) == (0, LAYERS)
+    assert seen["tables"] == 0
+    assert seen["charts"] == LAYERS + 2 + 2
