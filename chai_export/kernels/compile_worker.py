@@ -112,7 +112,10 @@ def _compile(launch: Launch, program: Program, arch: int, directory: Path) -> di
 
 
 def _signature(launch: Launch, program: Program) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:
-    """Triton's signature of a kernel, and the promise that pointers are aligned."""
+    """Triton's signature of a kernel, and the promise that pointers are aligned.
+
+    Not promised for maps and lengths: a layer's map may lie anywhere inside a block of all layers' maps.
+    """
     sections = {section.name: section.dtype for section in program.workspace}
     signature: dict[str, str] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -123,7 +126,8 @@ def _signature(launch: Launch, program: Program) -> tuple[dict[str, str], dict[t
             tensor = name.removesuffix("_ptr")
             dtype = "int32" if tensor in INT32_TENSORS else sections.get(tensor, program.spec.dtype)
             signature[name] = f"*{TRITON_TYPES[dtype]}"
-            attributes[(position,)] = [["tt.divisibility", POINTER_ALIGNMENT]]
+            if tensor not in INT32_TENSORS:
+                attributes[(position,)] = [["tt.divisibility", POINTER_ALIGNMENT]]
         else:
             signature[name] = "fp32" if name in FLOAT_ARGUMENTS else "i32"
     return signature, attributes

@@ -261,11 +261,12 @@ std::int32_t ClusteredHeadAttention::onShapeChange(const PluginTensorDesc* in, s
   });
 }
 
-void ClusteredHeadAttention::require_address(const char* name, const void* address) const {
+void ClusteredHeadAttention::require_address(const char* name, const void* address, bool is_integer) const {
   if (address == nullptr) throw std::runtime_error(std::string(name) + " has no address");
-  if (reinterpret_cast<std::uintptr_t>(address) % program_->pointer_alignment() != 0) {
-    throw std::runtime_error(std::string(name) + " does not start at a multiple of " +
-                             std::to_string(program_->pointer_alignment()) + " bytes");
+  const std::size_t alignment = is_integer ? sizeof(std::int32_t) : program_->pointer_alignment();
+  if (reinterpret_cast<std::uintptr_t>(address) % alignment != 0) {
+    throw std::runtime_error(std::string(name) + " does not start at a multiple of " + std::to_string(alignment) +
+                             " bytes");
   }
 }
 
@@ -282,8 +283,12 @@ void ClusteredHeadAttention::attend(const PluginTensorDesc* in, const void* cons
                                     void* workspace, cudaStream_t stream) {
   if (in == nullptr || inputs == nullptr || outputs == nullptr) throw std::runtime_error("called without tensors");
   const Symbols sizes = checked_sizes(in);
-  for (std::int32_t i = 0; i < kNumInputs; ++i) require_address(kInputNames[i], inputs[i]);
-  for (std::int32_t i = 0; i < kNumOutputs; ++i) require_address(kOutputNames[i], outputs[i]);
+  for (std::int32_t i = 0; i < kNumInputs; ++i) {
+    require_address(kInputNames[i], inputs[i], is_integer_input(i));
+  }
+  for (std::int32_t i = 0; i < kNumOutputs; ++i) {
+    require_address(kOutputNames[i], outputs[i], is_integer_input(kLikeInput[i]));
+  }
   if (outputs[kPresentHeadMap] == inputs[kPastHeadMap]) {
     throw std::runtime_error("past_head_map and present_head_map have one address; only the caches may be shared");
   }

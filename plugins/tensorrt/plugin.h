@@ -91,7 +91,7 @@ class ClusteredHeadAttention final : public nvinfer1::IPluginV3,
 
   void require_compiled_for(const Symbols& sizes) const;
   Symbols checked_sizes(const nvinfer1::PluginTensorDesc* in) const;
-  void require_address(const char* name, const void* address) const;
+  void require_address(const char* name, const void* address, bool is_integer) const;
   void attend(const nvinfer1::PluginTensorDesc* in, const void* const* inputs, void* const* outputs, void* workspace,
               cudaStream_t stream);
   const Plan& plan_for(const Symbols& sizes);

@@ -75,7 +75,7 @@ class Program {
 
   const KernelSpec& spec() const { return spec_; }
   const std::vector<Kernel>& kernels() const { return kernels_; }
-  // Addresses of tensors must be multiples of this.
+  // Addresses of float tensors and of the workspace must be multiples of this.
   std::size_t pointer_alignment() const { return pointer_alignment_; }
 
   std::size_t workspace_bytes(const Symbols& symbols) const;

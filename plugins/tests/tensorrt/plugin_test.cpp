@@ -224,6 +224,11 @@ void enqueue_refuses_wrong_calls_and_launches_nothing() {
           [](Addresses& at) { at.outputs[3] = const_cast<void*>(at.inputs[5]); });
   refused("query does not start at a multiple of 16",
           [](Addresses& at) { at.inputs[0] = static_cast<const char*>(at.inputs[0]) + 2; });
+  // A layer's map may lie at any multiple of four bytes inside a block of maps.
+  Addresses unaligned_map(true);
+  unaligned_map.inputs[5] = static_cast<const char*>(unaligned_map.inputs[5]) + 20;
+  CHECK(enqueue(*plugin, call, unaligned_map) == 0);
+  recorder->launches.clear();
   CHECK(plugin->enqueue(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr) != 0);
   CHECK(logger.took_error("called without tensors"));
 
