@@ -171,7 +171,7 @@ void weighted_sum(float* out, const T* values, const float* weights, std::int64_
   } else if (vectors >= 4) {
     weighted_sum_registers<4>(out, values, weights, rows, dim);
   } else {
-    for (std::int64_t t = 0; t < rows; ++t) add_rows<1>(out, values + t * dim, weights + t, dim);
+    weighted_sum_from_l1(out, values, weights, rows, dim);  // rows so short that several are one stream
   }
 }
 

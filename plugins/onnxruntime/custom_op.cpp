@@ -191,7 +191,7 @@ class Kernel {
     chai::Executor executor;
     executor.context = context;
     executor.run = run_in_pool;
-    executor.threads = std::thread::hardware_concurrency();
+    executor.threads = threads_;
     chai::attend(call, isa_, executor);
   }
 
@@ -203,6 +203,8 @@ class Kernel {
 
   chai::AttentionCall call_;
   chai::Isa isa_ = chai::Isa::kPortable;
+  // The pool does not tell its size. Asked for once: the C library reads a file for it each time.
+  std::size_t threads_ = std::thread::hardware_concurrency();
 };
 
 // One op per storage type under the same name: ONNX Runtime picks by the type of the inputs.
