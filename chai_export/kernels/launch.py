@@ -1,7 +1,7 @@
 """The op on torch tensors: checks shapes, cuts the workspace, runs the launches of :mod:`.program`.
 
 CUDA tensors run the compiled kernels on the current stream. CPU tensors run them in Triton's interpreter,
-which needs ``TRITON_INTERPRET=1`` set before ``chai_export.kernels`` is imported.
+which needs ``TRITON_INTERPRET=1`` set before Triton is imported.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _architecture(tensor: torch.Tensor) -> int | str:
         return INTERPRETER
     raise ChaiError(
         f"the GPU kernels cannot run on {tensor.device}; use CUDA tensors, or CPU tensors with "
-        "TRITON_INTERPRET=1 set before chai_export.kernels is imported"
+        "TRITON_INTERPRET=1 set before triton is imported"
     )
 
 
