@@ -21,6 +21,9 @@ constexpr int kValueVectors = 2;
 constexpr std::int64_t kGroup = kQueryVectors * kLanes;  // queries of one register tile
 constexpr std::int64_t kPanel = kValueVectors * kLanes;  // value columns of one register tile
 constexpr std::int64_t kKeyBlock = 128;                  // keys whose scores are held at once
+// A panel of packed values. Not a multiple of 4 KiB: rows of all panels are written together, and must not
+// fall into the same set of the L1 cache.
+constexpr std::int64_t kPanelStride = kKeyBlock * kPanel + kPanel;
 constexpr std::int64_t kGroups = kMaxTileTokens / kGroup;
 static_assert(kMaxTileTokens % kGroup == 0 && kGroup % kQueryRows == 0, "tiles must fit each other");
 
@@ -28,7 +31,7 @@ struct TileScratch {
   float* queries;  // [group][key_dim][kGroup], scaled
   float* weights;  // [group][kKeyBlock + kKeyRows][kGroup], scores first
   float* keys;     // [kKeyBlock][key_dim], used when the cache is not float32
-  float* values;   // [panel][kKeyBlock][kPanel]
+  float* values;   // [panel][kPanelStride]: [kKeyBlock][kPanel] each
   float* sums;     // [head][kMaxTileTokens][columns]
   float* max;      // [kMaxTileTokens]
   float* sum;      // [kMaxTileTokens]
@@ -39,14 +42,14 @@ struct TileScratch {
 
   static std::size_t size(const TileTask& task) {
     const std::int64_t columns = round_up(task.value_dim, kPanel);
-    return task.key_dim * (kMaxTileTokens + kKeyBlock) + kGroups * kWeights + kKeyBlock * columns +
+    return task.key_dim * (kMaxTileTokens + kKeyBlock) + kGroups * kWeights + columns / kPanel * kPanelStride +
            task.num_heads * kMaxTileTokens * columns + 3 * kMaxTileTokens + 64;
   }
 
   TileScratch(const TileTask& task, float* memory) : columns(round_up(task.value_dim, kPanel)) {
     weights = memory;
     values = weights + kGroups * kWeights;
-    sums = values + kKeyBlock * columns;
+    sums = values + columns / kPanel * kPanelStride;
     max = sums + task.num_heads * kMaxTileTokens * columns;
     sum = max + kMaxTileTokens;
     rescale = sum + kMaxTileTokens;
@@ -80,23 +83,18 @@ CHAI_INLINE const float* key_rows(const T* cache, std::int64_t rows, std::int64_
 }
 
 // Columns in panels of kPanel, so that the product reads them in order; columns past value_dim are zero.
+// Row by row, since the cache is read fastest in one ascending stream.
 template <typename T>
 void pack_values(const T* cache, std::int64_t rows, std::int64_t dim, float* packed) {
-  for (std::int64_t column = 0; column < dim; column += kPanel, packed += kKeyBlock * kPanel) {
-    const T* from = cache + column;
-    if (column + kPanel <= dim) {
-      for (std::int64_t r = 0; r < rows; ++r) {
+  for (std::int64_t r = 0; r < rows; ++r, cache += dim, packed += kPanel) {
+    float* to = packed;
+    std::int64_t column = 0;
+    for (; column + kPanel <= dim; column += kPanel, to += kPanelStride) {
 #pragma GCC unroll 2
-        for (int v = 0; v < kValueVectors; ++v) {
-          store(packed + r * kPanel + v * kLanes, load(from + r * dim + v * kLanes));
-        }
-      }
-    } else {
-      for (std::int64_t r = 0; r < rows; ++r) {
-        for (std::int64_t v = 0; v < kPanel; ++v) {
-          packed[r * kPanel + v] = column + v < dim ? load_one(from + r * dim + v) : 0.0f;
-        }
-      }
+      for (int v = 0; v < kValueVectors; ++v) store(to + v * kLanes, load(cache + column + v * kLanes));
+    }
+    for (std::int64_t v = 0; column < dim && v < kPanel; ++v) {
+      to[v] = column + v < dim ? load_one(cache + column + v) : 0.0f;
     }
   }
 }
@@ -244,7 +242,7 @@ void tile_values(const TileTask& task, std::int64_t head, std::int64_t first, st
   pack_values(cache, rows, task.value_dim, scratch.values);
   float* head_sums = scratch.sums + head * kMaxTileTokens * scratch.columns;
   for (std::int64_t column = 0; column < scratch.columns; column += kPanel) {
-    const float* values = scratch.values + column * kKeyBlock;
+    const float* values = scratch.values + column / kPanel * kPanelStride;
     for (std::int64_t token = 0; token < task.tokens; token += kQueryRows) {
       const std::int64_t last = least(token + kQueryRows, task.tokens) - 1;
       const std::int64_t seen = least(rows, visible_keys(task, first, last));

@@ -22,7 +22,8 @@ constexpr std::int64_t kProbeTokens = 5;  // probe_tokens in the bundle's manife
 std::int64_t number(const char* text) {
   char* end = nullptr;
   const long long value = std::strtoll(text, &end, 10);
-  if (end == text || *end != '\0' || value < 0) throw std::runtime_error(std::string(text) + " is not a token id");
+  if (end == text || *end != '\0' || value < 0)
+    throw std::runtime_error(std::string(text) + " is not a token id");
   return value;
 }
 
@@ -30,16 +31,18 @@ std::int64_t most_likely(const std::vector<float>& logits) {
   return std::max_element(logits.begin(), logits.end()) - logits.begin();
 }
 
-// Feeds what is new in a text, in chunks, and returns the logits after its last token. A text that was shorter
-// than the probe is fed again as a whole, so that the head map is decided from all of the probe.
-std::vector<float> feed(chai::TensorRtSession& session, const std::vector<std::int64_t>& text, std::int64_t past) {
+// Feeds what is new in a text, in chunks, and returns the logits after its last token. A text that was
+// shorter than the probe is fed again as a whole, so that the head map is decided from all of the probe.
+std::vector<float> feed(chai::TensorRtSession& session, const std::vector<std::int64_t>& text,
+                        std::int64_t past) {
   const auto end = static_cast<std::int64_t>(text.size());
   std::int64_t start = past < kProbeTokens ? 0 : past;
   std::vector<float> logits;
   while (start < end) {
     const std::int64_t count = std::min(end - start, session.geometry().max_tokens);
     const std::vector<std::int64_t> chunk(text.begin() + start, text.begin() + start + count);
-    logits = session.step(chunk, {static_cast<std::int32_t>(count)}, {static_cast<std::int32_t>(start)}, {count - 1});
+    logits = session.step(chunk, {static_cast<std::int32_t>(count)}, {static_cast<std::int32_t>(start)},
+                          {count - 1});
     start += count;
   }
   return logits;

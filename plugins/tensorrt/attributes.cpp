@@ -109,7 +109,8 @@ Attributes read_attributes(const nvinfer1::PluginFieldCollection* fields, nvinfe
     const PluginField& field = fields->fields[i];
     const FieldSpec* spec = find(field.name);
     if (spec == nullptr) {
-      throw std::runtime_error("unknown field '" + std::string(field.name == nullptr ? "" : field.name) + "'");
+      throw std::runtime_error("unknown field '" + std::string(field.name == nullptr ? "" : field.name) +
+                               "'");
     }
     if (field.type != spec->type) fail(field, "has the wrong type");
     if (std::find(given.begin(), given.end(), spec) != given.end()) fail(field, "is given twice");
@@ -126,9 +127,10 @@ Attributes read_attributes(const nvinfer1::PluginFieldCollection* fields, nvinfe
     }
   }
   if (attributes.kernels == nullptr) {
-    throw std::runtime_error(std::string("field '") + kDirectory +
-                             "' is missing: it names the compiled kernels; `chai-export build --backend tensorrt` "
-                             "writes it into the model it builds from");
+    throw std::runtime_error(
+        std::string("field '") + kDirectory +
+        "' is missing: it names the compiled kernels; `chai-export build --backend tensorrt` "
+        "writes it into the model it builds from");
   }
   return attributes;
 }

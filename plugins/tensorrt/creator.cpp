@@ -17,9 +17,8 @@ ClusteredHeadAttentionCreator::ClusteredHeadAttentionCreator() {
   collection_.fields = fields_.data();
 }
 
-nvinfer1::IPluginV3* ClusteredHeadAttentionCreator::createPlugin(const char* name,
-                                                                 const nvinfer1::PluginFieldCollection* fields,
-                                                                 nvinfer1::TensorRTPhase phase) noexcept {
+nvinfer1::IPluginV3* ClusteredHeadAttentionCreator::createPlugin(
+    const char* name, const nvinfer1::PluginFieldCollection* fields, nvinfer1::TensorRTPhase phase) noexcept {
   return guarded<nvinfer1::IPluginV3*>("createPlugin", nullptr, [&] {
     try {
       return new ClusteredHeadAttention(read_attributes(fields, phase));

@@ -72,7 +72,8 @@ void CudaKernels::load(const KernelImage& image) {
       loaded[kernel.file] = library;
     }
     cudaKernel_t found = nullptr;
-    require(cudaLibraryGetKernel(&found, loaded[kernel.file], kernel.symbol.c_str()), "finding " + kernel.symbol);
+    require(cudaLibraryGetKernel(&found, loaded[kernel.file], kernel.symbol.c_str()),
+            "finding " + kernel.symbol);
     kernels_.push_back(found);
   }
 }
@@ -88,8 +89,10 @@ void CudaKernels::prepare_device() {
   int major = 0;
   int minor = 0;
   require(cudaGetDevice(&device), "asking for the current GPU");
-  require(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the architecture");
-  require(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "asking for the architecture");
+  require(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+          "asking for the architecture");
+  require(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+          "asking for the architecture");
   const std::int64_t here = 10 * major + minor;
   if (here != program_.spec().architecture) {
     throw std::runtime_error("the kernels are for sm_" + std::to_string(program_.spec().architecture) +
@@ -99,18 +102,21 @@ void CudaKernels::prepare_device() {
   for (std::size_t i = 0; i < kernels_.size(); ++i) {
     const Kernel& kernel = program_.kernels()[i];
     cudaFuncAttributes attributes{};
-    require(cudaFuncGetAttributes(&attributes, handle(kernels_[i])), "loading " + kernel.symbol + " onto the GPU");
+    require(cudaFuncGetAttributes(&attributes, handle(kernels_[i])),
+            "loading " + kernel.symbol + " onto the GPU");
     if (kernel.shared_bytes > kSharedWithoutAsking) {
       require(cudaFuncSetAttribute(handle(kernels_[i]), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(kernel.shared_bytes)),
-              "asking for " + std::to_string(kernel.shared_bytes) + " bytes of shared memory for " + kernel.symbol);
+              "asking for " + std::to_string(kernel.shared_bytes) + " bytes of shared memory for " +
+                  kernel.symbol);
     }
   }
 }
 
 void CudaKernels::launch(std::size_t kernel, const LaunchSize& size, void** arguments, cudaStream_t stream) {
   const dim3 grid(size.grid[0], size.grid[1], size.grid[2]);
-  require(cudaLaunchKernel(handle(kernels_.at(kernel)), grid, dim3(size.threads), arguments, size.shared_bytes, stream),
+  require(cudaLaunchKernel(handle(kernels_.at(kernel)), grid, dim3(size.threads), arguments,
+                           size.shared_bytes, stream),
           "launching " + program_.kernels()[kernel].symbol);
 }
 
@@ -124,9 +130,10 @@ std::shared_ptr<Launcher> acquire_kernels(const std::shared_ptr<const KernelImag
   const std::string key = "chai-kernels-" + image->hash();
   KernelResource prototype(image);
   auto* resource = static_cast<KernelResource*>(registry->acquirePluginResource(key.c_str(), &prototype));
-  if (resource == nullptr) throw std::runtime_error("the kernels could not be loaded (see the message before this one)");
-  std::shared_ptr<Launcher> launcher(&resource->loaded(),
-                                     [registry, key](Launcher*) { registry->releasePluginResource(key.c_str()); });
+  if (resource == nullptr)
+    throw std::runtime_error("the kernels could not be loaded (see the message before this one)");
+  std::shared_ptr<Launcher> launcher(
+      &resource->loaded(), [registry, key](Launcher*) { registry->releasePluginResource(key.c_str()); });
   resource->loaded().prepare_device();
   return launcher;
 }

@@ -32,8 +32,14 @@ Formula::Formula(std::string_view text) : text_(text) {
 
 Formula::Step Formula::parse(std::string_view token) const {
   static constexpr std::array<std::pair<std::string_view, Kind>, 8> kOperators = {
-      {{"+", Kind::kAdd}, {"-", Kind::kSubtract}, {"*", Kind::kMultiply}, {"cdiv", Kind::kCeilDivide},
-       {"min", Kind::kMin}, {"max", Kind::kMax}, {"<", Kind::kLess}, {"==", Kind::kEqual}}};
+      {{"+", Kind::kAdd},
+       {"-", Kind::kSubtract},
+       {"*", Kind::kMultiply},
+       {"cdiv", Kind::kCeilDivide},
+       {"min", Kind::kMin},
+       {"max", Kind::kMax},
+       {"<", Kind::kLess},
+       {"==", Kind::kEqual}}};
   Step step;
   for (const auto& [name, kind] : kOperators) {
     if (token != name) continue;

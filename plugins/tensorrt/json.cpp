@@ -30,7 +30,8 @@ class JsonParser {
   }
 
   void skip_space() {
-    while (position_ < text_.size() && std::isspace(static_cast<unsigned char>(text_[position_]))) ++position_;
+    while (position_ < text_.size() && std::isspace(static_cast<unsigned char>(text_[position_])))
+      ++position_;
   }
 
   char peek() {
@@ -107,7 +108,8 @@ class JsonParser {
 
   void number(Json& result) {
     const std::size_t start = position_;
-    while (position_ < text_.size() && std::string_view("+-.0123456789eE").find(text_[position_]) != std::string_view::npos) {
+    while (position_ < text_.size() &&
+           std::string_view("+-.0123456789eE").find(text_[position_]) != std::string_view::npos) {
       ++position_;
     }
     const std::string_view digits = text_.substr(start, position_ - start);
@@ -189,7 +191,8 @@ const Json* Json::find(std::string_view name) const {
 
 const Json& Json::at(std::string_view name) const {
   const Json* member = find(name);
-  if (member == nullptr) throw std::runtime_error("JSON, '" + place_ + "': member '" + std::string(name) + "' is missing");
+  if (member == nullptr)
+    throw std::runtime_error("JSON, '" + place_ + "': member '" + std::string(name) + "' is missing");
   return *member;
 }
 

@@ -101,8 +101,8 @@ std::shared_ptr<const KernelImage> KernelImage::from_directory(const std::string
   for (const Kernel& kernel : program.kernels()) {
     std::string content = read_file(directory, kernel.file);
     if (!kernel.sha256.empty() && sha256_hex(content) != kernel.sha256) {
-      throw std::runtime_error(directory + "/" + kernel.file + " is not the file the index was written for; " +
-                               "compile the kernels again");
+      throw std::runtime_error(directory + "/" + kernel.file +
+                               " is not the file the index was written for; " + "compile the kernels again");
     }
     files[kernel.file] = std::move(content);
   }
@@ -122,7 +122,8 @@ std::shared_ptr<const KernelImage> KernelImage::share(std::string bytes) {
   static std::map<std::string, std::weak_ptr<const KernelImage>> known;
   std::shared_ptr<const KernelImage> image(new KernelImage(std::move(bytes)));
   const std::lock_guard<std::mutex> lock(mutex);
-  for (auto it = known.begin(); it != known.end();) it = it->second.expired() ? known.erase(it) : std::next(it);
+  for (auto it = known.begin(); it != known.end();)
+    it = it->second.expired() ? known.erase(it) : std::next(it);
   std::weak_ptr<const KernelImage>& entry = known[image->hash_];
   if (const auto existing = entry.lock()) return existing;
   entry = image;

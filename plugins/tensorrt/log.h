@@ -23,7 +23,8 @@ Result guarded(const char* where, Result failure, Function&& function) noexcept 
     return std::forward<Function>(function)();
   } catch (const std::exception& error) {
     try {
-      log(nvinfer1::ILogger::Severity::kERROR, std::string("ClusteredHeadAttention, ") + where + ": " + error.what());
+      log(nvinfer1::ILogger::Severity::kERROR,
+          std::string("ClusteredHeadAttention, ") + where + ": " + error.what());
     } catch (...) {
     }
   } catch (...) {

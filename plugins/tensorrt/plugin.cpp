@@ -20,13 +20,22 @@ using nvinfer1::TensorFormat;
 constexpr std::int32_t kSuccess = 0;
 constexpr std::int32_t kFailure = 1;
 
-enum Input : std::int32_t { kQuery, kKey, kValue, kPastKey, kPastValue, kPastHeadMap, kPastLengths, kLengths };
+enum Input : std::int32_t {
+  kQuery,
+  kKey,
+  kValue,
+  kPastKey,
+  kPastValue,
+  kPastHeadMap,
+  kPastLengths,
+  kLengths
+};
 enum Output : std::int32_t { kOutput, kPresentKey, kPresentValue, kPresentHeadMap };
 
 constexpr std::array<const char*, kNumInputs> kInputNames = {
     "query", "key", "value", "past_key", "past_value", "past_head_map", "past_lengths", "lengths"};
 constexpr std::array<const char*, kNumOutputs> kOutputNames = {"output", "present_key", "present_value",
-                                                              "present_head_map"};
+                                                               "present_head_map"};
 constexpr std::array<std::int32_t, kNumInputs> kRanks = {4, 4, 4, 4, 4, 2, 1, 1};
 
 // The input whose type and shape an output has; only `output` has a shape of its own.
@@ -44,8 +53,9 @@ std::size_t item_bytes(DataType type) { return type == DataType::kFLOAT || type 
 
 void require_counts(std::int32_t num_inputs, std::int32_t num_outputs) {
   if (num_inputs == kNumInputs && num_outputs == kNumOutputs) return;
-  throw std::runtime_error("needs " + std::to_string(kNumInputs) + " inputs and " + std::to_string(kNumOutputs) +
-                           " outputs, got " + std::to_string(num_inputs) + " and " + std::to_string(num_outputs));
+  throw std::runtime_error("needs " + std::to_string(kNumInputs) + " inputs and " +
+                           std::to_string(kNumOutputs) + " outputs, got " + std::to_string(num_inputs) +
+                           " and " + std::to_string(num_outputs));
 }
 
 std::string text(const Dims& dims) {
@@ -58,8 +68,8 @@ std::string text(const Dims& dims) {
 Symbols sizes_of(const std::array<Dims, kNumInputs>& dims, const Attributes& attributes) {
   for (std::int32_t i = 0; i < kNumInputs; ++i) {
     if (dims[i].nbDims != kRanks[i]) {
-      throw std::runtime_error(std::string(kInputNames[i]) + " has shape " + text(dims[i]) + ", expected rank " +
-                               std::to_string(kRanks[i]));
+      throw std::runtime_error(std::string(kInputNames[i]) + " has shape " + text(dims[i]) +
+                               ", expected rank " + std::to_string(kRanks[i]));
     }
   }
   Symbols sizes;
@@ -93,7 +103,8 @@ void require_shape(const char* name, const Dims& dims, std::initializer_list<std
     same = same && dims.d[i] == expected.d[i];
     ++i;
   }
-  if (!same) throw std::runtime_error(std::string(name) + " has shape " + text(dims) + ", expected " + text(expected));
+  if (!same)
+    throw std::runtime_error(std::string(name) + " has shape " + text(dims) + ", expected " + text(expected));
 }
 
 }  // namespace
@@ -106,7 +117,8 @@ ClusteredHeadAttention::ClusteredHeadAttention(Attributes attributes) : attribut
                              std::to_string(attributes_.probe_tokens) +
                              "; build again with `chai-export build --backend tensorrt`");
   }
-  identity_ = std::string(kPluginName) + " " + kPluginVersion + " scale=" + std::to_string(attributes_.scale) +
+  identity_ = std::string(kPluginName) + " " + kPluginVersion +
+              " scale=" + std::to_string(attributes_.scale) +
               " probe_tokens=" + std::to_string(attributes_.probe_tokens) +
               " online=" + std::to_string(attributes_.online) + " kernels=" + attributes_.kernels->hash();
 }
@@ -142,13 +154,13 @@ void ClusteredHeadAttention::require_compiled_for(const Symbols& sizes) const {
                              "; build again with `chai-export build --backend tensorrt`");
   }
   if (sizes[Symbol::kR] < 1 || sizes[Symbol::kR] > spec.kv_heads) {
-    throw std::runtime_error("past_key keeps " + std::to_string(sizes[Symbol::kR]) + " heads, allowed are 1 to " +
-                             std::to_string(spec.kv_heads));
+    throw std::runtime_error("past_key keeps " + std::to_string(sizes[Symbol::kR]) +
+                             " heads, allowed are 1 to " + std::to_string(spec.kv_heads));
   }
 }
 
-std::int32_t ClusteredHeadAttention::configurePlugin(const DynamicPluginTensorDesc* in, std::int32_t num_inputs,
-                                                     const DynamicPluginTensorDesc*,
+std::int32_t ClusteredHeadAttention::configurePlugin(const DynamicPluginTensorDesc* in,
+                                                     std::int32_t num_inputs, const DynamicPluginTensorDesc*,
                                                      std::int32_t num_outputs) noexcept {
   return guarded("configurePlugin", kFailure, [&] {
     require_counts(num_inputs, num_outputs);
@@ -173,9 +185,10 @@ std::int32_t ClusteredHeadAttention::getOutputDataTypes(DataType* output_types, 
   });
 }
 
-std::int32_t ClusteredHeadAttention::getOutputShapes(const nvinfer1::DimsExprs* inputs, std::int32_t num_inputs,
-                                                     const nvinfer1::DimsExprs*, std::int32_t,
-                                                     nvinfer1::DimsExprs* outputs, std::int32_t num_outputs,
+std::int32_t ClusteredHeadAttention::getOutputShapes(const nvinfer1::DimsExprs* inputs,
+                                                     std::int32_t num_inputs, const nvinfer1::DimsExprs*,
+                                                     std::int32_t, nvinfer1::DimsExprs* outputs,
+                                                     std::int32_t num_outputs,
                                                      nvinfer1::IExprBuilder& builder) noexcept {
   return guarded("getOutputShapes", kFailure, [&] {
     require_counts(num_inputs, num_outputs);
@@ -190,13 +203,16 @@ std::int32_t ClusteredHeadAttention::getOutputShapes(const nvinfer1::DimsExprs* 
     outputs[kOutput].d[1] = inputs[kQuery].d[2];
     outputs[kOutput].d[2] =
         builder.operation(nvinfer1::DimensionOperation::kPROD, *inputs[kQuery].d[1], *inputs[kValue].d[3]);
-    if (outputs[kOutput].d[2] == nullptr) throw std::runtime_error("TensorRT refuses the product of H and Dv");
+    if (outputs[kOutput].d[2] == nullptr)
+      throw std::runtime_error("TensorRT refuses the product of H and Dv");
     return kSuccess;
   });
 }
 
-bool ClusteredHeadAttention::supportsFormatCombination(std::int32_t position, const DynamicPluginTensorDesc* in_out,
-                                                       std::int32_t num_inputs, std::int32_t num_outputs) noexcept {
+bool ClusteredHeadAttention::supportsFormatCombination(std::int32_t position,
+                                                       const DynamicPluginTensorDesc* in_out,
+                                                       std::int32_t num_inputs,
+                                                       std::int32_t num_outputs) noexcept {
   return guarded("supportsFormatCombination", false, [&] {
     require_counts(num_inputs, num_outputs);
     if (position < 0 || position >= kNumInputs + kNumOutputs) return false;
@@ -207,8 +223,8 @@ bool ClusteredHeadAttention::supportsFormatCombination(std::int32_t position, co
   });
 }
 
-std::size_t ClusteredHeadAttention::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, std::int32_t num_inputs,
-                                                     const DynamicPluginTensorDesc*,
+std::size_t ClusteredHeadAttention::getWorkspaceSize(const DynamicPluginTensorDesc* inputs,
+                                                     std::int32_t num_inputs, const DynamicPluginTensorDesc*,
                                                      std::int32_t num_outputs) const noexcept {
   // There is no way to report an error here; with no workspace, enqueue reports one.
   return guarded<std::size_t>("getWorkspaceSize", 0, [&] {
@@ -232,8 +248,9 @@ Symbols ClusteredHeadAttention::checked_sizes(const PluginTensorDesc* in) const 
   const std::int64_t c = sizes[Symbol::kC];
   const std::int64_t d = sizes[Symbol::kD];
   const std::int64_t dv = sizes[Symbol::kDv];
-  if (b < 1 || s < 1 || c < 1) throw std::runtime_error("query " + text(dims[kQuery]) + " or past_key " +
-                                                        text(dims[kPastKey]) + " is empty");
+  if (b < 1 || s < 1 || c < 1)
+    throw std::runtime_error("query " + text(dims[kQuery]) + " or past_key " + text(dims[kPastKey]) +
+                             " is empty");
   require_shape("key", dims[kKey], {b, g, s, d});
   require_shape("value", dims[kValue], {b, g, s, dv});
   require_shape("past_key", dims[kPastKey], {b, sizes[Symbol::kR], c, d});
@@ -253,7 +270,8 @@ const Plan& ClusteredHeadAttention::plan_for(const Symbols& sizes) {
 }
 
 std::int32_t ClusteredHeadAttention::onShapeChange(const PluginTensorDesc* in, std::int32_t num_inputs,
-                                                   const PluginTensorDesc*, std::int32_t num_outputs) noexcept {
+                                                   const PluginTensorDesc*,
+                                                   std::int32_t num_outputs) noexcept {
   return guarded("onShapeChange", kFailure, [&] {
     require_counts(num_inputs, num_outputs);
     plan_for(checked_sizes(in));
@@ -265,8 +283,8 @@ void ClusteredHeadAttention::require_address(const char* name, const void* addre
   if (address == nullptr) throw std::runtime_error(std::string(name) + " has no address");
   const std::size_t alignment = is_integer ? sizeof(std::int32_t) : program_->pointer_alignment();
   if (reinterpret_cast<std::uintptr_t>(address) % alignment != 0) {
-    throw std::runtime_error(std::string(name) + " does not start at a multiple of " + std::to_string(alignment) +
-                             " bytes");
+    throw std::runtime_error(std::string(name) + " does not start at a multiple of " +
+                             std::to_string(alignment) + " bytes");
   }
 }
 
@@ -279,9 +297,10 @@ std::int32_t ClusteredHeadAttention::enqueue(const PluginTensorDesc* input_desc,
   });
 }
 
-void ClusteredHeadAttention::attend(const PluginTensorDesc* in, const void* const* inputs, void* const* outputs,
-                                    void* workspace, cudaStream_t stream) {
-  if (in == nullptr || inputs == nullptr || outputs == nullptr) throw std::runtime_error("called without tensors");
+void ClusteredHeadAttention::attend(const PluginTensorDesc* in, const void* const* inputs,
+                                    void* const* outputs, void* workspace, cudaStream_t stream) {
+  if (in == nullptr || inputs == nullptr || outputs == nullptr)
+    throw std::runtime_error("called without tensors");
   const Symbols sizes = checked_sizes(in);
   for (std::int32_t i = 0; i < kNumInputs; ++i) {
     require_address(kInputNames[i], inputs[i], is_integer_input(i));
@@ -290,9 +309,11 @@ void ClusteredHeadAttention::attend(const PluginTensorDesc* in, const void* cons
     require_address(kOutputNames[i], outputs[i], is_integer_input(kLikeInput[i]));
   }
   if (outputs[kPresentHeadMap] == inputs[kPastHeadMap]) {
-    throw std::runtime_error("past_head_map and present_head_map have one address; only the caches may be shared");
+    throw std::runtime_error(
+        "past_head_map and present_head_map have one address; only the caches may be shared");
   }
-  if (workspace == nullptr && program_->workspace_bytes(sizes) > 0) throw std::runtime_error("called without workspace");
+  if (workspace == nullptr && program_->workspace_bytes(sizes) > 0)
+    throw std::runtime_error("called without workspace");
   // While building, TensorRT may run a plugin that was never attached to a context.
   if (launcher_ == nullptr) launcher_ = acquire_kernels(attributes_.kernels);
 
@@ -300,17 +321,18 @@ void ClusteredHeadAttention::attend(const PluginTensorDesc* in, const void* cons
     const std::int32_t past = kLikeInput[output];
     if (outputs[output] == inputs[past]) continue;
     std::size_t bytes = item_bytes(in[past].type);
-    for (std::int32_t i = 0; i < in[past].dims.nbDims; ++i) bytes *= static_cast<std::size_t>(in[past].dims.d[i]);
+    for (std::int32_t i = 0; i < in[past].dims.nbDims; ++i)
+      bytes *= static_cast<std::size_t>(in[past].dims.d[i]);
     launcher_->copy(outputs[output], inputs[past], bytes, stream);
   }
   // Kernel arguments are not const; kernels only read what the op calls an input.
   const auto input = [&](Input i) { return const_cast<void*>(inputs[i]); };
-  const Tensors tensors = {input(kQuery),       input(kKey),           input(kValue),
-                           input(kPastHeadMap), input(kPastLengths),   input(kLengths),
-                           outputs[kOutput],    outputs[kPresentKey],  outputs[kPresentValue],
+  const Tensors tensors = {input(kQuery),           input(kKey),          input(kValue),
+                           input(kPastHeadMap),     input(kPastLengths),  input(kLengths),
+                           outputs[kOutput],        outputs[kPresentKey], outputs[kPresentValue],
                            outputs[kPresentHeadMap]};
-  const float scale = attributes_.scale != 0.0f ? attributes_.scale
-                                                : 1.0f / std::sqrt(static_cast<float>(sizes[Symbol::kD]));
+  const float scale =
+      attributes_.scale != 0.0f ? attributes_.scale : 1.0f / std::sqrt(static_cast<float>(sizes[Symbol::kD]));
   run(plan_for(sizes), tensors, workspace, scale, *launcher_, stream);
 }
 

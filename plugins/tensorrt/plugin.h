@@ -1,6 +1,7 @@
 // The TensorRT plugin of chai::ClusteredHeadAttention, version 1.
 //
-// Inputs and outputs in the order of the op. T is float32, float16 or bfloat16, every tensor linear (row major):
+// Inputs and outputs in the order of the op. T is float32, float16 or bfloat16, every tensor linear (row
+// major):
 //
 //   0 query T [B,H,S,D]           8  output           T [B,S,H*Dv]
 //   1 key T [B,G,S,D]             9  present_key      T [B,R,C,D]   may be past_key
@@ -79,10 +80,11 @@ class ClusteredHeadAttention final : public nvinfer1::IPluginV3,
 
   // Runtime
   std::int32_t onShapeChange(const nvinfer1::PluginTensorDesc* in, std::int32_t num_inputs,
-                             const nvinfer1::PluginTensorDesc* out, std::int32_t num_outputs) noexcept override;
-  std::int32_t enqueue(const nvinfer1::PluginTensorDesc* input_desc, const nvinfer1::PluginTensorDesc* output_desc,
-                       const void* const* inputs, void* const* outputs, void* workspace,
-                       cudaStream_t stream) noexcept override;
+                             const nvinfer1::PluginTensorDesc* out,
+                             std::int32_t num_outputs) noexcept override;
+  std::int32_t enqueue(const nvinfer1::PluginTensorDesc* input_desc,
+                       const nvinfer1::PluginTensorDesc* output_desc, const void* const* inputs,
+                       void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
   nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext* context) noexcept override;
   const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override;
 
@@ -92,8 +94,8 @@ class ClusteredHeadAttention final : public nvinfer1::IPluginV3,
   void require_compiled_for(const Symbols& sizes) const;
   Symbols checked_sizes(const nvinfer1::PluginTensorDesc* in) const;
   void require_address(const char* name, const void* address, bool is_integer) const;
-  void attend(const nvinfer1::PluginTensorDesc* in, const void* const* inputs, void* const* outputs, void* workspace,
-              cudaStream_t stream);
+  void attend(const nvinfer1::PluginTensorDesc* in, const void* const* inputs, void* const* outputs,
+              void* workspace, cudaStream_t stream);
   const Plan& plan_for(const Symbols& sizes);
 
   Attributes attributes_;

@@ -23,14 +23,14 @@ constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
 constexpr std::int64_t kMaxGridYZ = 65535;
 
 constexpr std::array<std::string_view, static_cast<std::size_t>(Tensor::kCount)> kTensorNames = {
-    "query",  "key",         "value",         "past_head_map",   "past_lengths",
+    "query",   "key",    "value",       "past_head_map", "past_lengths",
     "lengths", "output", "present_key", "present_value", "present_head_map"};
 
 std::int64_t bounded(const Json& json, std::int64_t low, std::int64_t high) {
   const std::int64_t value = json.integer();
   if (value < low || value > high) {
-    throw std::runtime_error("the kernel index holds " + std::to_string(value) + " where " + std::to_string(low) +
-                             " to " + std::to_string(high) + " is allowed");
+    throw std::runtime_error("the kernel index holds " + std::to_string(value) + " where " +
+                             std::to_string(low) + " to " + std::to_string(high) + " is allowed");
   }
   return value;
 }
@@ -53,8 +53,9 @@ std::int64_t align(std::int64_t bytes) {
 Program Program::parse(std::string_view index) {
   const Json root = Json::parse(index);
   if (root.at("format").string() != kFormat) {
-    throw std::runtime_error("the kernel index has format '" + root.at("format").string() + "' and this library reads '" +
-                             kFormat + "'; compile the kernels with the chai-export that this library came with");
+    throw std::runtime_error("the kernel index has format '" + root.at("format").string() +
+                             "' and this library reads '" + kFormat +
+                             "'; compile the kernels with the chai-export that this library came with");
   }
   Program program;
   const Json& spec = root.at("spec");
@@ -67,7 +68,8 @@ Program Program::parse(std::string_view index) {
   program.spec_.value_dim = bounded(spec.at("value_head_dim"), 1, kLarge);
   program.spec_.probe_tokens = bounded(spec.at("probe_tokens"), 1, kLarge);
   program.spec_.architecture = bounded(root.at("architecture"), 10, 9999);
-  program.pointer_alignment_ = static_cast<std::size_t>(bounded(root.at("pointer_alignment"), 1, kMaxPointerAlignment));
+  program.pointer_alignment_ =
+      static_cast<std::size_t>(bounded(root.at("pointer_alignment"), 1, kMaxPointerAlignment));
   bounded(root.at("workspace_alignment"), kAlignment, kAlignment);
   for (const Json& json : root.at("workspace").array()) {
     const std::int64_t item_bytes = item_bytes_of(json.at("type").string());
@@ -93,7 +95,8 @@ void Program::parse_launch(const Json& json) {
                 Formula(json.at("when").string()),
                 {Formula(grid[0].string()), Formula(grid[1].string()), Formula(grid[2].string())},
                 {}};
-  for (const Json& argument : json.at("arguments").array()) launch.arguments.push_back(parse_argument(argument));
+  for (const Json& argument : json.at("arguments").array())
+    launch.arguments.push_back(parse_argument(argument));
   launches_.push_back(std::move(launch));
 }
 
@@ -111,7 +114,8 @@ Program::Argument Program::parse_argument(const Json& json) const {
     argument.item_bytes = 4;
     return argument;
   }
-  if (type != "pointer") throw std::runtime_error("the kernel index has an argument of the unknown type '" + type + "'");
+  if (type != "pointer")
+    throw std::runtime_error("the kernel index has an argument of the unknown type '" + type + "'");
   // Pointers that the compiler added; the index is only written when the kernel does not use them.
   if (json.find("hidden") != nullptr) return argument;
   const std::string& name = json.at("tensor").string();
@@ -162,8 +166,9 @@ Plan Program::plan(const Symbols& symbols) const {
     for (std::size_t axis = 0; axis < 3; ++axis) {
       const std::int64_t blocks = launch.grid[axis].evaluate(symbols);
       if (blocks < 1 || blocks > (axis == 0 ? kMaxGrid : kMaxGridYZ)) {
-        throw std::runtime_error(kernel.symbol + " needs a grid of " + std::to_string(blocks) + " blocks on axis " +
-                                 std::to_string(axis) + ", which no GPU has; lower the batch or the length");
+        throw std::runtime_error(kernel.symbol + " needs a grid of " + std::to_string(blocks) +
+                                 " blocks on axis " + std::to_string(axis) +
+                                 ", which no GPU has; lower the batch or the length");
       }
       planned.size.grid[axis] = static_cast<std::uint32_t>(blocks);
     }
@@ -175,7 +180,8 @@ Plan Program::plan(const Symbols& symbols) const {
       if (argument.kind == Kind::kWorkspace) bound.value = offsets[argument.index];
       if (argument.kind == Kind::kInteger) bound.value = argument.formula.evaluate(symbols);
       if (argument.kind == Kind::kInteger && bound.value > std::numeric_limits<std::int32_t>::max()) {
-        throw std::runtime_error(kernel.symbol + " takes a 32-bit integer and gets " + std::to_string(bound.value));
+        throw std::runtime_error(kernel.symbol + " takes a 32-bit integer and gets " +
+                                 std::to_string(bound.value));
       }
     }
     plan.push_back(std::move(planned));

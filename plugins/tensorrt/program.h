@@ -112,6 +112,7 @@ class Program {
 };
 
 // Puts a plan's launches on the stream.
-void run(const Plan& plan, const Tensors& tensors, void* workspace, float scale, Launcher& launcher, cudaStream_t stream);
+void run(const Plan& plan, const Tensors& tensors, void* workspace, float scale, Launcher& launcher,
+         cudaStream_t stream);
 
 }  // namespace chai::tensorrt

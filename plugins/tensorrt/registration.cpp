@@ -25,8 +25,9 @@ bool fits_runtime() {
   const int major = runtime_major();
   if (major == 0 || major == NV_TENSORRT_MAJOR) return true;
   log(nvinfer1::ILogger::Severity::kERROR,
-      "libchai_tensorrt.so was compiled for TensorRT " + std::to_string(NV_TENSORRT_MAJOR) + " and this is TensorRT " +
-          std::to_string(major) + "; compile it with TensorRT_ROOT set to the headers of that version");
+      "libchai_tensorrt.so was compiled for TensorRT " + std::to_string(NV_TENSORRT_MAJOR) +
+          " and this is TensorRT " + std::to_string(major) +
+          "; compile it with TensorRT_ROOT set to the headers of that version");
   return false;
 }
 
@@ -60,7 +61,9 @@ OwnRegistration own_registration;
 
 #define CHAI_EXPORT extern "C" __attribute__((visibility("default")))
 
-CHAI_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { chai::tensorrt::set_logger_finder(finder); }
+CHAI_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
+  chai::tensorrt::set_logger_finder(finder);
+}
 
 CHAI_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& count) {
   static nvinfer1::IPluginCreatorInterface* const creators[] = {&chai::tensorrt::creator()};

@@ -119,7 +119,8 @@ void TensorRtSession::read_geometry(bool all_heads) {
   const nvinfer1::Dims head_map = most("head_map");
   const nvinfer1::Dims input_ids = most("input_ids");
   const nvinfer1::Dims value = most("past_value.0");
-  require(head_map.nbDims == 3 && input_ids.nbDims == 2 && value.nbDims == 4, "the engine is not one of chai_export");
+  require(head_map.nbDims == 3 && input_ids.nbDims == 2 && value.nbDims == 4,
+          "the engine is not one of chai_export");
   geometry_.layers = head_map.d[0];
   geometry_.query_heads = head_map.d[2];
   geometry_.max_batch = input_ids.d[0];
@@ -146,16 +147,19 @@ void TensorRtSession::make_context(Profile profile) {
 }
 
 void TensorRtSession::begin(std::int64_t batch, std::int64_t capacity) {
-  require(batch >= 1 && batch <= geometry_.max_batch, "the engine takes 1 to " + std::to_string(geometry_.max_batch) +
+  require(batch >= 1 && batch <= geometry_.max_batch, "the engine takes 1 to " +
+                                                          std::to_string(geometry_.max_batch) +
                                                           " rows; build with a higher --max-batch");
-  require(capacity >= 1 && capacity <= geometry_.max_capacity,
-          "the engine takes 1 to " + std::to_string(geometry_.max_capacity) + " tokens; build with a higher --max-seq");
+  require(capacity >= 1 && capacity <= geometry_.max_capacity, "the engine takes 1 to " +
+                                                                   std::to_string(geometry_.max_capacity) +
+                                                                   " tokens; build with a higher --max-seq");
   drop_decode();
   batch_ = batch;
   capacity_ = capacity;
   caches_.clear();
   allocate_caches();
-  const auto maps = static_cast<std::size_t>(geometry_.layers * batch * geometry_.query_heads) * sizeof(std::int32_t);
+  const auto maps =
+      static_cast<std::size_t>(geometry_.layers * batch * geometry_.query_heads) * sizeof(std::int32_t);
   head_map_ = Buffer(maps);
   present_head_map_ = Buffer(maps);
   require(cudaMemsetAsync(head_map_.get(), 0, maps, stream_), "clearing the head map");
@@ -190,11 +194,13 @@ TensorRtSession::Feeds TensorRtSession::make_feeds(std::int64_t tokens, std::int
 }
 
 void TensorRtSession::fill(const Feeds& feeds, const std::vector<std::int64_t>& input_ids,
-                           const std::vector<std::int32_t>& lengths, const std::vector<std::int32_t>& past_lengths,
+                           const std::vector<std::int32_t>& lengths,
+                           const std::vector<std::int32_t>& past_lengths,
                            const std::vector<std::int64_t>& output_positions) {
   const auto copy = [&](const char* name, const void* data) {
     const Buffer& buffer = feeds.inputs.at(name);
-    require(cudaMemcpyAsync(buffer.get(), data, buffer.bytes(), cudaMemcpyHostToDevice, stream_), "copying inputs");
+    require(cudaMemcpyAsync(buffer.get(), data, buffer.bytes(), cudaMemcpyHostToDevice, stream_),
+            "copying inputs");
   };
   copy("input_ids", input_ids.data());
   copy("lengths", lengths.data());
@@ -223,13 +229,15 @@ void TensorRtSession::bind(Profile profile, const Feeds& feeds) {
     // In place: the plugin appends to the buffer it reads.
     require(context.setTensorAddress(("present_" + name).c_str(), cache.get()), "TensorRT refuses a cache");
   }
-  require(context.setTensorAddress("present_head_map", present_head_map_.get()), "TensorRT refuses the head map");
+  require(context.setTensorAddress("present_head_map", present_head_map_.get()),
+          "TensorRT refuses the head map");
   require(context.setTensorAddress("logits", feeds.logits.get()), "TensorRT refuses the logits");
 }
 
 void TensorRtSession::execute(Profile profile) {
   require(contexts_[profile]->enqueueV3(stream_), "TensorRT could not run the step (see its message)");
-  require(cudaMemcpyAsync(head_map_.get(), present_head_map_.get(), head_map_.bytes(), cudaMemcpyDeviceToDevice, stream_),
+  require(cudaMemcpyAsync(head_map_.get(), present_head_map_.get(), head_map_.bytes(),
+                          cudaMemcpyDeviceToDevice, stream_),
           "keeping the head map");
 }
 
@@ -239,8 +247,9 @@ std::vector<float> TensorRtSession::step(const std::vector<std::int64_t>& input_
                                          const std::vector<std::int64_t>& output_positions) {
   const auto rows = static_cast<std::size_t>(batch_);
   require(rows > 0, "call begin first");
-  require(lengths.size() == rows && past_lengths.size() == rows && !input_ids.empty() && !output_positions.empty() &&
-              input_ids.size() % rows == 0 && output_positions.size() % rows == 0,
+  require(lengths.size() == rows && past_lengths.size() == rows && !input_ids.empty() &&
+              !output_positions.empty() && input_ids.size() % rows == 0 &&
+              output_positions.size() % rows == 0,
           "input sizes do not fit the batch");
   const auto tokens = static_cast<std::int64_t>(input_ids.size() / rows);
   const auto outputs = static_cast<std::int64_t>(output_positions.size() / rows);

@@ -32,8 +32,8 @@ class TensorRtSession {
     std::vector<std::int64_t> kept_heads;  // per layer
   };
 
-  // `plugin` is the path of libchai_tensorrt.so. With `all_heads` every KV head is kept, which makes the engine
-  // plain attention. Throws std::runtime_error with the reason.
+  // `plugin` is the path of libchai_tensorrt.so. With `all_heads` every KV head is kept, which makes the
+  // engine plain attention. Throws std::runtime_error with the reason.
   TensorRtSession(const std::string& plan, const std::string& plugin, bool all_heads = false);
   ~TensorRtSession();
   TensorRtSession(const TensorRtSession&) = delete;
@@ -49,8 +49,10 @@ class TensorRtSession {
   //   lengths           [B], valid tokens of each row; 0 leaves a row alone
   //   past_lengths      [B], tokens of the row that are in the cache; 0 starts the row afresh
   //   output_positions  [B][N], which of the S tokens want logits
-  // A row's first call must bring all of its first 5 tokens (the bundle's probe_tokens), or as many as it has.
-  std::vector<float> step(const std::vector<std::int64_t>& input_ids, const std::vector<std::int32_t>& lengths,
+  // A row's first call must bring all of its first 5 tokens (the bundle's probe_tokens), or as many as it
+  // has.
+  std::vector<float> step(const std::vector<std::int64_t>& input_ids,
+                          const std::vector<std::int32_t>& lengths,
                           const std::vector<std::int32_t>& past_lengths,
                           const std::vector<std::int64_t>& output_positions);
 
@@ -88,8 +90,9 @@ class TensorRtSession {
   void make_context(Profile profile);
   void allocate_caches();
   Feeds make_feeds(std::int64_t tokens, std::int64_t outputs) const;
-  void fill(const Feeds& feeds, const std::vector<std::int64_t>& input_ids, const std::vector<std::int32_t>& lengths,
-            const std::vector<std::int32_t>& past_lengths, const std::vector<std::int64_t>& output_positions);
+  void fill(const Feeds& feeds, const std::vector<std::int64_t>& input_ids,
+            const std::vector<std::int32_t>& lengths, const std::vector<std::int32_t>& past_lengths,
+            const std::vector<std::int64_t>& output_positions);
   void bind(Profile profile, const Feeds& feeds);
   void execute(Profile profile);
   void capture_decode();

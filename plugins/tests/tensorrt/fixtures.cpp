@@ -52,7 +52,9 @@ const nvinfer1::IDimensionExpr* ExpressionBuilder::operation(nvinfer1::Dimension
                                                              const nvinfer1::IDimensionExpr& first,
                                                              const nvinfer1::IDimensionExpr& second) {
   if (op != nvinfer1::DimensionOperation::kPROD) return nullptr;
-  const auto text = [](const nvinfer1::IDimensionExpr& e) { return static_cast<const Expression&>(e).text(); };
+  const auto text = [](const nvinfer1::IDimensionExpr& e) {
+    return static_cast<const Expression&>(e).text();
+  };
   return symbol("(" + text(first) + "*" + text(second) + ")");
 }
 
@@ -97,7 +99,8 @@ KernelDirectory::KernelDirectory(const std::string& index) {
   write("several.cubin", "code of several");
   write("one.cubin", "code of one");
   std::string text = index;
-  for (const auto& [placeholder, content] : {std::pair{"SHA_SEVERAL", "code of several"}, {"SHA_ONE", "code of one"}}) {
+  for (const auto& [placeholder, content] :
+       {std::pair{"SHA_SEVERAL", "code of several"}, {"SHA_ONE", "code of one"}}) {
     const std::size_t place = text.find(placeholder);
     if (place != std::string::npos) text.replace(place, std::strlen(placeholder), sha256_hex(content));
   }
@@ -118,7 +121,8 @@ std::vector<nvinfer1::PluginField> node_fields(const std::string& directory, con
   return {{"scale", &attributes.scale, PluginFieldType::kFLOAT32, 1},
           {"probe_tokens", &attributes.probe_tokens, PluginFieldType::kINT32, 1},
           {"online", &attributes.online, PluginFieldType::kINT32, 1},
-          {"kernel_directory", directory.data(), PluginFieldType::kCHAR, static_cast<std::int32_t>(directory.size())}};
+          {"kernel_directory", directory.data(), PluginFieldType::kCHAR,
+           static_cast<std::int32_t>(directory.size())}};
 }
 
 std::vector<nvinfer1::PluginTensorDesc> Call::inputs() const {
@@ -131,9 +135,10 @@ std::vector<nvinfer1::PluginTensorDesc> Call::inputs() const {
     return desc;
   };
   const DataType t = DataType::kHALF;
-  return {make(t, {batch, 4, tokens, 16}),       make(t, {batch, 2, tokens, 16}), make(t, {batch, 2, tokens, 8}),
-          make(t, {batch, kept, capacity, 16}),  make(t, {batch, 2, capacity, 8}), make(DataType::kINT32, {batch, 4}),
-          make(DataType::kINT32, {batch}),       make(DataType::kINT32, {batch})};
+  return {make(t, {batch, 4, tokens, 16}),  make(t, {batch, 2, tokens, 16}),
+          make(t, {batch, 2, tokens, 8}),   make(t, {batch, kept, capacity, 16}),
+          make(t, {batch, 2, capacity, 8}), make(DataType::kINT32, {batch, 4}),
+          make(DataType::kINT32, {batch}),  make(DataType::kINT32, {batch})};
 }
 
 std::vector<nvinfer1::DynamicPluginTensorDesc> Call::dynamic() const {

@@ -51,8 +51,11 @@ class ExpressionBuilder final : public nvinfer1::IExprBuilder, public nvinfer1::
  public:
   ExpressionBuilder() { mImpl = this; }
   const nvinfer1::IDimensionExpr* symbol(const std::string& text);
-  const nvinfer1::IDimensionExpr* constant(std::int64_t value) override { return symbol(std::to_string(value)); }
-  const nvinfer1::IDimensionExpr* operation(nvinfer1::DimensionOperation op, const nvinfer1::IDimensionExpr& first,
+  const nvinfer1::IDimensionExpr* constant(std::int64_t value) override {
+    return symbol(std::to_string(value));
+  }
+  const nvinfer1::IDimensionExpr* operation(nvinfer1::DimensionOperation op,
+                                            const nvinfer1::IDimensionExpr& first,
                                             const nvinfer1::IDimensionExpr& second) override;
   const nvinfer1::IDimensionExpr* declareSizeTensor(std::int32_t, const nvinfer1::IDimensionExpr&,
                                                     const nvinfer1::IDimensionExpr&) override {
@@ -78,7 +81,8 @@ class RecordingLauncher final : public Launcher {
   };
 
   // Kernels with this many arguments; the index says so, a launch does not.
-  explicit RecordingLauncher(std::vector<std::size_t> argument_counts) : argument_counts_(std::move(argument_counts)) {}
+  explicit RecordingLauncher(std::vector<std::size_t> argument_counts)
+      : argument_counts_(std::move(argument_counts)) {}
   void launch(std::size_t kernel, const LaunchSize& size, void** arguments, cudaStream_t stream) override;
   void copy(void* target, const void* source, std::size_t bytes, cudaStream_t stream) override;
 

@@ -24,7 +24,8 @@ using nvinfer1::TensorRTPhase;
 
 const Attributes kAttributes{0.0f, 5, 1, nullptr};
 
-std::unique_ptr<ClusteredHeadAttention> create(const std::vector<nvinfer1::PluginField>& fields, TensorRTPhase phase) {
+std::unique_ptr<ClusteredHeadAttention> create(const std::vector<nvinfer1::PluginField>& fields,
+                                               TensorRTPhase phase) {
   ClusteredHeadAttentionCreator creator;
   const nvinfer1::PluginFieldCollection collection{static_cast<std::int32_t>(fields.size()), fields.data()};
   auto* plugin = creator.createPlugin("layer", &collection, phase);
@@ -63,7 +64,8 @@ std::int32_t enqueue(ClusteredHeadAttention& plugin, const Call& call, const Add
 void sha256_knows_its_test_vectors() {
   CHECK(sha256_hex("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
   CHECK(sha256_hex("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
-  CHECK(sha256_hex(std::string(64, 'a')) == "ffe054fe7ae0cb6dc65c3af9b61d5209f439851db43d0ba5997337df154668eb");
+  CHECK(sha256_hex(std::string(64, 'a')) ==
+        "ffe054fe7ae0cb6dc65c3af9b61d5209f439851db43d0ba5997337df154668eb");
   CHECK(sha256_hex(std::string(1000, 'x')).size() == 64);
 }
 
@@ -72,9 +74,9 @@ void formulas_evaluate_as_python_does() {
   symbols[Symbol::kS] = 130;
   symbols[Symbol::kB] = 3;
   symbols[Symbol::kOnline] = 1;
-  const std::map<std::string, std::int64_t> values = {{"S 64 cdiv", 3}, {"S B -", 127},     {"1 S <", 1},
-                                                      {"S 1 ==", 0},    {"S B min 7 max", 7}, {"-5 B +", -2},
-                                                      {"online 1 B < *", 1}};
+  const std::map<std::string, std::int64_t> values = {
+      {"S 64 cdiv", 3},     {"S B -", 127}, {"1 S <", 1},         {"S 1 ==", 0},
+      {"S B min 7 max", 7}, {"-5 B +", -2}, {"online 1 B < *", 1}};
   for (const auto& [text, value] : values) CHECK(Formula(text).evaluate(symbols) == value);
   for (const char* wrong : {"", "S B", "S +", "S B /", "X", "1 2 + +", "9999999999999999999999"}) {
     bool refused = false;
@@ -99,15 +101,21 @@ void formulas_evaluate_as_python_does() {
 void output_shapes_are_expressions_of_input_shapes() {
   auto plugin = create();
   ExpressionBuilder builder;
-  const std::vector<std::vector<std::string>> names = {{"B", "4", "S", "16"}, {"B", "2", "S", "16"}, {"B", "2", "S", "8"},
-                                                       {"B", "R", "C", "16"}, {"B", "2", "C", "8"},  {"B", "4"},
-                                                       {"B"},                 {"B"}};
+  const std::vector<std::vector<std::string>> names = {{"B", "4", "S", "16"},
+                                                       {"B", "2", "S", "16"},
+                                                       {"B", "2", "S", "8"},
+                                                       {"B", "R", "C", "16"},
+                                                       {"B", "2", "C", "8"},
+                                                       {"B", "4"},
+                                                       {"B"},
+                                                       {"B"}};
   std::vector<nvinfer1::DimsExprs> inputs(kNumInputs);
   for (std::size_t i = 0; i < names.size(); ++i) {
     for (const std::string& name : names[i]) inputs[i].d[inputs[i].nbDims++] = builder.symbol(name);
   }
   std::vector<nvinfer1::DimsExprs> outputs(kNumOutputs);
-  CHECK(plugin->getOutputShapes(inputs.data(), kNumInputs, nullptr, 0, outputs.data(), kNumOutputs, builder) == 0);
+  CHECK(plugin->getOutputShapes(inputs.data(), kNumInputs, nullptr, 0, outputs.data(), kNumOutputs,
+                                builder) == 0);
   const std::vector<std::vector<std::string>> expected = {
       {"B", "S", "(4*8)"}, {"B", "R", "C", "16"}, {"B", "2", "C", "8"}, {"B", "4"}};
   for (std::size_t i = 0; i < expected.size(); ++i) {
@@ -117,7 +125,8 @@ void output_shapes_are_expressions_of_input_shapes() {
     }
   }
   inputs[3].nbDims = 3;
-  CHECK(plugin->getOutputShapes(inputs.data(), kNumInputs, nullptr, 0, outputs.data(), kNumOutputs, builder) != 0);
+  CHECK(plugin->getOutputShapes(inputs.data(), kNumInputs, nullptr, 0, outputs.data(), kNumOutputs,
+                                builder) != 0);
   CHECK(Logger::install().took_error("past_key has rank 3"));
 }
 
@@ -126,8 +135,10 @@ void workspace_is_what_the_index_says() {
   Call call;
   const auto descriptions = call.dynamic();
   // plan: 2*2 int32; weights: 2*64 float16; each rounded up to 256 bytes.
-  CHECK(plugin->getWorkspaceSize(descriptions.data(), kNumInputs, descriptions.data() + kNumInputs, kNumOutputs) == 512);
-  CHECK(plugin->configurePlugin(descriptions.data(), kNumInputs, descriptions.data() + kNumInputs, kNumOutputs) == 0);
+  CHECK(plugin->getWorkspaceSize(descriptions.data(), kNumInputs, descriptions.data() + kNumInputs,
+                                 kNumOutputs) == 512);
+  CHECK(plugin->configurePlugin(descriptions.data(), kNumInputs, descriptions.data() + kNumInputs,
+                                kNumOutputs) == 0);
   call.kept = 3;
   const auto too_many = call.dynamic();
   CHECK(plugin->configurePlugin(too_many.data(), kNumInputs, too_many.data() + kNumInputs, kNumOutputs) != 0);
@@ -144,8 +155,8 @@ void only_linear_tensors_of_the_compiled_types_are_accepted() {
     };
     CHECK(supported());
     const DataType right = combination[position].desc.type;
-    for (const DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16, DataType::kINT32, DataType::kINT8,
-                                DataType::kINT64, DataType::kBOOL}) {
+    for (const DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16, DataType::kINT32,
+                                DataType::kINT8, DataType::kINT64, DataType::kBOOL}) {
       combination[position].desc.type = type;
       CHECK(supported() == (type == right));
     }
@@ -193,7 +204,8 @@ void enqueue_launches_what_the_index_lists() {
   CHECK(one.arguments[1] == 1);
   CHECK(one.arguments[2] == address(distinct.outputs[3]));
   CHECK(recorder->copies.size() == 2);
-  CHECK(recorder->copies[0].target == distinct.outputs[1] && recorder->copies[0].source == distinct.inputs[3]);
+  CHECK(recorder->copies[0].target == distinct.outputs[1] &&
+        recorder->copies[0].source == distinct.inputs[3]);
   CHECK(recorder->copies[0].bytes == 2 * 1 * 64 * 16 * 2);
   CHECK(recorder->copies[1].bytes == 2 * 2 * 64 * 8 * 2);
 
@@ -232,11 +244,13 @@ void enqueue_refuses_wrong_calls_and_launches_nothing() {
   CHECK(plugin->enqueue(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr) != 0);
   CHECK(logger.took_error("called without tensors"));
 
-  const auto refused_shape = [&](const char* message, std::size_t input, std::int32_t axis, std::int64_t size) {
+  const auto refused_shape = [&](const char* message, std::size_t input, std::int32_t axis,
+                                 std::int64_t size) {
     auto inputs = call.inputs();
     inputs[input].dims.d[axis] = size;
     const Addresses at(true);
-    CHECK(plugin->enqueue(inputs.data(), nullptr, at.inputs.data(), at.outputs.data(), at.workspace, nullptr) != 0);
+    CHECK(plugin->enqueue(inputs.data(), nullptr, at.inputs.data(), at.outputs.data(), at.workspace,
+                          nullptr) != 0);
     CHECK(logger.took_error(message));
     CHECK(plugin->onShapeChange(inputs.data(), kNumInputs, nullptr, kNumOutputs) != 0);
     CHECK(logger.took_error(message));
@@ -276,7 +290,8 @@ void a_restored_plugin_is_the_one_that_was_serialised() {
     CHECK(again->nbFields == fields->nbFields);
     for (std::int32_t i = 0; i < fields->nbFields; ++i) {
       CHECK(std::strcmp(again->fields[i].name, fields->fields[i].name) == 0);
-      CHECK(again->fields[i].type == fields->fields[i].type && again->fields[i].length == fields->fields[i].length);
+      CHECK(again->fields[i].type == fields->fields[i].type &&
+            again->fields[i].length == fields->fields[i].length);
       const bool is_bytes = fields->fields[i].type == nvinfer1::PluginFieldType::kUNKNOWN;
       const std::size_t bytes = is_bytes ? static_cast<std::size_t>(fields->fields[i].length) : 4;
       CHECK(std::memcmp(again->fields[i].data, fields->fields[i].data, bytes) == 0);
@@ -333,10 +348,16 @@ void damaged_directories_are_refused() {
     const KernelDirectory broken(index.substr(0, cut));
     refused("layer 'layer'", broken.path());
   }
-  for (const auto& [from, to] : std::vector<std::pair<std::string, std::string>>{
-           {"chai-kernels/1", "chai-kernels/9"}, {"float16", "float8"},   {"\"threads\": 128", "\"threads\": -1"},
-           {"\"S 4 cdiv\"", "\"S 4\""},          {"several.cubin", "../x"}, {"\"tensor\": \"query\"", "\"tensor\": \"q\""},
-           {"\"launches\": [", "\"launch\": ["}, {"90", "\"90\""},          {"\"probe_tokens\": 5", "\"probe_tokens\": 6"}}) {
+  for (const auto& [from, to] :
+       std::vector<std::pair<std::string, std::string>>{{"chai-kernels/1", "chai-kernels/9"},
+                                                        {"float16", "float8"},
+                                                        {"\"threads\": 128", "\"threads\": -1"},
+                                                        {"\"S 4 cdiv\"", "\"S 4\""},
+                                                        {"several.cubin", "../x"},
+                                                        {"\"tensor\": \"query\"", "\"tensor\": \"q\""},
+                                                        {"\"launches\": [", "\"launch\": ["},
+                                                        {"90", "\"90\""},
+                                                        {"\"probe_tokens\": 5", "\"probe_tokens\": 6"}}) {
     std::string changed = index;
     changed.replace(changed.find(from), from.size(), to);
     const KernelDirectory broken(changed);
@@ -356,7 +377,8 @@ void wrong_fields_are_refused() {
   }
   CHECK(create(good, TensorRTPhase::kRUNTIME) == nullptr);
   CHECK(logger.took_error("field 'kernels' is missing"));
-  const auto refused = [&](const char* message, const std::function<void(std::vector<nvinfer1::PluginField>&)>& spoil) {
+  const auto refused = [&](const char* message,
+                           const std::function<void(std::vector<nvinfer1::PluginField>&)>& spoil) {
     auto fields = good;
     spoil(fields);
     CHECK(create(fields, TensorRTPhase::kBUILD) == nullptr);

@@ -15,7 +15,8 @@ constexpr std::int32_t kInputs = 8;
 constexpr std::int32_t kOutputs = 4;
 
 nvinfer1::IPluginCreatorV3One* creator(nvinfer1::IPluginRegistry* registry) {
-  return static_cast<nvinfer1::IPluginCreatorV3One*>(registry->getCreator("ClusteredHeadAttention", "1", "chai"));
+  return static_cast<nvinfer1::IPluginCreatorV3One*>(
+      registry->getCreator("ClusteredHeadAttention", "1", "chai"));
 }
 
 nvinfer1::IPluginV3OneBuild* build(nvinfer1::IPluginV3* plugin) {
@@ -43,14 +44,15 @@ nvinfer1::Dims read_dims(const std::int64_t* sizes) {
 
 }  // namespace
 
-PROBE nvinfer1::IPluginV3* probe_create(nvinfer1::IPluginRegistry* registry, const char* directory, float scale,
-                                        std::int32_t probe_tokens, std::int32_t online) {
+PROBE nvinfer1::IPluginV3* probe_create(nvinfer1::IPluginRegistry* registry, const char* directory,
+                                        float scale, std::int32_t probe_tokens, std::int32_t online) {
   using nvinfer1::PluginFieldType;
   const std::array<nvinfer1::PluginField, 4> fields = {
       {{"scale", &scale, PluginFieldType::kFLOAT32, 1},
        {"probe_tokens", &probe_tokens, PluginFieldType::kINT32, 1},
        {"online", &online, PluginFieldType::kINT32, 1},
-       {"kernel_directory", directory, PluginFieldType::kCHAR, static_cast<std::int32_t>(std::strlen(directory))}}};
+       {"kernel_directory", directory, PluginFieldType::kCHAR,
+        static_cast<std::int32_t>(std::strlen(directory))}}};
   const nvinfer1::PluginFieldCollection collection{4, fields.data()};
   return creator(registry)->createPlugin("probe", &collection, nvinfer1::TensorRTPhase::kBUILD);
 }
@@ -61,8 +63,8 @@ PROBE nvinfer1::IPluginV3* probe_restore(nvinfer1::IPluginRegistry* registry, nv
   std::vector<nvinfer1::PluginField> fields(original->fields, original->fields + original->nbFields);
   std::vector<std::vector<char>> contents;
   for (nvinfer1::PluginField& field : fields) {
-    const std::size_t bytes = static_cast<std::size_t>(field.length) *
-                              (field.type == nvinfer1::PluginFieldType::kUNKNOWN ? 1 : 4);
+    const std::size_t bytes =
+        static_cast<std::size_t>(field.length) * (field.type == nvinfer1::PluginFieldType::kUNKNOWN ? 1 : 4);
     const auto* data = static_cast<const char*>(field.data);
     field.data = contents.emplace_back(data, data + bytes).data();
   }
@@ -75,8 +77,8 @@ PROBE nvinfer1::IPluginV3* probe_clone(nvinfer1::IPluginV3* plugin) { return plu
 PROBE void probe_destroy(nvinfer1::IPluginV3* plugin) { delete plugin; }
 
 // Field i of what is serialised; returns how many there are.
-PROBE std::int32_t probe_field(nvinfer1::IPluginV3* plugin, std::int32_t i, const char** name, std::int32_t* type,
-                               std::int32_t* length, const void** data) {
+PROBE std::int32_t probe_field(nvinfer1::IPluginV3* plugin, std::int32_t i, const char** name,
+                               std::int32_t* type, std::int32_t* length, const void** data) {
   const nvinfer1::PluginFieldCollection* fields = serialised(plugin);
   if (i < fields->nbFields) {
     *name = fields->fields[i].name;
@@ -87,7 +89,8 @@ PROBE std::int32_t probe_field(nvinfer1::IPluginV3* plugin, std::int32_t i, cons
   return fields->nbFields;
 }
 
-PROBE std::int32_t probe_output_types(nvinfer1::IPluginV3* plugin, const std::int32_t* inputs, std::int32_t* outputs) {
+PROBE std::int32_t probe_output_types(nvinfer1::IPluginV3* plugin, const std::int32_t* inputs,
+                                      std::int32_t* outputs) {
   std::array<nvinfer1::DataType, kInputs> in{};
   std::array<nvinfer1::DataType, kOutputs> out{};
   for (std::size_t i = 0; i < in.size(); ++i) in[i] = static_cast<nvinfer1::DataType>(inputs[i]);
@@ -96,8 +99,8 @@ PROBE std::int32_t probe_output_types(nvinfer1::IPluginV3* plugin, const std::in
   return status;
 }
 
-PROBE std::int32_t probe_supports(nvinfer1::IPluginV3* plugin, std::int32_t position, const std::int32_t* types,
-                                  const std::int32_t* formats) {
+PROBE std::int32_t probe_supports(nvinfer1::IPluginV3* plugin, std::int32_t position,
+                                  const std::int32_t* types, const std::int32_t* formats) {
   std::array<nvinfer1::DynamicPluginTensorDesc, kInputs + kOutputs> all{};
   for (std::size_t i = 0; i < all.size(); ++i) {
     all[i].desc.type = static_cast<nvinfer1::DataType>(types[i]);
