@@ -25,7 +25,7 @@ demo: $(STAMP)
 	$(BIN)/chai-export make engines/demo.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
