@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from chai_export.op.head_map import distances, cluster_heads, quantise
+from chai_export.op.head_map import cluster_heads, distances, quantise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,7 @@ from torch import Tensor
 from chai_export.errors import ChaiError
 from chai_export.models.attention import attention_of, causal_attention, probe_probabilities
 from chai_export.models.geometry import describe
-from chai_export.op.head_map import distances, cluster_heads, quantise
+from chai_export.op.head_map import cluster_heads, distances, quantise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

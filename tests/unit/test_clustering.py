@@ -15,7 +15,7 @@ from chai_export.clustering.curves import ErrorCurves
 from chai_export.clustering.plot import plot_curves
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.oracle import Oracle, model_logits
-from chai_export.op.head_map import distances, cluster_heads, quantise
+from chai_export.op.head_map import cluster_heads, distances, quantise
 from tests.families import family_model
 from tests.planted import GQA_GROUPS, MHA_GROUPS, distinct, planted_model
 
