@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from chai_export.graph.stage import Surroundings
 
 _WORK = ".source"
-"""Directory in the unfinished bundle for the graph before the rewrite: its weights can be linked."""
+"""Directory in the unfinished bundle for the graph before the rewrite: its weights are moved out of it."""
 
 
 def export(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DECODER_FILE = "decoder.onnx"
+OPSETS = range(18, 25)
 DEFAULT_OPSET = 23
 """Attention, RotaryEmbedding and RMSNormalization are single nodes from opset 23: the smallest graph."""
 
@@ -43,10 +44,12 @@ def export_onnx(
         The path of decoder.onnx.
 
     Raises:
-        ChaiError: the model cannot be traced.
+        ChaiError: the opset is not supported, or the model cannot be traced.
     """
     import onnx_ir as ir
 
+    if opset not in OPSETS:
+        raise ChaiError(f"opset {opset} is not supported; use one of {OPSETS.start} to {OPSETS.stop - 1}")
     ir_model = trace(model, opset=opset, attention=attention)
     path = directory / DECODER_FILE
     ir.save(ir_model, path, external_data=f"{DECODER_FILE}.data")

@@ -42,6 +42,12 @@ class Builder:
         if key not in self._constants:
             name = "int64_" + "_".join(str(n).replace("-", "m") for n in np.atleast_1d(array))
             name += "" if array.ndim else "_scalar"
+            while name in self.graph.initializers:
+                existing = self.graph.initializers[name]
+                if existing.const_value is not None and np.array_equal(existing.const_value.numpy(), array):
+                    self._constants[key] = existing
+                    return existing
+                name += "_"
             value = ir.Value(
                 name=name,
                 shape=ir.Shape(array.shape),

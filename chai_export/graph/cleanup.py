@@ -31,6 +31,14 @@ def replace_cache_shapes(builder: Builder, sites: list[AttentionSite], input_ids
                         _replace_shape(builder, node, known, input_ids)
 
 
+def replace_position_shapes(builder: Builder, cache_position: ir.Value | None, input_ids: ir.Value) -> None:
+    """Take the number of new tokens from the token ids where the graph read it off ``cache_position`` [S]."""
+    for node in list(cache_position.consumers()) if cache_position is not None else ():
+        if node.op_type == "Shape" and node.domain == "":
+            tokens = builder.op("Shape", input_ids, start=1, end=2)
+            ir.convenience.replace_all_uses_with(node.outputs[0], tokens)
+
+
 def _replace_shape(builder: Builder, node: ir.Node, known: dict[int, int], input_ids: ir.Value) -> None:
     start, end = node.attributes.get("start"), node.attributes.get("end")
     axes = range(4)[start.as_int() if start is not None else 0 : end.as_int() if end is not None else None]
@@ -85,6 +93,10 @@ def tidy(model: ir.Model) -> None:
     )(model)
 
 
+_ONNXRUNTIME = "com.microsoft"
+_ONNXRUNTIME_ONLY = frozenset({"SimplifiedLayerNormalization"})
+"""Operators that onnxruntime registers in the default domain although ONNX has none of that name."""
+
 _INPUTS = ("input_ids", "lengths", "past_lengths", "output_positions", "head_map")
 
 
@@ -98,6 +110,11 @@ def check_result(model: ir.Model) -> None:
     names = [value.name for value in model.graph.inputs]
     if tuple(names[: len(_INPUTS)]) != _INPUTS:
         raise ChaiError(f"the rewritten graph has inputs {names}; report this model")
+    # The checker passes over operators of domains that it does not know.
+    foreign = [node for node in model.graph if node.domain == "" and node.op_type in _ONNXRUNTIME_ONLY]
+    for node in foreign:
+        node.domain = _ONNXRUNTIME
+        model.opset_imports.setdefault(_ONNXRUNTIME, 1)
     try:
         # Weights are left out for the check, so it takes no memory to speak of.
         common.CheckerPass()(model)
@@ -107,3 +124,6 @@ def check_result(model: ir.Model) -> None:
             f"the rewritten graph is not valid ONNX ({str(cause).strip().splitlines()[0][:200]}); "
             "export the model again with another opset"
         ) from error
+    finally:
+        for node in foreign:
+            node.domain = ""

@@ -104,7 +104,7 @@ def cut(graph: ir.Graph, leaves: Sequence[ir.Value], outputs: Sequence[ir.Value]
         name="slice",
     )
     model = ir.Model(view.clone(), ir_version=10)
-    _forget_shapes(model.graph)
+    forget_shapes(model.graph)
     to_float32(model)
     return Slice(session(model), tuple(leaves), tuple(shapes), tuple(inputs))
 
@@ -129,8 +129,12 @@ def session(model: ir.Model) -> Any:
         raise EvaluationError(str(error).strip().splitlines()[0][:300]) from error
 
 
-def _forget_shapes(graph: ir.Graph) -> None:
-    """Callers feed other sizes than the exporter stated, such as one head for all."""
+def forget_shapes(graph: ir.Graph) -> None:
+    """Drop stated shapes of inputs and inner values.
+
+    Callers feed other sizes than the exporter stated, such as one head for all; and some exporters state
+    wrong ones (onnxruntime-genai names repeated keys after the new tokens only).
+    """
     for value in graph.inputs:
         value.shape = None if value.shape is None else ir.Shape([None] * len(value.shape))
     for node in graph:

@@ -9,16 +9,18 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from chai_export.errors import ChaiError
-from chai_export.graph import match_attention_op, match_softmax
+from chai_export.graph import match_attention_op, match_group_query, match_multi_head, match_softmax
 from chai_export.graph.mask import MaskError, MaskProver
 from chai_export.graph.roles import Roles, find_roles
-from chai_export.graph.site import AttentionSite, NoMatch, Refusal, ScoreChain
+from chai_export.graph.site import AttentionSite, NoMatch, Refusal
 
 Matcher = tuple[Callable[[ir.Node], bool], Callable[[ir.Node, int], AttentionSite]]
 
 MATCHERS: tuple[Matcher, ...] = (
     (match_attention_op.is_anchor, match_attention_op.match),
     (match_softmax.is_anchor, match_softmax.match),
+    (match_group_query.is_anchor, match_group_query.match),
+    (match_multi_head.is_anchor, match_multi_head.match),
 )
 """Anchor test and matcher of each form. A node is an anchor of at most one of them."""
 
@@ -53,25 +55,50 @@ def survey(model: ir.Model) -> Survey:
     Raises:
         ChaiError: an input of the graph is unknown.
     """
+    found = locate(model)
+    return found if found.roles is None else _with_masks_proven(model.graph, found, found.roles)
+
+
+def survey_again(model: ir.Model, known: Survey) -> Survey:
+    """The survey of a second copy of a model, with what was proven of the first one's masks.
+
+    Raises:
+        ChaiError: as :func:`survey`.
+    """
+    found = locate(model)
+    pairs = zip(found.sites, known.sites, strict=True)
+    sites = tuple(replace(site, scale=first.scale, chunks=first.chunks) for site, first in pairs)
+    return Survey(sites, found.roles, known.longest_past)
+
+
+def locate(model: ir.Model) -> Survey:
+    """Every attention of a normalised model as its matcher sees it, masks not looked at yet.
+
+    Raises:
+        ChaiError: an input of the graph is unknown.
+    """
     graph = model.graph
     opset = model.opset_imports.get("", 0)
     findings = [finding for node in graph if (finding := _match(node, opset)) is not None]
     findings = [_with_layer(finding, index) for index, finding in enumerate(findings)]
     findings = _without_shared_caches(findings)
     sites = [finding for finding in findings if isinstance(finding, AttentionSite)]
-    if not sites and not any(_chain(finding) for finding in findings):
+    if not sites and not any(finding.chain for finding in findings):
         return Survey(tuple(findings), None)
-    roles = find_roles(graph, _caches(graph, sites))
+    return Survey(tuple(findings), find_roles(graph, _caches(graph, sites), sites))
+
+
+def _with_masks_proven(graph: ir.Graph, found: Survey, roles: Roles) -> Survey:
     prover = MaskProver(graph, roles)
     checked: list[Finding] = []
     longest = []
-    for finding in findings:
-        chain = _chain(finding)
+    for finding in found.findings:
+        chain = finding.chain
         if chain is None:
             checked.append(finding)
             continue
         try:
-            proof = prover.prove(chain)
+            proof = prover.prove(chain, finding if isinstance(finding, AttentionSite) else None)
         except MaskError as error:
             checked.append(Refusal(finding.anchor, None, str(error), 5, finding.layer))
             continue
@@ -79,7 +106,7 @@ def survey(model: ir.Model) -> Survey:
             checked.append(finding)
             continue
         longest.append(proof.longest_past)
-        checked.append(replace(finding, scale=finding.scale * proof.scale))
+        checked.append(replace(finding, scale=finding.scale * proof.scale, chunks=proof.chunks))
     return Survey(tuple(checked), roles, min(longest, default=0))
 
 
@@ -114,10 +141,6 @@ def _match(node: ir.Node, opset: int) -> Finding | None:
             except NoMatch as miss:
                 return Refusal(node, miss.node, miss.reason, miss.depth, chain=miss.chain)
     return None
-
-
-def _chain(finding: Finding) -> ScoreChain | None:
-    return finding.chain
 
 
 def _with_layer(finding: Finding, index: int) -> Finding:

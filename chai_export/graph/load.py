@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from chai_export.errors import ChaiError
+from chai_export.graph.unfuse import unfuse
 
 INLINE_BYTES = 1024
 """Initializers up to this size are kept in the ONNX file itself."""
@@ -51,12 +52,24 @@ def read_model(path: Path) -> ir.Model:
         ) from error
     if not model.graph.outputs or not len(model.graph):
         raise ChaiError(f"{file} is not a readable ONNX model (its graph is empty); export it again")
+    _check_outputs(file, model)
     _check_external_data(file, model)
     return model
 
 
+def _check_outputs(file: Path, model: ir.Model) -> None:
+    made = {output for node in model.graph for output in node.outputs}
+    made |= {*model.graph.inputs, *model.graph.initializers.values()}
+    for value in model.graph.outputs:
+        if value not in made:
+            raise ChaiError(
+                f"{file} is broken: no node produces its output {value.name} (onnxruntime-genai 0.18 writes "
+                "such files for fp32 on cuda and dml); build it again with another precision or for the CPU"
+            )
+
+
 def load_graph(path: Path) -> ir.Model:
-    """Read an ONNX file and normalise it: see :func:`normalise`.
+    """Read an ONNX file, normalise it (:func:`normalise`) and take fused operators apart (:mod:`unfuse`).
 
     Raises:
         ChaiError: as :func:`read_model`; or the graph is malformed, or uses no standard operators.
@@ -67,6 +80,7 @@ def load_graph(path: Path) -> ir.Model:
         raise ChaiError(f"{path} imports no standard ONNX operators; it is not a language model")
     try:
         normalise(model)
+        unfuse(model)
     except ChaiError:
         raise
     except Exception as error:  # a graph with dangling names or cycles breaks passes in many ways

@@ -20,14 +20,19 @@ import onnx_ir as ir
 
 from chai_export.graph.evaluate import Array, EvaluationError, Slice, cut
 from chai_export.graph.roles import Roles, Sizes
-from chai_export.graph.site import ScoreChain
+from chai_export.graph.site import AttentionSite, CachedHeads, ScoreChain
 
 LONG_PASTS = (2**20, 2**17, 2**15, 2**13, 2**11, 500)
 """Tried in turn: graphs with mask tables of a fixed length cannot be evaluated beyond it."""
 
 _SIZES = (Sizes(2, 5, 0), Sizes(2, 1, 6), Sizes(3, 4, 3), Sizes(1, 3, 0))
+_LARGEST_CACHE = 2**26
+"""Bytes of keys and values; repeated heads are made of them."""
 _BLOCKED = -9999.0
 _SCORES = (1.0, -64.0, 8192.0)
+
+
+_Caches = tuple[CachedHeads, ...]
 
 
 class MaskError(Exception):
@@ -36,10 +41,14 @@ class MaskError(Exception):
 
 @dataclass(frozen=True)
 class MaskProof:
-    """``scale`` of the chain, and the longest past on which it was seen to be plain causal attention."""
+    """``scale`` of the chain, and the longest past on which it was seen to be plain causal attention.
+
+    ``chunks`` is False if the source cannot run several tokens after a past, so that nothing was seen there.
+    """
 
     scale: float
     longest_past: int
+    chunks: bool = True
 
 
 class MaskProver:
@@ -50,8 +59,8 @@ class MaskProver:
         self._roles = roles
         self._known: dict[tuple[object, ...], MaskProof] = {}
 
-    def prove(self, chain: ScoreChain) -> MaskProof:
-        """Evaluate a chain.
+    def prove(self, chain: ScoreChain, site: AttentionSite | None = None) -> MaskProof:
+        """Evaluate a chain, of ``site`` or (to find a better reason) of an attention that was refused.
 
         Raises:
             MaskError: with the reason in words.
@@ -62,11 +71,12 @@ class MaskProver:
             return MaskProof(1.0, LONG_PASTS[0])
         key = _signature(chain)
         if key not in self._known:
-            self._known[key] = self._prove(chain)
+            self._known[key] = self._prove(chain, () if site is None else (site.key, site.value))
         return self._known[key]
 
-    def _prove(self, chain: ScoreChain) -> MaskProof:
-        leaves = [] if chain.scores is None else [chain.scores]
+    def _prove(self, chain: ScoreChain, caches: _Caches) -> MaskProof:
+        # Masks may be cut to the size of the (repeated) keys, so these are leaves of known size.
+        leaves = [cache.new for cache in caches] + ([] if chain.scores is None else [chain.scores])
         target = chain.mask if chain.scores is None else chain.logits
         assert target is not None
         try:
@@ -74,61 +84,74 @@ class MaskProver:
         except EvaluationError as error:
             raise MaskError(f"the mask cannot be evaluated: {error}") from error
         scales = []
+        chunks = True
         for sizes in _SIZES:
             for padding in _paddings(sizes):
                 try:
-                    scales.append(self._check(part, chain, sizes, padding))
+                    scales.append(self._check(part, chain, caches, sizes, padding))
                 except EvaluationError as error:
-                    raise MaskError(f"the mask cannot be evaluated: {error}") from error
+                    if sizes.tokens == 1 or sizes.past == 0:
+                        raise MaskError(f"the mask cannot be evaluated: {error}") from error
+                    chunks = False
         if not np.allclose(scales, scales[0], rtol=1e-5):
             raise MaskError("the scale of the scores depends on the sizes")
-        return MaskProof(scales[0], self._check_long(part, chain))
+        return MaskProof(scales[0], self._check_long(part, chain, caches), chunks)
 
-    def _check_long(self, part: Slice, chain: ScoreChain) -> int:
+    def _check_long(self, part: Slice, chain: ScoreChain, caches: _Caches) -> int:
         failure: EvaluationError | None = None
-        for past in LONG_PASTS:
+        for past in self._long_pasts(part, caches):
             sizes = Sizes(1, 1, past)
             try:
-                self._check(part, chain, sizes, np.ones((1, sizes.total), np.int64))
+                self._check(part, chain, caches, sizes, np.ones((1, sizes.total), np.int64))
             except EvaluationError as error:
                 failure = error
                 continue
             return past
         raise MaskError(f"the mask cannot be evaluated on a long past: {failure}")
 
-    def _check(self, part: Slice, chain: ScoreChain, sizes: Sizes, padding: Array) -> float:
+    def _long_pasts(self, part: Slice, caches: _Caches) -> list[int]:
+        """Longest first; limited by fixed caches, and by memory where the keys themselves have to be fed."""
+        capacity = self._roles.capacity
+        if capacity is not None:
+            return [capacity - 1]
+        fed = [self._roles.cache_sizes[cache.past] for cache in caches if cache.past in part.inputs]
+        row = 4 * sum(heads * dim for heads, dim in fed)
+        return [past for past in LONG_PASTS if past * row <= _LARGEST_CACHE] or [LONG_PASTS[-1]]
+
+    def _check(self, part: Slice, chain: ScoreChain, caches: _Caches, sizes: Sizes, padding: Array) -> float:
         """Compare one evaluation with the expected mask; return the chain's scale."""
         roles = self._roles
-        feeds: dict[ir.Value, Array] = {roles.input_ids: np.ones((sizes.batch, sizes.tokens), np.int64)}
-        if roles.attention_mask is not None:
-            feeds[roles.attention_mask] = padding
-        if roles.position_ids is not None:
-            steps = np.arange(sizes.past, sizes.total, dtype=np.int64)
-            feeds[roles.position_ids] = np.broadcast_to(steps, (sizes.batch, sizes.tokens)).copy()
-        allowed = _allowed(sizes, padding, roles.attention_mask is not None)
+        feeds = roles.feeds(sizes, padding)
+        for cache in caches:
+            if cache.past in part.inputs:
+                feeds[cache.past] = roles.cache_array(cache.past, sizes)
+            heads, dim = roles.cache_sizes[cache.past]
+            feeds[cache.new] = np.zeros((sizes.batch, heads, sizes.tokens, dim), np.float32)
+        columns = roles.columns(sizes)
+        allowed = _allowed(sizes, padding, roles.attention_mask is not None, columns)
         judged = np.broadcast_to((padding[:, None, sizes.past :, None] != 0), allowed.shape)
         if chain.scores is None:
             (mask,) = part.run(roles, sizes, feeds)
-            _compare(_additive(mask, chain, sizes), allowed, judged, sizes)
+            _compare(_additive(mask, chain, sizes, columns), allowed, judged, sizes)
             return 1.0
-        shape = self._score_shape(chain.scores, sizes)
+        shape = self._score_shape(chain.scores, sizes, columns)
 
         def evaluate(score: float) -> Array:
             assert chain.scores is not None
             scores = np.full(shape, score, np.float32)
             (logits,) = part.run(roles, sizes, {**feeds, chain.scores: scores})
-            return np.asarray(logits, np.float32).reshape(sizes.batch, -1, sizes.tokens, sizes.total)
+            return np.asarray(logits, np.float32).reshape(sizes.batch, -1, sizes.tokens, columns)
 
         base = evaluate(0.0)
         _compare(base, allowed, judged, sizes)
         return _linear_scale(evaluate, allowed & judged, base.shape)
 
-    def _score_shape(self, scores: ir.Value, sizes: Sizes) -> tuple[int, ...]:
+    def _score_shape(self, scores: ir.Value, sizes: Sizes, columns: int) -> tuple[int, ...]:
         """One head stands for all, unless batch and heads are merged into one axis."""
         dims = self._roles.dims(scores, sizes)
         if dims is None or len(dims) != 3 or dims[0] is None:
-            return (sizes.batch, 1, sizes.tokens, sizes.total)
-        return (dims[0], sizes.tokens, sizes.total)
+            return (sizes.batch, 1, sizes.tokens, columns)
+        return (dims[0], sizes.tokens, columns)
 
 
 def _linear_scale(evaluate: object, judged: Array, shape: tuple[int, ...]) -> float:
@@ -176,10 +199,12 @@ def _compare(logits: Array, allowed: Array, judged: Array, sizes: Sizes) -> None
         raise MaskError("a bias is added to the scores (ALiBi or relative positions)")
 
 
-def _allowed(sizes: Sizes, padding: Array, has_mask: bool) -> Array:
+def _allowed(sizes: Sizes, padding: Array, has_mask: bool, columns: int) -> Array:
     query = np.arange(sizes.past, sizes.total)[:, None]
-    causal = np.arange(sizes.total)[None, :] <= query
-    keys = padding[:, None, None, :] != 0 if has_mask else np.ones((sizes.batch, 1, 1, sizes.total), bool)
+    causal = np.arange(columns)[None, :] <= query
+    keys = np.ones((sizes.batch, 1, 1, columns), bool)
+    if has_mask:
+        keys[:, 0, 0, : sizes.total] = padding != 0
     return np.asarray(causal[None, None] & keys)
 
 
@@ -198,14 +223,14 @@ def _paddings(sizes: Sizes) -> list[Array]:
     return paddings
 
 
-def _additive(mask: Array, chain: ScoreChain, sizes: Sizes) -> Array:
+def _additive(mask: Array, chain: ScoreChain, sizes: Sizes, columns: int) -> Array:
     """An Attention node's mask as what is added to the scores."""
     added = np.where(mask, 0.0, -np.inf) if mask.dtype == np.bool_ else np.asarray(mask, np.float64)
     if added.ndim < 4:
         added = added.reshape((1,) * (4 - added.ndim) + added.shape)
     if chain.causal:
         query = np.arange(sizes.past, sizes.total)[:, None]
-        added = np.where(np.arange(sizes.total)[None, :] <= query, added, -np.inf)
+        added = np.where(np.arange(columns)[None, :] <= query, added, -np.inf)
     return np.asarray(added, np.float32)
 
 

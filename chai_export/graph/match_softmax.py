@@ -1,4 +1,4 @@
-"""Forms A and B: a Softmax between two products, with the cache concatenated before.
+"""Forms A, B and F: a Softmax between two products, with the cache concatenated before.
 
 1. The anchor is a Softmax over the last axis whose result, through NaN guards and casts only, is the first
    operand of a MatMul.
@@ -10,7 +10,8 @@
    the numerical proof.
 
 Form A (torch's scaled_dot_product_attention, opset 18 to 22) has the square root of the scale on query and
-key; form B (transformers' eager attention) scales the scores. One set of rules covers both.
+key, and so has form F (TorchScript, as optimum exports it); form B (transformers' eager attention) scales the
+scores. One set of rules covers all three.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import onnx_ir as ir
 
 from chai_export.graph.constants import constant, rank
 from chai_export.graph.geometry import site_geometry
-from chai_export.graph.site import AttentionSite, NoMatch, ScoreChain
+from chai_export.graph.site import AttentionSite, CachedHeads, NoMatch, ScoreChain
 from chai_export.graph.walk import consumers_through, strip_scale, trace_cache
 
 _GUARDS = frozenset({"Where", "IsNaN", "Cast", "Identity", "Dropout", "Reshape"})
@@ -73,7 +74,7 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
     geometry = site_geometry(product, source, keys, values)
     logits = node.inputs[0]
     return AttentionSite(
-        form="A" if keys.scale != 1.0 else "B",
+        form=_form(node, keys),
         anchor=node,
         query=source,
         key=keys,
@@ -86,6 +87,13 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
         head_dim=geometry.head_dim,
         value_head_dim=geometry.value_head_dim,
     )
+
+
+def _form(node: ir.Node, keys: CachedHeads) -> str:
+    if keys.scale == 1.0:
+        return "B"
+    # TorchScript names nodes by the path of their module, the dynamo exporter by kind and number.
+    return "F" if (node.name or "").startswith("/") else "A"
 
 
 def _score_product(softmax: ir.Node) -> ir.Node:

@@ -11,14 +11,14 @@ from chai_export.bundle.manifest import Dtype, Manifest, Proof, Source
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
 from chai_export.graph.cleanup import check_result
-from chai_export.graph.find import require_sites, survey
+from chai_export.graph.find import require_sites, survey, survey_again
 from chai_export.graph.load import load_graph, read_model
 from chai_export.graph.positions import position_limit
 from chai_export.graph.prove_model import prove_model
 from chai_export.graph.prove_sites import SiteProver
 from chai_export.graph.site import AttentionSite
 from chai_export.graph.transform import transform
-from chai_export.graph.weights import write_model
+from chai_export.graph.weights import follow, write_model
 from chai_export.op.function import MIN_OPSET
 from chai_export.op.schema import VERSION
 
@@ -29,10 +29,13 @@ _DTYPES: dict[ir.DataType | None, Dtype] = {
 }
 
 
-def rewrite_model(path: Path, clusters: Clusters, directory: Path, probe_tokens: int) -> Manifest:
+def rewrite_model(
+    path: Path, clusters: Clusters, directory: Path, probe_tokens: int, *, take: bool = False
+) -> Manifest:
     """Rewrite ``path`` into ``directory``/model.onnx with its weights; return a manifest of what was found.
 
     The source is read twice: to be transformed, and to be compared with. Neither holds its weights.
+    ``take``: the source's data file may be moved into the bundle.
 
     Raises:
         ChaiError: the file is damaged or cannot be rewritten, clusters do not fit it, or a proof fails.
@@ -66,13 +69,24 @@ def rewrite_model(path: Path, clusters: Clusters, directory: Path, probe_tokens:
     prover.prove(sites)
 
     target = load_graph(path)
-    again = survey(target)
+    again = survey_again(target, found)
     assert again.roles is not None
     transform(target, again.sites, again.roles, probe_tokens)
     check_result(target)
     limit = position_limit(target.graph)
+<<<<<<< HEAD
     how = write_model(target, directory)
-    whole = prove_model(source, path.parent, roles, sites, read_model(directory / MODEL_FILE), directory)
+    where = path.parent
+    if how == "moved":
+        follow(source, directory)
+        where = directory
+    whole = prove_model(source, where, roles, sites, read_model(directory / MODEL_FILE), directory)
+=======
+    how = write_model(target, source, directory, take=take)
+    # Unless the weights were written anew, both graphs read the bundle's file from here on.
+    beside = path.parent if how == "written" else directory
+    whole = prove_model(source, beside, roles, sites, read_model(directory / MODEL_FILE), directory)
+>>>>>>> theirs
     proof = Proof(
         compared=(
             f"{len(sites)} attentions cut out of the source (max difference {prover.max_abs_diff:.2g}) and "

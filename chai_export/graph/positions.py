@@ -50,7 +50,8 @@ def replace_derived_positions(builder: Builder, roles: Roles, position_ids: ir.V
 
 def _frontier(graph: ir.Graph, roles: Roles, ours: ir.Value) -> list[ir.Value]:
     """Index values that depend on the past or the mask and are read by something that is not one."""
-    old = {value for value in (*roles.caches, roles.attention_mask) if value is not None}
+    sources = (*roles.caches, roles.attention_mask, roles.cache_position)
+    old = {value for value in sources if value is not None}
     index: set[ir.Value] = {roles.input_ids, *old}
     moving: set[ir.Value] = set(old)
     own = _ancestors(ours)
@@ -148,9 +149,7 @@ def _offset_from_positions(value: ir.Value | None) -> int | None:
 
 
 def _run(part: Slice, sizes: Sizes, roles: Roles) -> Array:
-    feeds: dict[ir.Value, Array] = {roles.input_ids: np.ones((sizes.batch, sizes.tokens), np.int64)}
-    if roles.attention_mask is not None:
-        feeds[roles.attention_mask] = np.ones((sizes.batch, sizes.total), np.int64)
+    feeds = roles.feeds(sizes, np.ones((sizes.batch, sizes.total), np.int64))
     (array,) = part.run(roles, sizes, {v: a for v, a in feeds.items() if v in part.inputs})
     return np.asarray(array)
 

@@ -6,6 +6,7 @@ single attentions cannot: positions, the order of caches and outputs, and the ga
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,10 @@ def prove_model(
     """
     vocabulary = _vocabulary(source)
     generator = np.random.default_rng(0)
-    data = [_case(sizes, padded, sites, vocabulary, generator) for sizes, padded in _CASES]
+    data = [_case(sizes, padded, sites, vocabulary, generator) for sizes, padded in _cases(sites)]
     rows = [(case, row) for case in data for row in range(case.sizes.batch)]
     try:
-        sources = [_source_inputs(*each, roles, sites) for each in rows]
+        sources: list[Mapping[str, Array]] = [_source_inputs(*each, roles, sites) for each in rows]
         theirs = iter(run_in_segments(source, source_directory, sources))
     except EvaluationError as error:
         raise ChaiError(
@@ -88,6 +89,14 @@ def prove_model(
     return worst
 
 
+def _cases(sites: list[AttentionSite]) -> list[tuple[Sizes, int]]:
+    """Sizes that the source can run: one token after a past where it does not take several."""
+    return [
+        (sizes, padded) if sites[0].chunks or not sizes.past else (Sizes(sizes.batch, 1, sizes.past), 0)
+        for sizes, padded in _CASES
+    ]
+
+
 class _Case:
     def __init__(
         self, sizes: Sizes, lengths: Array, tokens: Array, caches: list[tuple[Array, Array]]
@@ -114,15 +123,12 @@ def _case(
 
 def _source_inputs(case: _Case, row: int, roles: Roles, sites: list[AttentionSite]) -> dict[str, Array]:
     """One row by itself, without padding: not every exported graph is right for more than one row."""
-    past, valid = case.sizes.past, int(case.lengths[row])
-    values: dict[ir.Value, Array] = {roles.input_ids: case.tokens[row : row + 1, :valid]}
-    if roles.attention_mask is not None:
-        values[roles.attention_mask] = np.ones((1, past + valid), np.int64)
-    if roles.position_ids is not None:
-        values[roles.position_ids] = np.arange(past, past + valid, dtype=np.int64)[None]
+    sizes = Sizes(1, int(case.lengths[row]), case.sizes.past)
+    values = roles.feeds(sizes, np.ones((1, sizes.total), np.int64))
+    values[roles.input_ids] = case.tokens[row : row + 1, : sizes.tokens]
     for site, (key, value) in zip(sites, case.caches, strict=True):
-        values[site.key.past] = key[row : row + 1]
-        values[site.value.past] = value[row : row + 1]
+        values[site.key.past] = roles.cache_array(site.key.past, sizes, key[row : row + 1])
+        values[site.value.past] = roles.cache_array(site.value.past, sizes, value[row : row + 1])
     numpy_types = {ir.DataType.INT32: np.int32, ir.DataType.INT64: np.int64}
     return {
         str(value.name): array.astype(

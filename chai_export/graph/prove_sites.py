@@ -24,8 +24,12 @@ from chai_export.op.schema import INPUT_NAMES
 TOLERANCE = 2e-5
 """Of outputs that are averages of standard normal numbers, in float32."""
 
-_CASES = ((Sizes(2, 5, 0), 2), (Sizes(2, 4, 3), 1), (Sizes(2, 1, 6), 0))
-"""Sizes, and how many tokens of the last row are padding."""
+_CASES: dict[str, tuple[tuple[Sizes, int], ...]] = {
+    "any": ((Sizes(2, 5, 0), 2), (Sizes(2, 4, 3), 1), (Sizes(2, 1, 6), 0)),
+    "fresh": ((Sizes(2, 5, 0), 2), (Sizes(1, 4, 3), 0), (Sizes(2, 1, 6), 0)),
+    "none": ((Sizes(2, 5, 0), 0), (Sizes(2, 4, 3), 0), (Sizes(2, 1, 6), 0)),
+}
+"""By where the source takes right padding: sizes, and how many tokens of the last row are padding."""
 
 
 @dataclass
@@ -68,7 +72,9 @@ class SiteProver:
         leaves = [site.query, site.key.new, site.value.new]
         part = cut(self.graph, leaves, [site.output, site.key.present, site.value.present], self.roles)
         generator = np.random.default_rng(site.layer)
-        for sizes, padded in _CASES:
+        for sizes, padded in _CASES[site.right_padding]:
+            if not site.chunks and sizes.past and sizes.tokens > 1:
+                continue
             lengths = np.full(sizes.batch, sizes.tokens, np.int32)
             lengths[-1] -= padded
             arrays = _random_arrays(site, sizes, generator)
@@ -86,22 +92,15 @@ class SiteProver:
     def _feeds(
         self, site: AttentionSite, sizes: Sizes, lengths: Array, arrays: dict[str, Array]
     ) -> dict[ir.Value, Array]:
-        roles = self.roles
-        feeds = {
+        valid = np.arange(sizes.total) < sizes.past + lengths[:, None]
+        return {
+            **self.roles.feeds(sizes, valid.astype(np.int64)),
             site.query: arrays["query"],
             site.key.new: arrays["key"],
             site.value.new: arrays["value"],
-            site.key.past: arrays["past_key"],
-            site.value.past: arrays["past_value"],
-            roles.input_ids: np.ones((sizes.batch, sizes.tokens), np.int64),
+            site.key.past: self.roles.cache_array(site.key.past, sizes, arrays["past_key"]),
+            site.value.past: self.roles.cache_array(site.value.past, sizes, arrays["past_value"]),
         }
-        if roles.attention_mask is not None:
-            valid = np.arange(sizes.total) < sizes.past + lengths[:, None]
-            feeds[roles.attention_mask] = valid.astype(np.int64)
-        if roles.position_ids is not None:
-            steps = np.minimum(np.arange(sizes.tokens), lengths[:, None] - 1)
-            feeds[roles.position_ids] = (sizes.past + steps).astype(np.int64)
-        return feeds
 
 
 def _random_arrays(site: AttentionSite, sizes: Sizes, generator: np.random.Generator) -> dict[str, Array]:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from chai_export.graph.evaluate import EvaluationError
+from chai_export.graph.evaluate import EvaluationError, forget_shapes
 from chai_export.graph.float32 import to_float32
 
 Array = NDArray[Any]
@@ -62,6 +62,7 @@ def run_in_segments(
         )
         part = ir.Model(view.clone(), ir_version=model.ir_version, functions=list(model.functions.values()))
         part.opset_imports.update(model.opset_imports)
+        forget_shapes(part.graph)
         to_float32(part)
         data = ir.serde.serialize_model(part).SerializeToString()
         try:

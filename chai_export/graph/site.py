@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -62,13 +63,15 @@ class CachedHeads:
     """K or V as attention reads it, traced back to the cache.
 
     ``past`` [B,G,P,D] is a graph input, ``new`` [B,G,S,D] what is appended, ``present`` [B,G,P+S,D] both.
-    ``scale`` is the product of constants multiplied in after the cache.
+    ``scale`` is the product of constants multiplied in after the cache. A ``fixed`` cache has one size
+    throughout, present like past [B,G,C,D], and the new rows are written into it.
     """
 
     past: ir.Value
     new: ir.Value
     present: ir.Value
     scale: float = 1.0
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class AttentionSite:
 
     ``query`` [B,H,S,D] is after RoPE and before any scale; ``output`` is [B,H,S,Dv]. ``scale`` multiplies
     the raw product of query and (unscaled) key. ``form`` is the letter of the exported form.
+    ``right_padding`` says where the source takes padded rows: anywhere, only before anything is cached, or
+    nowhere; ``chunks`` whether it takes several new tokens after a past at all.
     """
 
     form: str
@@ -91,5 +96,7 @@ class AttentionSite:
     num_kv_heads: int
     head_dim: int
     value_head_dim: int
+    chunks: bool = True
+    right_padding: Literal["any", "fresh", "none"] = "any"
     layer: int = -1
     nodes: tuple[ir.Node, ...] = field(default=(), compare=False)

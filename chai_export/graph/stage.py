@@ -117,7 +117,8 @@ def write_bundle(
 ) -> Manifest:
     """Rewrite ``path`` into ``directory``, prove it, and write manifest.json as the last file.
 
-    ``remove`` is a directory of intermediate files to delete before the bundle's files are hashed.
+    ``remove`` is a directory of intermediate files, ``path`` among them, to delete before the bundle's files
+    are hashed; the weights are moved out of it.
 
     The caller makes ``directory`` appear in one step (:func:`~chai_export.bundle.atomic.atomic_directory`).
 
@@ -130,7 +131,7 @@ def write_bundle(
 
     if probe_tokens < 1:
         raise ChaiError(f"--probe-tokens {probe_tokens} is too few; give 1 or more")
-    draft = rewrite_model(path, clusters, directory, probe_tokens)
+    draft = rewrite_model(path, clusters, directory, probe_tokens, take=remove is not None)
     if remove is not None:
         shutil.rmtree(remove)
     clusters.save(directory / CLUSTERS_FILE)

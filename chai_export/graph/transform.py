@@ -6,7 +6,13 @@ import onnx_ir as ir
 
 from chai_export.errors import ChaiError
 from chai_export.graph.build import Builder
-from chai_export.graph.cleanup import drop_dead_nodes, replace_cache_shapes, require_no_uses, tidy
+from chai_export.graph.cleanup import (
+    drop_dead_nodes,
+    replace_cache_shapes,
+    replace_position_shapes,
+    require_no_uses,
+    tidy,
+)
 from chai_export.graph.interface import make_interface, token_positions
 from chai_export.graph.positions import replace_derived_positions
 from chai_export.graph.replace import replace_sites
@@ -39,6 +45,7 @@ def transform(model: ir.Model, sites: list[AttentionSite], roles: Roles, probe_t
         ir.convenience.replace_all_uses_with(roles.position_ids, token_positions(builder, interface))
     drop_dead_nodes(model)
     replace_cache_shapes(builder, sites, roles.input_ids)
+    replace_position_shapes(builder, roles.cache_position, roles.input_ids)
     drop_dead_nodes(model)
     if roles.position_ids is None:
         replace_derived_positions(builder, roles, token_positions(builder, interface))

@@ -44,7 +44,9 @@ def trace_cache(value: ir.Value, what: str) -> CachedHeads:
 
     1. Data movement, repetition of KV heads and multiplication by constants are passed.
     2. The first Concat joins a rank-4 graph input with the new rows, along the tokens (axis 2).
-    3. A graph input reached by nothing but movement is a cache that is not appended to: refused.
+    3. Instead of a Concat, new rows may be written into a graph input of fixed size: TensorScatter along the
+       tokens, or ScatterND between two Transposes that bring the tokens to the front and back.
+    4. A graph input reached by nothing but movement is a cache that is not appended to: refused.
 
     Raises:
         NoMatch: any other node stands in the way.
@@ -58,6 +60,10 @@ def trace_cache(value: ir.Value, what: str) -> CachedHeads:
             raise NoMatch(None, f"{what} comes straight from {value.name!r}; no cache is appended to", 2)
         if node.op_type == "Concat" and node.domain == "":
             return _append(node, value, what, scale)
+        if node.op_type == "TensorScatter" and node.domain == "":
+            return _written(node, value, what, scale)
+        if _is_scatter(node):
+            return _scattered(node, value, what, scale)
         if node.op_type not in _MOVES or node.domain != "" or node.inputs[0] is None:
             raise NoMatch(node, f"{what} is not a concatenation of past and new rows", 2)
         value = node.inputs[0]
@@ -77,6 +83,40 @@ def _append(node: ir.Node, present: ir.Value, what: str, scale: float) -> Cached
     if axis not in (2, -2):
         raise NoMatch(node, f"the cache of {what} grows along axis {axis} instead of 2 (the tokens)", 3)
     return CachedHeads(past, new, present, scale)
+
+
+def _written(node: ir.Node, present: ir.Value, what: str, scale: float) -> CachedHeads:
+    past, new = node.inputs[:2]
+    if past is None or new is None or not past.is_graph_input():
+        raise NoMatch(node, f"{what} is written into something that is no graph input, so it is no cache", 3)
+    axis, mode = node.attributes.get("axis"), node.attributes.get("mode")
+    if axis is not None and axis.as_int() not in (2, -2):
+        raise NoMatch(node, f"the cache of {what} is written along axis {axis.as_int()} instead of 2", 3)
+    if mode is not None and mode.as_string() != "linear":
+        raise NoMatch(node, f"the cache of {what} is a ring (mode {mode.as_string()}): a sliding window", 3)
+    return CachedHeads(past, new, present, scale, fixed=True)
+
+
+def _is_scatter(node: ir.Node) -> bool:
+    """A Transpose that brings the tokens of a scattered cache [C,B,G,D] back to axis 2."""
+    source = node.inputs[0].producer() if node.op_type == "Transpose" and node.inputs[0] is not None else None
+    return source is not None and source.op_type == "ScatterND" and source.domain == ""
+
+
+def _scattered(node: ir.Node, present: ir.Value, what: str, scale: float) -> CachedHeads:
+    assert node.inputs[0] is not None
+    scatter = node.inputs[0].producer()
+    assert scatter is not None
+    moved, rows = (item.producer() if item is not None else None for item in scatter.inputs[0:3:2])
+    past = moved.inputs[0] if moved is not None and moved.op_type == "Transpose" else None
+    new = rows.inputs[0] if rows is not None and rows.op_type == "Transpose" else None
+    if past is None or new is None or not past.is_graph_input():
+        raise NoMatch(
+            scatter, f"{what} is scattered into something that is no graph input moved to [C,B,G,D]", 3
+        )
+    if list(node.attributes["perm"].as_ints()) != [1, 2, 0, 3]:
+        raise NoMatch(node, f"the scattered cache of {what} is not moved back to [B,G,C,D]", 3)
+    return CachedHeads(past, new, present, scale, fixed=True)
 
 
 def consumers_through(value: ir.Value, passed: frozenset[str]) -> Iterator[ir.Node]:

@@ -1,0 +1,59 @@
+"""The whole export stage: a model in, a bundle out, or nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from chai_export.clustering.clusters import Clusters
+from chai_export.errors import ChaiError
+from chai_export.export import stage
+from chai_export.export.stage import export
+from tests.exported import model_of
+from tests.graph_runner import GraphRunner
+
+NAME = "qwen2-gqa"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_bundle_of_each_dtype(dtype: str, tmp_path: Path) -> None:
+    bundle = export(model_of(NAME), Clusters((1,)), tmp_path / "bundle", dtype=dtype, probe_tokens=4)
+    assert bundle.manifest.dtype == dtype
+    assert bundle.manifest.probe_tokens == 4
+    assert bundle.manifest.source.kind == "hf"
+    assert bundle.manifest.source.model_type == "qwen2"
+    assert bundle.manifest.context_length == 128
+    assert bundle.manifest.generation.eos_token_ids == [2]
+    names = {path.name for path in bundle.path.iterdir()}
+    assert {"model.onnx", "model.onnx.data", "clusters.json", "manifest.json"} <= names
+    assert not any(name.startswith(".") for name in names)
+    graph = ir.load(bundle.model_path).graph
+    stored = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[dtype]
+    assert {value.dtype.name for value in graph.inputs if value.name.startswith("past_key.")} == {stored}
+    if dtype == "float32":
+        logits = GraphRunner(bundle, 1, 8).step([[3, 1, 4, 1, 5]])
+        assert np.isfinite(logits).all()
+
+
+def test_clusters_are_checked_before_anything_is_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chai_export.export.torch_export.export_onnx", None)
+    with pytest.raises(ChaiError, match="layer 0 keeps 5"):
+        export(model_of(NAME), Clusters((5,)), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_of_an_interrupted_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("chai_export.graph.stage.write_bundle", interrupted)
+    monkeypatch.setattr("chai_export.export.torch_export.export_onnx", lambda model, where: where / "x.onnx")
+    with pytest.raises(KeyboardInterrupt):
+        export(model_of(NAME), Clusters((1,)), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+    assert stage._WORK.startswith(".")
