@@ -19,7 +19,7 @@ from chai_export.bundle.atomic import atomic_directory, atomic_file
 from chai_export.bundle.bundle import ENGINES_DIRECTORY, MODEL_FILE, Bundle, record_files
 from chai_export.bundle.hashing import sha256_file
 from chai_export.bundle.manifest import EngineRecord, FileRecord
-from chai_export.engines.tensorrt_network import plugin_network, portable_network
+from chai_export.engines.tensorrt_network import plugin_network, portable_network, require_parsed
 from chai_export.engines.tensorrt_profiles import Range, profiles, trtexec_shapes
 from chai_export.engines.tensorrt_progress import BuildProgress, error_recorder
 from chai_export.errors import ChaiError
@@ -34,6 +34,7 @@ from chai_export.runtime.tensorrt_environment import (
     import_tensorrt,
     require_gpu,
     require_plugin,
+    version_of,
 )
 
 BACKEND = "tensorrt"
@@ -71,6 +72,7 @@ def build_tensorrt(
     polygraphy = import_polygraphy()
     gpu = require_gpu()
     plugin = require_plugin(tensorrt)
+    require_parsed(bundle, version_of(tensorrt))
     shapes = profiles(bundle.manifest, max_batch, max_seq)
     settings: dict[str, str | int | float | bool] = {
         "gpu": gpu.name,

@@ -11,6 +11,8 @@ from chai_export.op.schema import DOMAIN, OP_TYPE
 PLUGIN_VERSION_ATTRIBUTE = "plugin_version"
 PLUGIN_NAMESPACE_ATTRIBUTE = "plugin_namespace"
 KERNEL_DIRECTORY_ATTRIBUTE = "kernel_directory"
+PARSED_SINCE = {"RMSNormalization": (10, 15), "RotaryEmbedding": (10, 15)}
+"""Operators that TensorRT's parser took up late, and the version that did (its change log)."""
 
 
 def plugin_network(bundle: Bundle, version: str, namespace: str, kernel_directory: str) -> onnx.ModelProto:
@@ -53,6 +55,23 @@ def portable_network(bundle: Bundle) -> onnx.ModelProto:
         if (function.domain, function.name) == (DOMAIN, OP_TYPE):
             _sum_in_float(function)
     return model
+
+
+def require_parsed(bundle: Bundle, version: tuple[int, int]) -> None:
+    """Refuse a graph with operators that a version's parser is known not to take.
+
+    Raises:
+        ChaiError: naming the operator and the version that takes it.
+    """
+    graph = onnx.load(str(bundle.model_path), load_external_data=False).graph
+    for node in graph.node:
+        since = PARSED_SINCE.get(node.op_type, (0, 0))
+        if version < since:
+            needed = ".".join(map(str, since))
+            raise ChaiError(
+                f"{bundle.model_path} uses {node.op_type}, which TensorRT takes from {needed} on and this is "
+                f"{'.'.join(map(str, version))}; pip install --upgrade tensorrt"
+            )
 
 
 def _sum_in_float(function: onnx.FunctionProto) -> None:

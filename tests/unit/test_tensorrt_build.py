@@ -22,7 +22,7 @@ from chai_export.engines.build import build
 from chai_export.engines.doctor import diagnose
 from chai_export.engines.tensorrt import NETWORK_FILE, place_kernels, spec_of
 from chai_export.engines.tensorrt_layers import compare_layers
-from chai_export.engines.tensorrt_network import portable_network
+from chai_export.engines.tensorrt_network import portable_network, require_parsed
 from chai_export.engines.tensorrt_profiles import profiles
 from chai_export.errors import ChaiError, UsageError
 from chai_export.kernels.spec import Spec
@@ -473,3 +473,12 @@ def test_layers_are_compared_one_by_one(
         assert [layer.max_abs_diff for layer in found] == pytest.approx([0.0, error])
         assert all(layer.max_abs > 0.01 for layer in found)
     assert sorted(bundle.path.rglob("*")) == before
+
+
+def test_an_operator_that_the_parser_does_not_take_yet(bundle: Bundle, played: Played) -> None:
+    model = onnx.load(str(bundle.model_path))
+    model.graph.node.append(onnx.helper.make_node("RotaryEmbedding", ["x", "cos", "sin"], ["y"]))
+    onnx.save(model, str(bundle.model_path))
+    require_parsed(bundle, (10, 15))
+    with pytest.raises(ChaiError, match=r"uses RotaryEmbedding, .* from 10\.15 on and this is 10\.3"):
+        require_parsed(bundle, (10, 3))
