@@ -18,7 +18,7 @@ from chai_export.graph.prove_model import prove_model
 from chai_export.graph.prove_sites import SiteProver
 from chai_export.graph.site import AttentionSite
 from chai_export.graph.transform import transform
-from chai_export.graph.weights import follow, write_model
+from chai_export.graph.weights import write_model
 from chai_export.op.function import MIN_OPSET
 from chai_export.op.schema import VERSION
 
@@ -74,19 +74,10 @@ def rewrite_model(
     transform(target, again.sites, again.roles, probe_tokens)
     check_result(target)
     limit = position_limit(target.graph)
-<<<<<<< HEAD
-    how = write_model(target, directory)
-    where = path.parent
-    if how == "moved":
-        follow(source, directory)
-        where = directory
-    whole = prove_model(source, where, roles, sites, read_model(directory / MODEL_FILE), directory)
-=======
     how = write_model(target, source, directory, take=take)
     # Unless the weights were written anew, both graphs read the bundle's file from here on.
     beside = path.parent if how == "written" else directory
     whole = prove_model(source, beside, roles, sites, read_model(directory / MODEL_FILE), directory)
->>>>>>> theirs
     proof = Proof(
         compared=(
             f"{len(sites)} attentions cut out of the source (max difference {prover.max_abs_diff:.2g}) and "

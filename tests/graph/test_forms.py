@@ -97,16 +97,6 @@ def test_the_op_is_written_in_full_with_its_function(form: str) -> None:
         assert node.attribute[0].f == pytest.approx(8**-0.5)
 
 
-<<<<<<< HEAD
-def test_the_bundle_has_weights_of_its_own_that_onnx_reads() -> None:
-    """onnx refuses files with several hard links, so a link would make the source unreadable as well."""
-    source, bundle = exported("llama-gqa"), bundle_of("llama-gqa")
-    data = Path(f"{source}.data")
-    assert (bundle.path / "model.onnx.data").read_bytes() == data.read_bytes()
-    assert data.stat().st_nlink == 1
-    onnx.load(bundle.model_path)
-    onnx.load(source)
-=======
 def test_weights_are_taken_over_as_they_are() -> None:
     source, bundle = exported("llama-gqa"), bundle_of("llama-gqa")
     data, copy = Path(f"{source}.data"), bundle.path / "model.onnx.data"
@@ -115,7 +105,6 @@ def test_weights_are_taken_over_as_they_are() -> None:
     assert copy.stat().st_nlink == data.stat().st_nlink == 1
     for path in (source, bundle.model_path):
         onnx.load(path)
->>>>>>> theirs
 
 
 def test_the_proof_is_in_the_manifest() -> None:
