@@ -16,6 +16,7 @@ from torch import Tensor
 
 from chai_export.errors import ChaiError
 from chai_export.models.attention import attention_of, causal_attention, probe_probabilities
+from chai_export.models.fused_attention import fresh_prefill, kernels_available
 from chai_export.models.geometry import describe
 from chai_export.op.head_map import cluster_heads, distances, quantise
 
@@ -40,6 +41,8 @@ class Oracle:
         probe_tokens: P, tokens that are exact and decide the head map.
         online: False applies given maps to every token, the first P included (static membership).
         rule: how a head map is chosen from probe probabilities; the op's rule unless given.
+        kernels: compute layers whose maps the op decides with the Triton kernels; by default where the model
+            is on a GPU and Triton is installed. Given maps and other rules always go through torch.
 
     Raises:
         ChaiError: ``kept_heads`` does not fit the model.
@@ -53,6 +56,7 @@ class Oracle:
         *,
         online: bool = True,
         rule: HeadMapRule = op_head_map,
+        kernels: bool | None = None,
     ) -> None:
         self.model = model
         self.geometry = describe(model.config)
@@ -60,6 +64,7 @@ class Oracle:
         self.probe_tokens = probe_tokens
         self.online = online
         self._rule = rule
+        self._kernels = kernels_available(model.device) if kernels is None else kernels
         self._maps: list[NDArray[np.int32]] = []
         layers, most = self.geometry.num_layers, self.geometry.num_kv_heads
         if len(self.kept_heads) != layers or not all(1 <= kept <= most for kept in self.kept_heads):
@@ -92,11 +97,19 @@ class Oracle:
             raise ValueError("static membership needs head_maps")
         self._maps = []
 
+        fused = self._kernels and given is None and self._rule is op_head_map
+
         def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+            if fused:
+                kept = self.kept_heads[index]
+                attended, maps = fresh_prefill(query, key, value, kept, scale, self.probe_tokens)
+                self._maps.append(maps.cpu().numpy())
+                return attended
             head_map = self._choose(index, query, key, scale) if given is None else given[index]
             self._maps.append(head_map[None])
             exact = min(self.probe_tokens, query.shape[2]) if self.online else 0
-            return clustered_attention(query, key, value, torch.from_numpy(head_map).long(), scale, exact)
+            on_device = torch.from_numpy(head_map).long().to(query.device)
+            return clustered_attention(query, key, value, on_device, scale, exact)
 
         with attention_of(self.model, layer):
             return _forward(self.model, token_ids)
@@ -117,7 +130,7 @@ class Oracle:
         kept, groups = self.kept_heads[layer], key.shape[1]
         tokens = min(self.probe_tokens, query.shape[2])
         probabilities = probe_probabilities(query, key, scale, tokens)[0]
-        return self._rule(probabilities.numpy(), groups, kept)
+        return self._rule(probabilities.cpu().numpy(), groups, kept)
 
     def _checked(self, head_maps: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         layers, heads = self.geometry.num_layers, self.geometry.num_query_heads
@@ -183,11 +196,12 @@ def probe_features(
 
     def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         probabilities = probe_probabilities(query, key, scale, probe_tokens)
-        features.append(probabilities.numpy())
+        features.append(probabilities.cpu().numpy())
         return probabilities @ value.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
 
     with attention_of(model, layer), torch.inference_mode():
-        model.base_model(input_ids=torch.tensor([list(map(int, w)) for w in windows]), use_cache=False)
+        batch = torch.tensor([list(map(int, w)) for w in windows], device=model.device)
+        model.base_model(input_ids=batch, use_cache=False)
     return features
 
 
@@ -213,7 +227,7 @@ def require_same_with_all_heads(model: PreTrainedModel, tolerance: float = 1e-3)
 
 def _forward(model: PreTrainedModel, token_ids: Sequence[int] | NDArray[Any]) -> NDArray[np.float32]:
     """float32 [T, V] of one sequence, without a cache."""
-    batch = torch.tensor([list(map(int, token_ids))], dtype=torch.long)
+    batch = torch.tensor([list(map(int, token_ids))], dtype=torch.long, device=model.device)
     with torch.inference_mode():
-        logits: NDArray[np.float32] = model(input_ids=batch, use_cache=False).logits[0].float().numpy()
+        logits: NDArray[np.float32] = model(input_ids=batch, use_cache=False).logits[0].float().cpu().numpy()
     return logits

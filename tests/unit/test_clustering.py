@@ -15,7 +15,7 @@ from chai_export.clustering.curves import ErrorCurves
 from chai_export.clustering.plot import plot_curves
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.oracle import Oracle, model_logits
-from chai_export.op.head_map import cluster_heads, distances, quantise
+from chai_export.op.head_map import assign, greedy_order, quantise, squared_distances
 from tests.families import family_model
 from tests.planted import GQA_GROUPS, MHA_GROUPS, distinct, planted_model
 
@@ -44,7 +44,7 @@ def test_planted_clusters_are_found_and_cost_nothing(groups, query_heads):
     assert np.abs(Oracle(model, fewer).logits(tokens) - model_logits(model, tokens)).max() > 1e-2
 
 
-def test_curves_are_the_error_of_the_ops_own_choice():
+def test_curves_are_the_squared_error_of_the_greedy_choice():
     rng = np.random.default_rng(2)
     scores = rng.standard_normal((3, 8, 5, 5)).astype(np.float32)
     probabilities = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
@@ -53,8 +53,8 @@ def test_curves_are_the_error_of_the_ops_own_choice():
     for kept in range(1, 5):
         error = 0
         for window in probabilities:
-            distance = distances(quantise(window))
-            head_map = cluster_heads(distance, 4, kept)
+            distance = squared_distances(quantise(window))
+            head_map = assign(distance, 4, greedy_order(distance, 4, kept)[0])
             error += distance[np.arange(8), head_map].sum()
         assert curves.normalised()[0][kept - 1] == pytest.approx(error / (3 * 8 * 5 * 1024**2))
 
