@@ -11,7 +11,10 @@ from chai_export.op.head_map import QUANTISATION_STEPS, greedy_order, quantise, 
 
 
 class ErrorCurves:
-    """Running sums of the op's clustering error, one number per layer and number of kept heads.
+    """Running sums of the paper's clustering error, one number per layer and number of kept heads.
+
+    Squared distances and a choice that is never taken back, so that one run gives the error for every k;
+    the op's own choice (absolute distances, made twice) differs in detail.
 
     The sums are integers, so their order does not matter: a resumed calibration ends exactly where an
     uninterrupted one does. Memory is L·G numbers, whatever the text.
