@@ -1,0 +1,109 @@
+"""A TensorRT and a polygraphy for tests that build engines: nothing is built, everything is remembered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+
+from chai_export.bundle.bundle import Bundle
+from chai_export.engines import tensorrt as engine_module
+from chai_export.kernels.spec import Spec
+from chai_export.op.schema import DOMAIN, OP_TYPE
+from chai_export.runtime import tensorrt_session as session_module
+from chai_export.runtime.tensorrt_environment import Gpu
+from tests.fake_tensorrt import FakeEngine, HostDevice
+from tests.tiny_graph import TinyModel
+
+MODEL = TinyModel(positions=96)
+GPU = Gpu("Played GPU", 90, "999.1")
+
+
+class Played:
+    """A TensorRT and a polygraphy that build nothing, and remember what they are given."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.parsed: onnx.ModelProto | None = None
+        self.config: dict[str, Any] = {}
+        self.fail: Callable[[], None] = lambda: None
+        self.plugin_layers: int | None = None
+        self.builder = SimpleNamespace(error_recorder=None)
+        base = type("Base", (), {"__init__": lambda self: None})
+        engine = SimpleNamespace(deserialize_cuda_engine=lambda plan: FakeEngine(bundle, 4, 64))
+        self.tensorrt = SimpleNamespace(
+            __version__="11.4.0.106",
+            IProgressMonitor=base,
+            IErrorRecorder=base,
+            ILogger=type("ILogger", (base,), {"WARNING": 2}),
+            LayerType=SimpleNamespace(PLUGIN_V3="plugin"),
+            MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
+            Runtime=lambda logger: engine,
+        )
+        self.polygraphy = SimpleNamespace(
+            network_from_onnx_path=self._parse,
+            CreateConfig=lambda **given: self.config.update(given),
+            Profile=PlayedProfile,
+            engine_bytes_from_network=self._build,
+        )
+
+    def _parse(self, path: str, strongly_typed: bool) -> Any:
+        assert strongly_typed
+        self.path = path
+        self.parsed = model = onnx.load(path)
+        kinds = [
+            "plugin" if n.op_type == OP_TYPE and not model.functions else "other" for n in model.graph.node
+        ]
+        if self.plugin_layers is not None:
+            kinds = ["plugin"] * self.plugin_layers
+        network = SimpleNamespace(
+            num_layers=len(kinds),
+            get_layer=lambda i: SimpleNamespace(type=kinds[i]),
+            num_inputs=1,
+            get_input=lambda i: SimpleNamespace(name="input_ids", is_shape_tensor=False),
+        )
+        return self.builder, network, None
+
+    def _build(self, network: Any, config: Any, save_timing_cache: str) -> bytes:
+        self.fail()
+        return b"a plan"
+
+
+class PlayedProfile(dict[str, Any]):
+    def add(self, name: str, *shapes: tuple[int, ...]) -> None:
+        self[name] = shapes
+
+
+def make_played(bundle: Bundle, library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Played:
+    """Put the play in the place of TensorRT, polygraphy, the GPU, the kernel compiler and the CUDA device."""
+
+    played = Played(bundle)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for module in (engine_module, session_module):
+        monkeypatch.setattr(module, "import_tensorrt", lambda: played.tensorrt)
+        monkeypatch.setattr(module, "require_gpu", lambda: GPU)
+        monkeypatch.setattr(module, "require_plugin", lambda tensorrt: library)
+    monkeypatch.setattr(engine_module, "import_polygraphy", lambda: played.polygraphy)
+    monkeypatch.setattr(engine_module, "compile_kernels", write_kernels)
+    monkeypatch.setattr(session_module, "CudaDevice", HostDevice)
+    return played
+
+
+def write_kernels(spec: Spec, architecture: int, directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "one.cubin").write_bytes(b"code")
+    index = {"architecture": architecture, "spec": vars(spec), "launches": [{"file": "one.cubin"}]}
+    (directory / "index.json").write_text(json.dumps(index))
+    return directory / "index.json"
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+
+def op_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, OP_TYPE)]
