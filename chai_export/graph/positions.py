@@ -11,6 +11,8 @@ recognised by evaluating it, not by its nodes:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
 
@@ -112,17 +114,29 @@ def _position_layout(graph: ir.Graph, value: ir.Value, roles: Roles) -> tuple[li
 def position_limit(graph: ir.Graph) -> int | None:
     """Tokens that a table of positions (learned, or precomputed cos and sin) has rows for; None without one.
 
-    A table is an initializer that a Gather reads at token positions, with a constant offset or without.
+    A table is an initializer that a Gather or a RotaryEmbedding reads at token positions, with a constant
+    offset or without.
     """
     limits = []
     for node in graph:
-        table = node.inputs[0] if node.op_type == "Gather" and node.inputs else None
-        if table is None or table.const_value is None or len(table.const_value.shape) != 2:
-            continue
-        offset = _offset_from_positions(node.inputs[1])
-        if offset is not None:
-            limits.append(table.const_value.shape.numpy()[0] - offset)
+        for table, index in _lookups(node):
+            if table is None or table.const_value is None or len(table.const_value.shape) != 2:
+                continue
+            offset = _offset_from_positions(index)
+            if offset is not None:
+                limits.append(table.const_value.shape.numpy()[0] - offset)
     return min(limits, default=None)
+
+
+def _lookups(node: ir.Node) -> Iterator[tuple[ir.Value | None, ir.Value | None]]:
+    """Tables that a node reads by row, each with the row numbers."""
+    if node.op_type == "Gather" and node.inputs:
+        yield node.inputs[0], node.inputs[1]
+    if node.op_type == "RotaryEmbedding" and len(node.inputs) == 4:
+        # onnxruntime's own operator has the positions in front of the tables, the standard one behind.
+        positions, tables = (1, (2, 3)) if node.domain else (3, (1, 2))
+        for table in tables:
+            yield node.inputs[table], node.inputs[positions]
 
 
 def _offset_from_positions(value: ir.Value | None) -> int | None:

@@ -82,6 +82,13 @@ def test_explain_names_the_form_of_every_layer(fixture: Fixture) -> None:
     assert len(report.rows()) == fixture.layers
 
 
+@each_rewritten
+def test_tables_of_positions_limit_the_bundle(fixture: Fixture, rewritten) -> None:
+    """genai and the handmade graphs hold cos and sin for 128 positions; the others compute them."""
+    limit = rewritten(fixture, fixture.kv_heads).manifest.max_positions
+    assert limit == (128 if fixture.name[0] in "GHIJK" else None)
+
+
 @pytest.mark.parametrize("fixture", REFUSED, ids=lambda fixture: fixture.name)
 def test_what_the_op_cannot_express_is_refused_by_name(fixture: Fixture, tmp_path) -> None:
     clusters = Clusters(kept_heads=[fixture.kv_heads] * fixture.layers)
