@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,21 +104,32 @@ class FakeContext:
 
 
 class HostDevice:
-    """The session's device on host memory. A captured graph runs its work again, and counts it."""
+    """The session's device on host memory. A captured graph runs its work again, and counts it.
+
+    Memory is asked for inside the stream only: work on another stream would not wait for this one.
+    """
 
     stream_handle = 1
 
     def __init__(self) -> None:
         self.captured = 0
         self.replayed = 0
+        self._inside = False
 
-    def in_stream(self) -> Any:
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def in_stream(self) -> Iterator[None]:
+        assert not self._inside
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
 
     def synchronize(self) -> None:
         """Host work is done at once."""
 
     def empty(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        assert self._inside
         tensor = torch.empty(tuple(shape), dtype=dtype)
         return tensor.fill_(float("nan")) if dtype.is_floating_point else tensor.fill_(-77)
 

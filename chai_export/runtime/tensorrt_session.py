@@ -114,10 +114,11 @@ class TensorRtSession:
         """
         self._drop()
         self._batch, self._capacity = batch, capacity
-        self._caches = [self._new_cache() for _ in range(1 if self._in_place else 2)]
         shape = (self._manifest.num_layers, batch, self._manifest.num_query_heads)
-        self._head_map = self._device.empty(shape, torch.int32).zero_()
-        self._present_head_map = torch.empty_like(self._head_map)
+        with self._device.in_stream():
+            self._caches = [self._new_cache() for _ in range(1 if self._in_place else 2)]
+            self._head_map = self._device.empty(shape, torch.int32).zero_()
+            self._present_head_map = self._device.empty(shape, torch.int32)
 
     def grow(self, capacity: int) -> None:
         """Enlarge the caches to ``capacity`` tokens, keeping their content.
@@ -128,12 +129,13 @@ class TensorRtSession:
         old = self._caches[0]
         self._drop()
         used, self._capacity = self._capacity, capacity
-        larger = self._new_cache()
-        for name in list(old):
-            larger[name][:, :, :used].copy_(old.pop(name))
-        self._caches = [larger]
-        if not self._in_place:
-            self._caches.append(self._new_cache())
+        with self._device.in_stream():
+            larger = self._new_cache()
+            for name in list(old):
+                larger[name][:, :, :used].copy_(old.pop(name))
+            self._caches = [larger]
+            if not self._in_place:
+                self._caches.append(self._new_cache())
 
     def step(
         self,
