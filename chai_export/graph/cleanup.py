@@ -9,6 +9,7 @@ from chai_export.errors import ChaiError
 from chai_export.graph.build import Builder
 from chai_export.graph.constants import integers
 from chai_export.graph.site import AttentionSite
+from chai_export.op.schema import register_schema_once
 
 
 def drop_dead_nodes(model: ir.Model) -> None:
@@ -96,6 +97,18 @@ def tidy(model: ir.Model) -> None:
 _ONNXRUNTIME = "com.microsoft"
 _ONNXRUNTIME_ONLY = frozenset({"SimplifiedLayerNormalization"})
 """Operators that onnxruntime registers in the default domain although ONNX has none of that name."""
+
+
+def state_shapes(model: ir.Model, *, forget: bool) -> None:
+    """Give every value its type, and its shape where ONNX can infer it; ``forget`` drops known ones first."""
+    if forget:
+        kept = set(model.graph.outputs)
+        for node in model.graph:
+            for output in node.outputs:
+                output.shape = output.shape if output in kept else None
+    register_schema_once()
+    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+
 
 _INPUTS = ("input_ids", "lengths", "past_lengths", "output_positions", "head_map")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -81,7 +81,7 @@ def locate(model: ir.Model) -> Survey:
     opset = model.opset_imports.get("", 0)
     findings = [finding for node in graph if (finding := _match(node, opset)) is not None]
     findings = [_with_layer(finding, index) for index, finding in enumerate(findings)]
-    findings = _without_shared_caches(findings)
+    findings = _with_matching_caches(_without_shared_caches(findings), set(graph.outputs))
     sites = [finding for finding in findings if isinstance(finding, AttentionSite)]
     if not sites and not any(finding.chain for finding in findings):
         return Survey(tuple(findings), None)
@@ -147,6 +147,32 @@ def _with_layer(finding: Finding, index: int) -> Finding:
     return replace(finding, layer=index)
 
 
+def _with_matching_caches(findings: list[Finding], outputs: Collection[ir.Value]) -> list[Finding]:
+    """Refuse sites whose cache does not come back as the output of the same layer and kind.
+
+    Callers give an output back as the input of its name (``present.3.key`` as ``past_key_values.3.key``),
+    so a graph that returns a cache elsewhere means something else than an attention over its own cache.
+    """
+    return [
+        finding if isinstance(finding, Refusal) else _checked_cache(finding, outputs) for finding in findings
+    ]
+
+
+def _checked_cache(site: AttentionSite, outputs: Collection[ir.Value]) -> Finding:
+    for cache, what, other in ((site.key, "keys", "value"), (site.value, "values", "key")):
+        past, present = str(cache.past.name), str(cache.present.name)
+        reason = None
+        if cache.present not in outputs:
+            reason = f"the {what} written into cache {past} are no output of the graph"
+        elif _NUMBER.findall(past) != _NUMBER.findall(present):
+            reason = f"cache {past} comes back as {present}, the cache of another layer"
+        elif other in past.rsplit(".", maxsplit=1)[-1] or other in present.rsplit(".", maxsplit=1)[-1]:
+            reason = f"the {what} are cached in {past} and come back as {present}"
+        if reason is not None:
+            return Refusal(site.anchor, None, reason, 4, site.layer)
+    return site
+
+
 def _without_shared_caches(findings: list[Finding]) -> list[Finding]:
     """Refuse sites that read a cache which an earlier site reads already."""
     owner: dict[ir.Value, int] = {}
@@ -167,6 +193,7 @@ def _without_shared_caches(findings: list[Finding]) -> list[Finding]:
     return result
 
 
+_NUMBER = re.compile(r"\d+")
 _PAST_NAME = re.compile(r"past|cache", re.IGNORECASE)
 
 

@@ -92,6 +92,9 @@ def last_dim(value: ir.Value | None, depth: int = _DEEPEST) -> int | None:  # no
     if node.op_type == "Split" and node.domain == "":
         parts = integers(node.inputs[1]) if len(node.inputs) > 1 else None
         return parts[node.outputs.index(value)] if parts else None
+    if node.op_type == "Reshape" and node.domain == "":
+        target = _target(node.inputs[1])
+        return target[-1] if target and target[-1] is not None and target[-1] > 0 else None
     if node.op_type in _LIKE_FIRST:
         return last_dim(node.inputs[0], depth - 1)
     if node.op_type in _BROADCAST:

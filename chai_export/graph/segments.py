@@ -28,7 +28,7 @@ class _Segment:
 
 
 def run_in_segments(
-    model: ir.Model, directory: Path, cases: Sequence[Mapping[str, Array]], limit: int = SEGMENT_BYTES
+    model: ir.Model, directory: Path, cases: Sequence[Mapping[str, Array]], limit: int | None = None
 ) -> list[dict[str, Array]]:
     """Run ``model`` in float32 on each case and return its graph outputs by name, per case.
 
@@ -36,7 +36,7 @@ def run_in_segments(
         model: a graph in topological order whose external weights lie in ``directory``.
         directory: where external data is.
         cases: graph inputs by name.
-        limit: bytes of weights per piece; one node's weights are never split.
+        limit: bytes of weights per piece (SEGMENT_BYTES by default); one node's weights are never split.
 
     Raises:
         EvaluationError: ONNX Runtime cannot load or run a piece.
@@ -50,7 +50,7 @@ def run_in_segments(
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 4
     live: list[dict[str, Array]] = [dict(case) for case in cases]
-    segments = list(_split(model.graph, limit))
+    segments = list(_split(model.graph, SEGMENT_BYTES if limit is None else limit))
     for index, segment in enumerate(segments):
         view = ir.GraphView(
             segment.inputs,
@@ -63,6 +63,10 @@ def run_in_segments(
         part = ir.Model(view.clone(), ir_version=model.ir_version, functions=list(model.functions.values()))
         part.opset_imports.update(model.opset_imports)
         forget_shapes(part.graph)
+        for value in part.graph.inputs:
+            if value.dtype is None:  # operators that ONNX has no schema for; the data tells
+                dtype = ir.DataType.from_numpy(live[0][str(value.name)].dtype)
+                value.type = ir.TensorType(dtype)
         to_float32(part)
         data = ir.serde.serialize_model(part).SerializeToString()
         try:

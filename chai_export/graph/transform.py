@@ -11,6 +11,7 @@ from chai_export.graph.cleanup import (
     replace_cache_shapes,
     replace_position_shapes,
     require_no_uses,
+    state_shapes,
     tidy,
 )
 from chai_export.graph.interface import make_interface, token_positions
@@ -59,6 +60,8 @@ def transform(model: ir.Model, sites: list[AttentionSite], roles: Roles, probe_t
     model.opset_imports[DOMAIN] = VERSION
     graph.opset_imports[DOMAIN] = VERSION
     tidy(model)
+    # Positions that the graph derived itself had one row for the whole batch; ours differ by row.
+    state_shapes(model, forget=roles.position_ids is None)
 
 
 def _logits(graph: ir.Graph, sites: list[AttentionSite]) -> ir.Value:

@@ -11,7 +11,9 @@ import onnx_ir as ir
 import pytest
 
 from chai_export.bundle.bundle import Bundle
-from chai_export.graph.stage import explain
+from chai_export.clustering.clusters import Clusters
+from chai_export.graph import segments
+from chai_export.graph.stage import explain, rewrite
 from chai_export.graph.summary import count_ops
 from chai_export.op.schema import INPUT_NAMES
 from tests.exported import bundle_of, exported, kept_of, model_of
@@ -105,6 +107,20 @@ def test_weights_are_taken_over_as_they_are() -> None:
     assert copy.stat().st_nlink == data.stat().st_nlink == 1
     for path in (source, bundle.model_path):
         onnx.load(path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_whole_model_is_proven_in_small_pieces(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a model that does not fit into memory is: each piece holds the weights of about one projection."""
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", 5000)
+    pieces = []
+    split = segments._split
+    monkeypatch.setattr(segments, "_split", lambda *args: pieces.append(0) or list(split(*args)))
+    bundle = rewrite(exported("llama-gqa", *FORMS[form]), Clusters(kept_of("llama-gqa")), tmp_path / "bundle")
+    assert len(pieces) == 2
+    assert bundle.manifest.proof == bundle_of("llama-gqa", *FORMS[form]).manifest.proof
 
 
 def test_the_proof_is_in_the_manifest() -> None:
