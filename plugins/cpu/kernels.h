@@ -91,7 +91,7 @@ struct MergeTask {
   std::int64_t value_dim, output_stride;
 };
 
-constexpr std::int64_t kMaxTileTokens = 96;
+constexpr std::int64_t kMaxTileTokens = 192;
 
 // Scratch is aligned to 64 bytes and holds at least the floats that the function beside the kernel names.
 struct Kernels {

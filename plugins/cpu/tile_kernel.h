@@ -20,7 +20,7 @@ constexpr int kQueryRows = kLanes == 16 ? 12 : 6;
 constexpr int kValueVectors = 2;
 constexpr std::int64_t kGroup = kQueryVectors * kLanes;  // queries of one register tile
 constexpr std::int64_t kPanel = kValueVectors * kLanes;  // value columns of one register tile
-constexpr std::int64_t kKeyBlock = 128;                  // keys whose scores are held at once
+constexpr std::int64_t kKeyBlock = 256;                  // keys whose scores are held at once
 // A panel of packed values. Not a multiple of 4 KiB: rows of all panels are written together, and must not
 // fall into the same set of the L1 cache.
 constexpr std::int64_t kPanelStride = kKeyBlock * kPanel + kPanel;
@@ -42,8 +42,9 @@ struct TileScratch {
 
   static std::size_t size(const TileTask& task) {
     const std::int64_t columns = round_up(task.value_dim, kPanel);
-    return task.key_dim * (kMaxTileTokens + kKeyBlock) + kGroups * kWeights + columns / kPanel * kPanelStride +
-           task.num_heads * kMaxTileTokens * columns + 3 * kMaxTileTokens + 64;
+    return task.key_dim * (kMaxTileTokens + kKeyBlock) + kGroups * kWeights +
+           columns / kPanel * kPanelStride + task.num_heads * kMaxTileTokens * columns + 3 * kMaxTileTokens +
+           64;
   }
 
   TileScratch(const TileTask& task, float* memory) : columns(round_up(task.value_dim, kPanel)) {
