@@ -84,6 +84,15 @@ class EngineRecord(_Strict):
     created_with: str
 
 
+class StaticMembership(_Strict):
+    """Head maps fixed at export, int [L][H], and what the cut projections save."""
+
+    head_maps: list[list[Annotated[int, Field(ge=0)]]]
+    parameters_saved: Annotated[int, Field(ge=0)]
+    parameters_before: Count
+    flops_saved_per_token: Annotated[int, Field(ge=0)]
+
+
 class Manifest(_Strict):
     """Everything a runner must know about a bundle. Lengths are in tokens, sizes in bytes.
 
@@ -107,6 +116,7 @@ class Manifest(_Strict):
     opset: Count
     source: Source
     proof: Proof | None = None
+    static: StaticMembership | None = None
     generation: GenerationSettings = GenerationSettings()
     files: dict[str, FileRecord] = {}
     engines: dict[str, EngineRecord] = {}

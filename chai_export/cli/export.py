@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from chai_export.cli.inspect import print_bundle
+from chai_export.cli.output import note
 
 NAME = "export"
 HELP = "Export a Hugging Face model, rewrite its attention and write a bundle."
@@ -28,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe-tokens", metavar="N", type=int, default=5, help="tokens that decide the head map"
     )
+    parser.add_argument(
+        "--membership", choices=["online", "static"], default="online",
+        help="head maps from each sequence, or fixed now, with unused projections cut away",
+    )  # fmt: skip
+    parser.add_argument("--text", metavar="FILE", type=Path, help="calibration text for --membership static")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
@@ -41,7 +47,16 @@ def execute(arguments: argparse.Namespace) -> int:
         arguments.output,
         dtype=arguments.dtype,
         probe_tokens=arguments.probe_tokens,
+        membership=arguments.membership,
+        text=arguments.text,
         trust_remote_code=arguments.trust_remote_code,
     )
     print_bundle(bundle, as_json=arguments.json)
+    static = bundle.manifest.static
+    if static is not None:
+        share = static.parameters_saved / static.parameters_before
+        note(
+            f"static membership: {static.parameters_saved} parameters ({share:.1%}) and "
+            f"{static.flops_saved_per_token} operations per token cut away"
+        )
     return 0

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chai_export.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -13,6 +18,7 @@ if TYPE_CHECKING:
     from chai_export.bundle.manifest import Source
     from chai_export.clustering.clusters import Clusters
     from chai_export.graph.stage import Surroundings
+    from chai_export.models.text import Text
 
 _WORK = ".source"
 """Directory in the unfinished bundle for the graph before the rewrite: its weights are moved out of it."""
@@ -25,6 +31,8 @@ def export(
     *,
     dtype: str = "float32",
     probe_tokens: int = 5,
+    membership: str = "online",
+    text: Text | None = None,
     trust_remote_code: bool = False,
 ) -> Bundle:
     """Export a Hugging Face model to ONNX, rewrite its attention and write a bundle.
@@ -35,21 +43,36 @@ def export(
         out_dir: the bundle's directory; an earlier bundle there is replaced in one step.
         dtype: "float32", "float16" or "bfloat16", of weights and caches.
         probe_tokens: P, the tokens that decide the head map of a request.
+        membership: "online", head maps from each sequence's first tokens, or "static", maps fixed now on
+            ``text`` and the projections of unused heads cut away.
+        text: calibration text for static membership.
         trust_remote_code: run Python code that the model brings along.
 
     Raises:
+        UsageError: ``membership`` is unknown, or static without a text.
         ChaiError: the model cannot be loaded or expressed (layer and reason), clusters do not fit, the proof
             fails, or the output cannot be written.
     """
     from chai_export.bundle.atomic import atomic_directory
-    from chai_export.bundle.bundle import Bundle
+    from chai_export.bundle.bundle import MODEL_FILE, Bundle, finalise
+    from chai_export.export.static_membership import choose_and_slice, fix_head_maps
     from chai_export.export.torch_export import export_onnx
     from chai_export.graph.stage import load_clusters, write_bundle
     from chai_export.models.loading import load_model
 
+    if membership not in ("online", "static"):
+        raise UsageError(f"--membership {membership}: choose online or static")
+    if membership == "static" and text is None:
+        raise UsageError("--membership static decides the head maps now; give calibration text with --text")
     chosen = load_clusters(clusters)
     loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     source, surroundings = _describe(model, loaded, chosen)
+    static = None
+    if membership == "static":
+        assert text is not None
+        if loaded is model:
+            loaded = copy.deepcopy(loaded)  # the caller's model keeps its heads
+        static = choose_and_slice(loaded, chosen, text, surroundings.tokenizer)
     with atomic_directory(out_dir) as directory:
         work = directory / _WORK
         work.mkdir()
@@ -57,10 +80,13 @@ def export(
         # The torch weights are on disk now; the rewrite must not pay for them in memory.
         del loaded
         gc.collect()
-        write_bundle(
+        manifest = write_bundle(
             path, chosen, directory, source=source, surroundings=surroundings, probe_tokens=probe_tokens,
             remove=work,
         )  # fmt: skip
+        if static is not None:
+            fix_head_maps(directory / MODEL_FILE, np.array(static.head_maps, np.int32))
+            finalise(directory, manifest.model_copy(update={"static": static}))
     return Bundle.load(out_dir)
 
 

@@ -82,6 +82,11 @@ def load(
     if max_batch is not None and max_batch < 1:
         raise UsageError(f"max_batch is {max_batch}; give 1 or more")
     bundle = Bundle.load(path)
+    if heads == "all" and bundle.manifest.static is not None:
+        raise ChaiError(
+            f"{path} has static membership: the heads it does not keep were cut away; use heads chai, or "
+            "export with --membership online"
+        )
     return Runner(bundle, open_session(bundle, backend, heads, threads=threads), backend, heads, max_batch)
 
 

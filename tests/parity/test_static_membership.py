@@ -1,0 +1,67 @@
+"""Static membership: fixed maps, cut projections, and still exactly what the oracle says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from chai_export.clustering.clusters import Clusters
+from chai_export.errors import ChaiError, UsageError
+from chai_export.export.stage import export
+from chai_export.export.static_membership import SlicedProjection, slice_projections
+from chai_export.models.oracle import Oracle
+from chai_export.runtime.runner import load
+from tests.families import family_model
+
+TEXT = np.random.default_rng(2).integers(3, 96, 2000).tolist()
+TOKENS = TEXT[100:124]
+
+
+@pytest.mark.parametrize(("family", "kept"), [("llama-mha", (3, 5)), ("qwen2-gqa", (1, 2))])
+def test_a_static_bundle_is_the_oracle_with_fixed_maps(tmp_path, family, kept):
+    model = family_model(family)
+    bundle = export(model, Clusters(kept_heads=kept), tmp_path / "bundle", membership="static", text=TEXT)
+    static = bundle.manifest.static
+    assert static is not None
+    maps = np.array(static.head_maps, np.int32)
+    runner = load(tmp_path / "bundle")
+    expected = Oracle(model, kept, online=False).logits(TOKENS, maps)
+    assert np.abs(runner.logits(TOKENS) - expected).max() < 1e-4
+    assert np.array_equal(runner.head_maps[:, 0], maps)
+    assert np.abs(runner.logits(TOKENS, chunks=[9, 1, 14]) - expected).max() < 1e-4
+    with pytest.raises(ChaiError, match="static membership"):
+        load(tmp_path / "bundle", heads="all")
+
+
+def test_the_projections_of_unused_heads_are_gone_and_counted():
+    model = family_model("llama-mha")
+    before = sum(parameter.numel() for parameter in model.parameters())
+    maps = np.array([[0, 0, 2, 2, 0, 2, 0, 2], np.arange(8)], np.int32)
+    saved = slice_projections(model, maps)
+    assert saved.parameters_before == before
+    assert saved.parameters == 2 * 6 * 8 * 64  # q and k: six heads of 8 rows, 64 columns
+    assert saved.flops_per_token == 2 * saved.parameters
+    assert sum(parameter.numel() for parameter in model.parameters()) == before - saved.parameters
+
+
+def test_a_cut_projection_copies_the_heads_it_keeps():
+    linear = torch.nn.Linear(5, 12)
+    cut = SlicedProjection(linear, np.array([0, 2, 2, 0]), 3)
+    hidden = torch.randn(2, 5)
+    whole = linear(hidden).view(2, 4, 3)
+    assert torch.allclose(cut(hidden).view(2, 4, 3), whole[:, [0, 2, 2, 0]], atol=1e-6)
+    assert cut.weight.shape == (6, 5)
+
+
+def test_models_that_cannot_be_cut_are_refused():
+    maps = np.zeros((2, 8), np.int32)
+    with pytest.raises(ChaiError, match="one projection"):
+        slice_projections(family_model("gpt2"), maps)
+    with pytest.raises(ChaiError, match="depend on each other"):
+        slice_projections(family_model("olmo2-gqa"), maps)
+
+
+def test_static_membership_needs_a_text(tmp_path):
+    with pytest.raises(UsageError, match="--text"):
+        export(family_model("llama-mha"), Clusters(kept_heads=(3, 5)), tmp_path / "b", membership="static")
