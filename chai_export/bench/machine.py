@@ -21,6 +21,7 @@ def describe() -> dict[str, str | int]:
         "system": platform.platform(),
         "onnxruntime": onnxruntime.__version__,
         "torch": torch.__version__,
+        "python": platform.python_version(),
     }
 
 
