@@ -104,8 +104,8 @@ def _probes(rows: Sequence[Row]) -> str:
 
 
 def _budgets(results: dict[str, Any]) -> str:
-    longest = max(row["probe_tokens"] for row in results["tradeoff"])
-    found = {tuple(row["kept_heads"]): row for row in results["tradeoff"] if row["probe_tokens"] == longest}
+    probe = min(row["probe_tokens"] for row in results["tradeoff"])
+    found = {tuple(row["kept_heads"]): row for row in results["tradeoff"] if row["probe_tokens"] == probe}
     lines = []
     for entry in results["allocations"]:
         row = found[tuple(entry["kept_heads"])]
@@ -122,8 +122,8 @@ def _budgets(results: dict[str, Any]) -> str:
     return (
         "Error curves say how far the probe's probabilities move; `--measure kl` asks the model how much it "
         "minds, one layer at a time, and minimises the sum. The sum assumes that layers do not interact: "
-        f"*predicted* is that sum (probe 5, calibration text), *measured* is what all layers together do "
-        f"(probe {longest}, held-out text).\n\n" + _table(columns, lines)
+        f"*predicted* is that sum (calibration text), *measured* is what all layers together do (held-out "
+        f"text), both with a probe of {probe} tokens.\n\n" + _table(columns, lines)
     )
 
 
