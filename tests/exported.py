@@ -46,9 +46,13 @@ def model_of(name: str) -> PreTrainedModel:
     return model
 
 
-@lru_cache
 def exported(name: str, opset: int = DEFAULT_OPSET, attention: str = "sdpa") -> Path:
     """decoder.onnx of a tiny model."""
+    return _exported(name, opset, attention)
+
+
+@lru_cache
+def _exported(name: str, opset: int, attention: str) -> Path:
     directory = scratch() / f"{name}-{opset}-{attention}"
     directory.mkdir()
     return export_onnx(model_of(name), directory, opset=opset, attention=attention)
@@ -61,8 +65,12 @@ def kept_of(name: str) -> tuple[int, ...]:
     return tuple(max(1, geometry.num_kv_heads // 2 - layer) for layer in range(geometry.num_layers))
 
 
-@lru_cache
 def bundle_of(name: str, opset: int = DEFAULT_OPSET, attention: str = "sdpa") -> Bundle:
     """The bundle that the rewrite makes of :func:`exported`."""
+    return _bundle_of(name, opset, attention)
+
+
+@lru_cache
+def _bundle_of(name: str, opset: int, attention: str) -> Bundle:
     path = exported(name, opset, attention)
     return rewrite(path, Clusters(kept_of(name)), path.parent / "bundle")
