@@ -8,6 +8,13 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+def note(text: str) -> None:
+    """One line on stderr for people, such as an estimate before long work."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)
+
+
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yield from ``iterable`` while a bar on stderr shows how far it is.
 

@@ -11,16 +11,21 @@ from chai_export.bundle.manifest import Dtype, Manifest, Proof, Source
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
 from chai_export.graph.cleanup import check_result
+from chai_export.graph.estimate import estimate
 from chai_export.graph.find import require_sites, survey, survey_again
 from chai_export.graph.load import load_graph, read_model
 from chai_export.graph.positions import position_limit
-from chai_export.graph.prove_model import prove_model
-from chai_export.graph.prove_sites import SiteProver
+from chai_export.graph.prove_model import RELATIVE_TOLERANCE, prove_model
+from chai_export.graph.prove_sites import TOLERANCE, SiteProver
 from chai_export.graph.site import AttentionSite
 from chai_export.graph.transform import transform
 from chai_export.graph.weights import write_model
 from chai_export.op.function import MIN_OPSET
 from chai_export.op.schema import VERSION
+from chai_export.progress import note
+
+_LARGE = 10**9
+"""Bytes of weights from which on the estimate is printed."""
 
 _DTYPES: dict[ir.DataType | None, Dtype] = {
     ir.DataType.FLOAT: "float32",
@@ -44,6 +49,9 @@ def rewrite_model(
     opset = source.opset_imports.get("", 0)
     if opset < MIN_OPSET:
         raise ChaiError(f"{path} uses opset {opset}; export it again with opset {MIN_OPSET} or newer")
+    needs = estimate(source)
+    if needs.weight_bytes >= _LARGE:
+        note(f"rewrite: {needs.describe()}")
     found = survey(source)
     sites = require_sites(found)
     roles = found.roles
@@ -75,17 +83,18 @@ def rewrite_model(
     check_result(target)
     limit = position_limit(target.graph)
     how = write_model(target, source, directory, take=take)
-    # Unless the weights were written anew, both graphs read the bundle's file from here on.
-    beside = path.parent if how == "written" else directory
-    whole = prove_model(source, beside, roles, sites, read_model(directory / MODEL_FILE), directory)
-    proof = Proof(
-        compared=(
-            f"{len(sites)} attentions cut out of the source (max difference {prover.max_abs_diff:.2g}) and "
-            f"the whole model's logits and caches, all heads kept, in float32; weights {how}"
-        ),
-        max_abs_diff=whole,
-        tolerance=1e-4,
-    )
+    attentions = f"{len(sites)} attentions cut out of the source (max difference {prover.max_abs_diff:.2g})"
+    if needs.whole_model:
+        # Unless the weights were written anew, both graphs read the bundle's file from here on.
+        beside = path.parent if how == "written" else directory
+        whole = prove_model(source, beside, roles, sites, read_model(directory / MODEL_FILE), directory)
+        compared = f"{attentions} and the whole model's logits and caches, all heads kept, in float32"
+        proof = Proof(compared=f"{compared}; weights {how}", max_abs_diff=whole, tolerance=RELATIVE_TOLERANCE)
+    else:
+        compared = f"{attentions}, all heads kept, in float32; the whole model was too large to be compared"
+        proof = Proof(
+            compared=f"{compared}; weights {how}", max_abs_diff=prover.max_abs_diff, tolerance=TOLERANCE
+        )
     return draft.model_copy(
         update={"kept_heads": list(clusters.kept_heads), "max_positions": limit, "proof": proof}
     )

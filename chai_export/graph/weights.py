@@ -16,6 +16,8 @@ import onnx_ir as ir
 from chai_export.bundle.bundle import MODEL_FILE, WEIGHTS_FILE
 from chai_export.graph.load import INLINE_BYTES, external_tensors
 
+_MOST_INLINE = 64 * 2**20
+"""Bytes that may stay in model.onnx itself, such as tables of cos and sin."""
 _USED_SHARE = 0.9
 """A data file of which less is still used is written anew, without the rest."""
 
@@ -44,7 +46,7 @@ def write_model(model: ir.Model, source: ir.Model, directory: Path, *, take: boo
         if value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor)
     ]
     inline = sum(tensor.nbytes for tensor in held)
-    if len(files) != 1 or inline > 2**20 or not _mostly_used(external, Path(next(iter(files)))):
+    if len(files) != 1 or inline > _MOST_INLINE or not _mostly_used(external, Path(next(iter(files)))):
         ir.save(model, directory / MODEL_FILE, external_data=WEIGHTS_FILE, size_threshold_bytes=INLINE_BYTES)
         return "written"
     old = Path(next(iter(files)))
