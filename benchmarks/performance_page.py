@@ -1,0 +1,161 @@
+"""docs/performance.md and its plots from benchmarks/results/{attention,generate}-*.json.
+
+python benchmarks/performance_page.py [--results DIR] [--docs DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+REPOSITORY = Path(__file__).parents[1]
+Row = dict[str, Any]
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(columns)
+    lines = [head, ["---"] * len(head), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def attention_table(cases: list[Row]) -> str:
+    def row(case: Row) -> list[str]:
+        best = case["best_peer"]
+        spread = max(case["spread"][best], case["spread"]["chai"])
+        bandwidth = f"{case['bandwidth_gb_s']:.1f}" if "bandwidth_gb_s" in case else ""
+        return [
+            f"{case['phase']}, {case['dtype']}",
+            *(str(case[name]) for name in "BHGRT"),
+            f"{case['chai_ms']:.2f}",
+            f"{best} {case['peers_ms'][best]:.2f}",
+            f"{case['speedup_vs_best_peer']:.2f}",
+            f"{case['ceiling']:.2f}",
+            f"{spread:.0%}",
+            bandwidth,
+        ]
+
+    columns = ("phase", *"BHGRT", "CHAI, ms", "fastest peer, ms", "gain", "ceiling", "spread", "GB/s")
+    return table(columns, (row(case) for case in cases if "chai_ms" in case))
+
+
+def skipped_lines(cases: list[Row]) -> str:
+    def line(case: Row, name: str, reason: str) -> str:
+        heads = f"H/G/R={case['H']}/{case['G']}/{case['R']}"
+        return f"- {name}, {case['phase']} B={case['B']} {heads} T={case['T']}: {reason}"
+
+    lines = [line(case, *item) for case in cases for item in case["skipped"].items()]
+    return "Not measured:\n\n" + "\n".join(lines) if lines else ""
+
+
+def generate_table(results: list[Row]) -> str:
+    def row(result: Row) -> list[str]:
+        first, each = (
+            ", ".join(f"{name} {milliseconds:.1f}" for name, milliseconds in result[kind].items())
+            for kind in ("ttft_ms", "tpot_ms")
+        )
+        gain = result["tpot_speedup_vs_best_peer"]
+        return [
+            result["pattern"],
+            str(result["prompt_tokens"]),
+            first,
+            each,
+            f"{result['ttft_speedup_vs_best_peer']:.2f}",
+            f"{gain:.3f}",
+            f"{result['ceiling']:.3f}",
+        ]
+
+    columns = ("clusters", "prompt", "first token, ms", "each further token, ms", "gain, first", "gain, each")
+    return table((*columns, "bytes allow"), map(row, results))
+
+
+def plot_gains(cases: list[Row], path: Path) -> None:
+    """Gain over the fastest peer, case by case, with the ceiling as a mark."""
+    shown = [case for case in cases if "chai_ms" in case and case["R"] < case["G"]]
+    labels = [
+        f"{case['phase']} {case['H']}/{case['G']}/{case['R']}\nB={case['B']} T={case['T']}" for case in shown
+    ]
+    figure, axes = plt.subplots(figsize=(max(6.0, 0.62 * len(shown)), 4.2), layout="constrained")
+    axes.bar(range(len(shown)), [case["speedup_vs_best_peer"] for case in shown], color="#4878a8")
+    axes.plot(
+        range(len(shown)), [case["ceiling"] for case in shown], "k_", markersize=18, label="ceiling by bytes"
+    )
+    axes.axhline(1.0, color="0.5", linewidth=0.8)
+    axes.set_xticks(range(len(shown)), labels, rotation=90, fontsize=7)
+    axes.set_ylabel("times as fast as the fastest peer")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def section(path: Path, images: Path) -> str:
+    name = path.stem.partition("-")[2]
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return (
+        generate_section(name, result)
+        if path.stem.startswith("generate")
+        else op_section(name, result, images)
+    )
+
+
+def generate_section(name: str, results: list[Row]) -> str:
+    return f"""## Whole model on {name}
+
+{machine_line(results[0])} A random Llama of 24 layers, 16 heads (MHA) and 370 M parameters, float32;
+`python benchmarks/generate.py`. The last column is what the bytes read per token (weights and caches) allow.
+
+{generate_table(results)}"""
+
+
+def op_section(name: str, result: Row, images: Path) -> str:
+    plot_gains(result["cases"], images / f"attention-{name}.png")
+    return f"""## The op on {name}
+
+{machine_line(result)} Memory reads at {result["read_bandwidth_gb_s"]:.1f} GB/s.
+`python benchmarks/attention.py`; D = 128; times are medians of interleaved runs, *spread* is half the
+distance of their quartiles, *GB/s* counts the cache bytes that decoding must read.
+
+![Gains](images/attention-{name}.png)
+
+{attention_table(result["cases"])}
+
+{skipped_lines(result["cases"])}"""
+
+
+def machine_line(result: Row) -> str:
+    machine = result["machine"]
+    versions = f"ONNX Runtime {machine['onnxruntime']}, torch {machine['torch']}"
+    return f"{machine['processor']}, {machine['cores']} cores, {result['threads']} threads, {versions}."
+
+
+INTRODUCTION = """# Performance on the CPU
+
+Made by `python benchmarks/performance_page.py` from `benchmarks/results/`; do not edit. Peers: ONNX Runtime's
+GroupQueryAttention with a shared cache buffer (ort_gqa), Attention of ONNX opset 23 (ort_attention), torch's
+scaled_dot_product_attention (torch_sdpa), this op with all KV heads kept (chai_all_heads). The ceiling is
+2G / (R + G), the bytes of cache that all heads read over those that CHAI reads. What was tried on the way is
+in `benchmarks/experiments.md`."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs")
+    arguments = parser.parse_args()
+    images = arguments.docs / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    kinds = ("attention", "generate")
+    files = [path for kind in kinds for path in sorted(arguments.results.glob(f"{kind}-*.json"))]
+    page = "\n\n".join([INTRODUCTION, *(section(path, images) for path in files)])
+    (arguments.docs / "performance.md").write_text(page.rstrip() + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
