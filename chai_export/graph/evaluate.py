@@ -73,12 +73,14 @@ def cut(graph: ir.Graph, leaves: Sequence[ir.Value], outputs: Sequence[ir.Value]
     inputs: list[ir.Value] = []
     initializers: dict[str, ir.Value] = {}
     nodes: set[ir.Node] = set()
+    reached: dict[ir.Value, None] = {}
     stack = list(outputs)
     probe = Sizes(2, 3, 5)
     while stack:
         value = stack.pop()
         node = value.producer()
         if value in stops:
+            reached[value] = None
             continue
         if value.is_initializer() or (node is None and value.const_value is not None):
             initializers[str(value.name)] = value
@@ -94,7 +96,7 @@ def cut(graph: ir.Graph, leaves: Sequence[ir.Value], outputs: Sequence[ir.Value]
     size = sum(v.const_value.nbytes for v in initializers.values() if v.const_value is not None)
     if size > MAX_SLICE_BYTES:
         raise EvaluationError("it depends on the model's weights")
-    cut_off = [*dict.fromkeys(leaves), *shapes, *inputs]
+    cut_off = [*reached, *shapes, *inputs]
     view = ir.GraphView(
         cut_off,
         list(outputs),
@@ -136,6 +138,8 @@ def forget_shapes(graph: ir.Graph) -> None:
     wrong ones (onnxruntime-genai names repeated keys after the new tokens only).
     """
     for value in graph.inputs:
+        if value.type is None:  # behind an operator that ONNX cannot infer types through; these carry numbers
+            value.type = ir.TensorType(ir.DataType.FLOAT)
         value.shape = None if value.shape is None else ir.Shape([None] * len(value.shape))
     for node in graph:
         for output in node.outputs:
