@@ -14,6 +14,10 @@
 #include "formula.h"
 #include "launcher.h"
 
+namespace chai {
+class Json;
+}
+
 namespace chai::tensorrt {
 
 constexpr const char* kIndexFile = "index.json";
@@ -100,8 +104,8 @@ class Program {
     std::vector<Argument> arguments;
   };
 
-  void parse_launch(const class Json& json);
-  Argument parse_argument(const class Json& json) const;
+  void parse_launch(const Json& json);
+  Argument parse_argument(const Json& json) const;
   std::vector<std::int64_t> section_offsets(const Symbols& symbols) const;
 
   KernelSpec spec_;

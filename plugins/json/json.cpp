@@ -3,9 +3,11 @@
 #include <cctype>
 #include <charconv>
 #include <cstddef>
+#include <locale>
+#include <sstream>
 #include <stdexcept>
 
-namespace chai::tensorrt {
+namespace chai {
 namespace {
 
 // Deeper documents than any index: a bound that keeps damaged input from exhausting the stack.
@@ -136,11 +138,17 @@ class JsonParser {
     }
   }
 
-  // ASCII only: names, formulas and file names hold nothing else.
+  // Writers of our files leave UTF-8 as it is and escape control characters only.
   char escape() {
     if (position_ >= text_.size()) fail("unterminated string");
     const char c = text_[position_++];
     switch (c) {
+      case 'b':
+        return '\b';
+      case 'f':
+        return '\f';
+      case 'u':
+        return code_point();
       case 'n':
         return '\n';
       case 't':
@@ -156,11 +164,23 @@ class JsonParser {
     }
   }
 
+  char code_point() {
+    const std::string_view digits = text_.substr(position_, 4);
+    unsigned value = 0;
+    const auto [stop, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value, 16);
+    if (digits.size() != 4 || error != std::errc() || stop != digits.data() + 4 || value > 127)
+      fail("escape that is not supported");
+    position_ += 4;
+    return static_cast<char>(value);
+  }
+
   std::string_view text_;
   std::size_t position_ = 0;
 };
 
-Json Json::parse(std::string_view text) { return JsonParser(text).document(); }
+Json Json::parse(std::string_view text) {
+  return JsonParser(text).document();
+}
 
 void Json::require(Kind kind, const char* what) const {
   if (kind_ != kind) throw std::runtime_error("JSON, '" + place_ + "': expected " + what);
@@ -169,6 +189,16 @@ void Json::require(Kind kind, const char* what) const {
 std::int64_t Json::integer() const {
   require(Kind::kInteger, "an integer");
   return integer_;
+}
+
+double Json::real() const {
+  if (kind_ == Kind::kInteger) return static_cast<double>(integer_);
+  require(Kind::kReal, "a number");
+  std::istringstream stream(text_);
+  stream.imbue(std::locale::classic());  // a decimal point whatever the program's locale
+  double value = 0.0;
+  stream >> value;
+  return value;
 }
 
 const std::string& Json::string() const {
@@ -206,4 +236,4 @@ const std::vector<Json>& Json::values() const {
   return values_;
 }
 
-}  // namespace chai::tensorrt
+}  // namespace chai

@@ -1,4 +1,5 @@
-// The part of JSON that the kernel index uses, for reading. Anything malformed throws std::runtime_error.
+// The part of JSON that the kernel index and manifest.json use, for reading. Anything malformed throws
+// std::runtime_error.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +7,7 @@
 #include <string_view>
 #include <vector>
 
-namespace chai::tensorrt {
+namespace chai {
 
 class Json {
  public:
@@ -15,6 +16,7 @@ class Json {
   bool is_null() const { return kind_ == Kind::kNull; }
   // Each throws, naming the value's place in the document, when the value is of another kind.
   std::int64_t integer() const;
+  double real() const;  // of an integer too
   const std::string& string() const;
   const std::vector<Json>& array() const;
   const Json& at(std::string_view name) const;
@@ -38,4 +40,4 @@ class Json {
   std::string place_;
 };
 
-}  // namespace chai::tensorrt
+}  // namespace chai
