@@ -46,14 +46,16 @@ def read_model(path: Path) -> ir.Model:
     file = find_onnx(path)
     try:
         model = ir.load(file)
+        if not model.graph.outputs or not len(model.graph):
+            raise ChaiError(f"{file} is not a readable ONNX model (its graph is empty); export it again")
+        _check_outputs(file, model)
+        _check_external_data(file, model)
+    except ChaiError:
+        raise
     except Exception as error:  # protobuf and onnx_ir raise whatever the damaged bytes provoke
         raise ChaiError(
             f"{file} is not a readable ONNX model ({_one_line(error)}); export or download it again"
         ) from error
-    if not model.graph.outputs or not len(model.graph):
-        raise ChaiError(f"{file} is not a readable ONNX model (its graph is empty); export it again")
-    _check_outputs(file, model)
-    _check_external_data(file, model)
     return model
 
 

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from chai_export.errors import ChaiError
@@ -62,6 +62,7 @@ def check(source: int, damage: list[tuple[str, float, bytes]]) -> None:
         pytest.fail(repr(message))
 
 
+@example(source=1, damage=[("flip", 0.5889285488146676, b"\x80")])
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(source=st.integers(0, 1), damage=DAMAGE)
 def test_damaged_bytes_give_one_line(source: int, damage: list[tuple[str, float, bytes]]) -> None:
