@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -112,6 +113,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not os.environ.get(DEBUG_VARIABLE):
         warnings.simplefilter("ignore")
+        logging.getLogger("onnx_ir").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

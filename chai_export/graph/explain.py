@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from chai_export.graph.find import Survey
 from chai_export.graph.site import AttentionSite, Refusal
+from chai_export.op.schema import DOMAIN, OP_TYPE
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Explanation:
         """One sentence: can it be rewritten, and if not, why."""
         if self.problem is not None:
             return f"cannot be rewritten: {self.problem}"
+        if not self.survey.findings and self.ops.get(f"{DOMAIN}::{OP_TYPE}"):
+            return "cannot be rewritten: it has been already; its attentions are ClusteredHeadAttention nodes"
         if not self.survey.findings:
             return "cannot be rewritten: no attention found"
         if self.survey.refusals:

@@ -85,6 +85,13 @@ def test_inspect_tells_what_a_bundle_holds(command: Command, bundle, tiny_model)
     assert "ClusteredHeadAttention" in shown.out
 
 
+def test_inspect_of_a_bundles_graph_says_that_it_is_rewritten_already(command: Command, bundle):
+    outcome = command("inspect", bundle / "model.onnx")
+    assert outcome.code == 1
+    assert outcome.err == ""
+    assert "has been already" in outcome.out
+
+
 def test_run_prints_results_of_a_batch(command: Command, bundle):
     outcome = command(
         "run", bundle, "--token-ids", "3,4,5,6,7,8", "--token-ids", "9,10", "--max-new-tokens", 8, "--json"
