@@ -51,7 +51,7 @@ std::unique_ptr<Session> open_session(const std::string& bundle, const Manifest&
   return open_tensorrt_session(bundle, manifest, options, plugin);
 #else
   throw std::runtime_error(
-      "this libchai_runtime.so was built without TensorRT; build it with TensorRT_ROOT set");
+      "this libchai_runtime.so was built without the tensorrt back end; build it with TensorRT_ROOT set");
 #endif
 }
 

@@ -40,7 +40,13 @@ def make(directory: Path) -> None:
     TinyModel(dtype="float16").write(directory / "half")
 
     def case(
-        bundle: str, prompts: list[list[int]], tokens: int, *, heads: str = "chai", batch: int = 8, seq: int = 0
+        bundle: str,
+        prompts: list[list[int]],
+        tokens: int,
+        *,
+        heads: str = "chai",
+        batch: int = 8,
+        seq: int = 0,
     ) -> dict[str, Any]:
         runner = ce.load(directory / bundle, heads=heads, max_batch=batch)
         results = runner.generate(prompts, tokens, max_seq=seq or None)

@@ -127,9 +127,8 @@ void rows_are_reused_and_end_by_themselves() {
   FakeSession session;
   std::vector<Ids> seen(5);
   const std::vector<Ids> prompts{{1}, {20, 21, 22, 23, 24, 25}, {30}, {40, 41}, {5, 5, 5, 5, 5, 5, 5}};
-  const auto requests = run(session, prompts, {10, 1000, {27, 44}}, 2, [&](std::size_t row, std::int64_t token) {
-    seen[row].push_back(token);
-  });
+  const auto requests = run(session, prompts, {10, 1000, {27, 44}}, 2,
+                            [&](std::size_t row, std::int64_t token) { seen[row].push_back(token); });
   EXPECT(session.fed.size() == 2, "two rows");
   EXPECT(text(requests[1]) == (Ids{26, 27}) && requests[1].stop_reason == chai::StopReason::kEos, "ends");
   EXPECT(text(requests[3]) == (Ids{42, 43, 44}) && requests[3].stop_reason == chai::StopReason::kEos, "ends");
