@@ -27,6 +27,7 @@ def onnxruntime_library() -> Path:
 
 
 def make(directory: Path) -> None:
+    """Write the bundles and cases.json into ``directory``, replacing what is there."""
     import chai_export as ce
     from tests.tiny_graph import TinyModel
 
@@ -43,7 +44,6 @@ def make(directory: Path) -> None:
         bundle: str,
         prompts: list[list[int]],
         tokens: int,
-        *,
         heads: str = "chai",
         batch: int = 8,
         seq: int = 0,

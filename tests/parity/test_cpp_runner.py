@@ -1,4 +1,4 @@
-"""The C++ runner prints the Python runner's tokens, and a program outside the tree finds it by find_package."""
+"""The C++ runner prints the Python runner's tokens, and find_package finds it from outside the tree."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def onnxruntime_library() -> str:
 
 @pytest.fixture(scope="module")
 def build() -> Path:
-    """The runner, its example and its tests; kept between runs, so that only what changed is compiled again."""
+    """The runner, its example and its tests; kept, so that only what changed is compiled again."""
     configured = succeed("cmake", "-S", ROOT, "-B", BUILD, "-DCHAI_BUILD_TESTS=ON", "-DCHAI_BUILD_RUNTIME=ON")
     if not (BUILD / "plugins" / "runtime" / "chai_export-config.cmake").is_file():
         pytest.skip(f"ONNX Runtime's headers were not found: {configured[-300:]}")
