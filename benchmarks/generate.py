@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from chai_export.bench.generate import bench_generate
 from chai_export.clustering.clusters import Clusters
-from chai_export.export.stage import export
+from chai_export.exporter.stage import export
 
 REPOSITORY = Path(__file__).parents[1]
 LAYERS, HEADS = 24, 16

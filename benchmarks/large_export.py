@@ -70,7 +70,7 @@ class PeakMemory:
 def export_model(source: Path, output: Path, layers: int) -> dict[str, Any]:
     """Export with half of the heads kept and time the stages."""
     from chai_export.clustering.clusters import Clusters
-    from chai_export.export import stage, torch_export
+    from chai_export.exporter import stage, torch_export
     from chai_export.graph import stage as graph_stage
 
     seconds: dict[str, float] = {}

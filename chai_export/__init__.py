@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from chai_export.clustering.clusters import Clusters
     from chai_export.engines.build import build
     from chai_export.errors import ChaiError
-    from chai_export.export.stage import export
+    from chai_export.exporter.stage import export
     from chai_export.graph.stage import rewrite
     from chai_export.quality.evaluate import evaluate
     from chai_export.quality.verify import verify
@@ -29,7 +29,7 @@ _HOME = {
     "build": "chai_export.engines.build",
     "calibrate": "chai_export.clustering.calibrate",
     "evaluate": "chai_export.quality.evaluate",
-    "export": "chai_export.export.stage",
+    "export": "chai_export.exporter.stage",
     "load": "chai_export.runtime.runner",
     "rewrite": "chai_export.graph.stage",
     "verify": "chai_export.quality.verify",

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.clustering.clusters import Clusters
-from chai_export.export.torch_export import DEFAULT_OPSET, export_onnx
+from chai_export.exporter.torch_export import DEFAULT_OPSET, export_onnx
 from chai_export.graph.stage import rewrite
 from chai_export.models.geometry import describe
 from tests.families import family_config, family_model

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Export, rewrite, prove and write."""
-    from chai_export.export.stage import export
+    from chai_export.exporter.stage import export
 
     bundle = export(
         arguments.model,

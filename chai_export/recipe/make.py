@@ -149,7 +149,7 @@ class _Make:
         plot_curves(clusters, self._output / "error_curves.png")
 
     def _export(self) -> None:
-        from chai_export.export.stage import export
+        from chai_export.exporter.stage import export
 
         export(
             self._recipe.model,

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
-from chai_export.export.stage import export
-from chai_export.export.torch_export import export_onnx
+from chai_export.exporter.stage import export
+from chai_export.exporter.torch_export import export_onnx
 from chai_export.graph.load import read_model
 from chai_export.graph.stage import rewrite
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
-from chai_export.export.torch_export import export_onnx
+from chai_export.exporter.torch_export import export_onnx
 from chai_export.graph.stage import explain, rewrite
 
 _SIZES: dict[str, Any] = {

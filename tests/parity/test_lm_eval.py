@@ -12,7 +12,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'ch
 
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError, UsageError
-from chai_export.export.stage import export
+from chai_export.exporter.stage import export
 from chai_export.quality.lm_eval_model import LogitsLM
 from chai_export.quality.lm_eval_tasks import evaluate_tasks
 from chai_export.runtime.native import find_library

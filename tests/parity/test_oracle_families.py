@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chai_export.clustering.clusters import Clusters
-from chai_export.export.stage import export
+from chai_export.exporter.stage import export
 from chai_export.models.geometry import describe
 from chai_export.quality.verify import verify
 from tests.families import FAMILIES, family_config, family_model

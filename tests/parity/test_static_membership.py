@@ -8,8 +8,8 @@ import torch
 
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError, UsageError
-from chai_export.export.stage import export
-from chai_export.export.static_membership import SlicedProjection, slice_projections
+from chai_export.exporter.stage import export
+from chai_export.exporter.static_membership import SlicedProjection, slice_projections
 from chai_export.models.oracle import Oracle
 from chai_export.runtime.runner import load
 from tests.families import family_model

@@ -10,8 +10,8 @@ import pytest
 
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
-from chai_export.export import stage
-from chai_export.export.stage import export
+from chai_export.exporter import stage
+from chai_export.exporter.stage import export
 from tests.exported import model_of
 from tests.graph_runner import GraphRunner
 
@@ -41,7 +41,7 @@ def test_a_bundle_of_each_dtype(dtype: str, tmp_path: Path) -> None:
 def test_clusters_are_checked_before_anything_is_traced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chai_export.export.torch_export.export_onnx", None)
+    monkeypatch.setattr("chai_export.exporter.torch_export.export_onnx", None)
     with pytest.raises(ChaiError, match="layer 0 keeps 5"):
         export(model_of(NAME), Clusters((5,)), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
@@ -52,7 +52,9 @@ def test_nothing_is_left_of_an_interrupted_export(tmp_path: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     monkeypatch.setattr("chai_export.graph.stage.write_bundle", interrupted)
-    monkeypatch.setattr("chai_export.export.torch_export.export_onnx", lambda model, where: where / "x.onnx")
+    monkeypatch.setattr(
+        "chai_export.exporter.torch_export.export_onnx", lambda model, where: where / "x.onnx"
+    )
     with pytest.raises(KeyboardInterrupt):
         export(model_of(NAME), Clusters((1,)), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

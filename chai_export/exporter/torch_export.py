@@ -64,7 +64,7 @@ def trace(model: PreTrainedModel, *, opset: int, attention: str) -> ir.Model:
     """
     import torch
 
-    from chai_export.export.families import FlatCacheDecoder, cache_shapes, takes_position_ids
+    from chai_export.exporter.families import FlatCacheDecoder, cache_shapes, takes_position_ids
 
     shapes = cache_shapes(model)
     dtype = model.dtype
@@ -120,7 +120,7 @@ def _optimised(model: ir.Model) -> ir.Model:
     from onnxscript import optimizer
     from onnxscript.rewriter import onnx_fusions
 
-    from chai_export.export.lazy_transpose import fold_weight_transposes
+    from chai_export.exporter.lazy_transpose import fold_weight_transposes
 
     def is_small(node: ir.Node) -> bool | None:
         tensors = [value.const_value for value in node.inputs if value is not None]

@@ -55,8 +55,8 @@ def export(
     """
     from chai_export.bundle.atomic import atomic_directory
     from chai_export.bundle.bundle import MODEL_FILE, Bundle, finalise
-    from chai_export.export.static_membership import choose_and_slice, fix_head_maps
-    from chai_export.export.torch_export import export_onnx
+    from chai_export.exporter.static_membership import choose_and_slice, fix_head_maps
+    from chai_export.exporter.torch_export import export_onnx
     from chai_export.graph.stage import load_clusters, write_bundle
     from chai_export.models.loading import load_model
 
