@@ -62,7 +62,7 @@ def _native_library() -> Finding:
 
     name = "onnxruntime, native library"
     fix = (
-        "install a C++17 compiler (apt install g++), then pip install --force-reinstall --no-deps chai-export"
+        "install g++ and ONNX Runtime's headers, then pip install --force-reinstall --no-deps chai-export"
     )
     library = find_library("chai_onnxruntime")
     if library is None:

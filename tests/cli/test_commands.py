@@ -12,7 +12,8 @@ import pytest
 from tests.cli.conftest import REPOSITORY, Command
 
 COMMANDS = (
-    "calibrate", "export", "rewrite", "build", "run", "verify", "eval", "inspect", "make", "doctor",
+    "calibrate", "export", "rewrite", "build", "run", "verify", "eval", "compare", "package", "report",
+    "inspect", "make", "doctor",
 )  # fmt: skip
 
 
