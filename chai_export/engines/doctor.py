@@ -61,9 +61,7 @@ def _native_library() -> Finding:
     from chai_export.runtime.native import find_library
 
     name = "onnxruntime, native library"
-    fix = (
-        "install g++ and ONNX Runtime's headers, then pip install --force-reinstall --no-deps chai-export"
-    )
+    fix = "install g++ and ONNX Runtime's headers, then pip install --force-reinstall --no-deps chai-export"
     library = find_library("chai_onnxruntime")
     if library is None:
         return Finding(name, False, "libchai_onnxruntime.so was not built; the function body is used", fix)
