@@ -65,6 +65,7 @@ class FakeSession final : public chai::Session {
       const std::int64_t next = (rows_[row].back() + 1) % kVocab;
       logits_[row * kVocab + static_cast<std::size_t>(next)] = 1.0f;
       fed[row].push_back({past, length});
+      EXPECT(fed[row].size() < 10000, "a loop that makes no progress");
     }
     return logits_;
   }
@@ -75,12 +76,13 @@ class FakeSession final : public chai::Session {
 };
 
 std::vector<chai::Request> run(FakeSession& session, const std::vector<Ids>& prompts, chai::Limits limits,
-                               std::size_t slots = 8, const chai::OnToken& on_token = {}) {
+                               std::size_t slots = 8, const chai::OnToken& on_token = {},
+                               std::int64_t query_heads = 4) {
   std::vector<chai::Request> requests;
   for (const Ids& prompt : prompts)
     requests.push_back({requests.size(), prompt, static_cast<std::int64_t>(prompt.size()),
                         chai::Sampler({}, 0), 0, chai::StopReason::kLength});
-  chai::Scheduler(session, {4, 5, kVocab}, limits, on_token).run(requests, slots);
+  chai::Scheduler(session, {query_heads, 5, kVocab}, limits, on_token).run(requests, slots);
   return requests;
 }
 
@@ -109,6 +111,8 @@ void long_prompts_are_fed_in_chunks() {
   unbounded.bounded = false;
   run(unbounded, {Ids(2000, 3)}, {2, 4000, {}});
   EXPECT(unbounded.fed[0][0].length == 512, "2^26 score elements are not reached");
+  run(unbounded, {Ids(12, 3)}, {2, 4000, {}}, 1, {}, std::int64_t{1} << 20);
+  EXPECT(unbounded.fed[0][0].length == 5 && unbounded.fed[0][1].past == 5, "the first chunk holds the probe");
 }
 
 void caches_grow_and_stop_at_the_last_position() {

@@ -58,7 +58,7 @@ def build() -> Path:
     configured = succeed("cmake", "-S", ROOT, "-B", BUILD, "-DCHAI_BUILD_TESTS=ON", "-DCHAI_BUILD_RUNTIME=ON")
     if not (BUILD / "plugins" / "runtime" / "chai_export-config.cmake").is_file():
         pytest.skip(f"ONNX Runtime's headers were not found: {configured[-300:]}")
-    targets = ("generate_onnxruntime", "runner_parts_test", "runner_bundle_test")
+    targets = ("generate_onnxruntime", "runner_parts_test", "runner_bundle_test", "runner_session_test")
     succeed("cmake", "--build", BUILD, "--parallel", 2, "--target", *targets)
     return BUILD
 
