@@ -34,6 +34,8 @@ class OpSession:
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Idle threads of one session must not take the cores of the next one measured.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4  # errors reach the caller as exceptions
         options.register_custom_ops_library(str(library))
         self._session = onnxruntime.InferenceSession(

@@ -119,6 +119,8 @@ def _bound(
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11 if opset > 20 else 10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Idle threads of one session must not take the cores of the next one measured.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
