@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -135,13 +137,35 @@ def machine_line(result: Row) -> str:
     return f"{machine['processor']}, {machine['cores']} cores, {result['threads']} threads, {versions}."
 
 
-INTRODUCTION = """# Performance on the CPU
+INTRODUCTION = """# Performance
 
 Made by `python benchmarks/performance_page.py` from `benchmarks/results/`; do not edit. Peers: ONNX Runtime's
 GroupQueryAttention with a shared cache buffer (ort_gqa), Attention of ONNX opset 23 (ort_attention), torch's
 scaled_dot_product_attention (torch_sdpa), this op with all KV heads kept (chai_all_heads). The ceiling is
 2G / (R + G), the bytes of cache that all heads read over those that CHAI reads. What was tried on the way is
 in `benchmarks/experiments.md`."""
+
+
+NO_CPU_RESULT = """## CPU
+
+No timing of a quiet machine is in `benchmarks/results/` yet, so this page claims none. `python benchmarks/attention.py NAME`
+and `python benchmarks/generate.py NAME` make them; `benchmarks/experiments.md` has what was seen while the kernels were written."""
+
+GPU = """## GPU
+
+**No GPU has run these kernels yet, so there is no measured figure for one.** `python benchmarks/gpu.py` measures on a machine that
+has one. What follows is computed, not measured: the bytes and operations of each kernel and the gain over the same kernels with
+all heads kept that the bytes allow. H = G = 32, D = 128, R = 8, bfloat16; made by `python benchmarks/gpu.py --model sm_90`. More,
+prefill and the compiler's registers among it, is in [kernels.md](kernels.md)."""
+
+
+def gpu_section() -> str:
+    """The byte model of the GPU kernels, as the GPU benchmark prints it."""
+    script = REPOSITORY / "benchmarks" / "gpu.py"
+    model = subprocess.run(
+        [sys.executable, str(script), "--model", "sm_90"], capture_output=True, text=True, check=True
+    )
+    return f"{GPU}\n\n{model.stdout.strip()}"
 
 
 def main() -> None:
@@ -153,7 +177,8 @@ def main() -> None:
     images.mkdir(parents=True, exist_ok=True)
     kinds = ("attention", "generate")
     files = [path for kind in kinds for path in sorted(arguments.results.glob(f"{kind}-*.json"))]
-    page = "\n\n".join([INTRODUCTION, *(section(path, images) for path in files)])
+    cpu = [section(path, images) for path in files] or [NO_CPU_RESULT]
+    page = "\n\n".join([INTRODUCTION, *cpu, gpu_section()])
     (arguments.docs / "performance.md").write_text(page.rstrip() + "\n", encoding="utf-8")
 
 

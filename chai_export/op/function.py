@@ -21,7 +21,7 @@ from chai_export.op.head_map import UNASSIGNED_DISTANCE
 from chai_export.op.schema import DOMAIN, INPUT_NAMES, OP_TYPE, OUTPUT_NAMES
 
 MIN_OPSET = 18
-"""ReduceMin, ReduceMax and Split take today's form from opset 18."""
+"""ReduceMin and ReduceMax take today's form, axes as an input, from opset 18."""
 
 
 @lru_cache
