@@ -148,15 +148,17 @@ in `benchmarks/experiments.md`."""
 
 NO_CPU_RESULT = """## CPU
 
-No timing of a quiet machine is in `benchmarks/results/` yet, so this page claims none. `python benchmarks/attention.py NAME`
-and `python benchmarks/generate.py NAME` make them; `benchmarks/experiments.md` has what was seen while the kernels were written."""
+No timing of a quiet machine is in `benchmarks/results/` yet, so this page claims none. `python
+benchmarks/attention.py NAME` and `python benchmarks/generate.py NAME` make them;
+`benchmarks/experiments.md` has what was seen while the kernels were written."""
 
 GPU = """## GPU
 
-**No GPU has run these kernels yet, so there is no measured figure for one.** `python benchmarks/gpu.py` measures on a machine that
-has one. What follows is computed, not measured: the bytes and operations of each kernel and the gain over the same kernels with
-all heads kept that the bytes allow. H = G = 32, D = 128, R = 8, bfloat16; made by `python benchmarks/gpu.py --model sm_90`. More,
-prefill and the compiler's registers among it, is in [kernels.md](kernels.md)."""
+**No GPU has run these kernels yet, so there is no measured figure for one.** `python benchmarks/gpu.py`
+measures on a machine that has one. What follows is computed, not measured: the bytes and operations of
+each kernel and the gain over the same kernels with all heads kept that the bytes allow. H = G = 32, D =
+128, R = 8, bfloat16; made by `python benchmarks/gpu.py --model sm_90`. More, prefill and the compiler's
+registers among it, is in [kernels.md](kernels.md)."""
 
 
 def gpu_section() -> str:
