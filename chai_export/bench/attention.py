@@ -56,6 +56,7 @@ def bench_attention(
     """
     if find_library(ONNXRUNTIME_LIBRARY) is None:
         raise ChaiError("the native library is not installed; run `chai-export doctor` for what to install")
+    machine.let_idle_threads_sleep()
     cores = threads or len(os.sched_getaffinity(0))
     bandwidth = machine.read_bandwidth(cores)
     results = [_measure(case, cores, min_seconds) for case in track(list(cases), "bench attention")]

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
+
+from chai_export.progress import note
+
+_WAIT_POLICY = "OMP_WAIT_POLICY"
+
+
+def let_idle_threads_sleep() -> None:
+    """Keep torch's idle threads from taking the cores of whatever is timed next.
+
+    OpenMP's threads spin for milliseconds after a parallel region unless this is set before torch is loaded;
+    whoever set it otherwise is left alone.
+    """
+    if os.environ.get(_WAIT_POLICY):
+        return
+    if "torch" in sys.modules:
+        note(f"torch is loaded already and its idle threads may spin; set {_WAIT_POLICY}=PASSIVE beforehand")
+    else:
+        os.environ[_WAIT_POLICY] = "PASSIVE"
 
 
 def describe() -> dict[str, str | int]:
@@ -22,6 +41,7 @@ def describe() -> dict[str, str | int]:
         "onnxruntime": onnxruntime.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "idle_openmp_threads": os.environ.get(_WAIT_POLICY, "default").lower(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -31,7 +32,9 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Run all in turn, round after round, so that a slow phase of the machine hits all of them.
 
-    Each round begins with another implementation, and the first round is not counted.
+    Every round has an order of its own, so that no implementation always runs after the same other one and
+    finds what that one left behind, in caches or in threads not yet asleep. One call of each goes before the
+    rounds and is not counted.
 
     Args:
         implementations: by name; one call is one measurement.
@@ -44,9 +47,9 @@ def interleaved(
     for name in names:
         implementations[name]()
     spent = 0.0
+    order = random.Random(0)
     for round_ in range(max_rounds):
-        first = round_ % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(names, len(names)):
             begin = time.perf_counter()
             implementations[name]()
             times[name].append(time.perf_counter() - begin)
