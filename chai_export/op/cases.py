@@ -58,6 +58,11 @@ class Case:
         """The eight inputs by name, the float ones in ``dtype`` (float32, float16 or bfloat16)."""
         return _make_inputs(self, numpy_dtype(dtype))
 
+    def patterns(self) -> NDArray[np.int64]:
+        """int64 [H]: query heads of one number are twins, equal in every probe."""
+        group = self.heads // self.kv_heads
+        return np.arange(self.heads) // group % self.twins if self.twins else np.arange(self.heads)
+
     def attributes(self) -> dict[str, float | int]:
         """The node attributes, all of them, as ONNX wants them."""
         return {"scale": self.scale, "probe_tokens": self.probe_tokens, "online": int(self.online)}
@@ -148,18 +153,27 @@ def check(case: Case, inputs: Mapping[str, Tensor], result: AttentionResult, dty
             f"{case.name}: {name} differs in {int(different.sum())} elements, first at "
             f"{np.argwhere(different)[0].tolist()}"
         )
-    exact = case.reference({k: _widen(v) for k, v in inputs.items()})
-    wanted = exact.output.astype(np.float64)
-    actual = np.asarray(result.output).astype(np.float64)
-    assert actual.shape == wanted.shape, f"{case.name}: output is {actual.shape}, expected {wanted.shape}"
+    exact = case.reference({k: widen(v) for k, v in inputs.items()})
+    check_output(case.name, result.output, exact.output, inputs["lengths"], dtype)
+
+
+def check_output(name: str, output: Tensor, exact: Tensor, lengths: Tensor, dtype: str) -> None:
+    """Compare attended values [B,S,H*Dv] with the float64 ``exact`` ones; padded tokens must be zero.
+
+    Raises:
+        AssertionError: naming the case and the worst difference.
+    """
+    wanted = exact.astype(np.float64)
+    actual = np.asarray(output).astype(np.float64)
+    assert actual.shape == wanted.shape, f"{name}: output is {actual.shape}, expected {wanted.shape}"
     worst = np.abs(actual - wanted).max(initial=0.0)
     limit = RELATIVE_TOLERANCE[dtype] * max(np.abs(wanted).max(initial=0.0), 1e-30)
-    assert worst <= limit, f"{case.name}: output differs by {worst:.3g}, allowed {limit:.3g}"
-    padded = np.arange(actual.shape[1])[None, :] >= inputs["lengths"][:, None]
-    assert not actual[padded].any(), f"{case.name}: output is not zero in padded tokens"
+    assert worst <= limit, f"{name}: output differs by {worst:.3g}, allowed {limit:.3g}"
+    padded = np.arange(actual.shape[1])[None, :] >= lengths[:, None]
+    assert not actual[padded].any(), f"{name}: output is not zero in padded tokens"
 
 
-def _widen(tensor: Tensor) -> Tensor:
+def widen(tensor: Tensor) -> Tensor:
     """Float tensors as float64 (the head map still computes in float32 from the same values)."""
     return tensor if np.issubdtype(tensor.dtype, np.integer) else tensor.astype(np.float64)
 
@@ -182,15 +196,14 @@ def _make_inputs(case: Case, dtype: np.dtype[Any]) -> dict[str, Tensor]:
     value = draw(batch, case.kv_heads, tokens, value_dim)
     if case.twins:
         key = np.ascontiguousarray(key[:, np.arange(case.kv_heads) % case.twins])
-        pattern = np.arange(case.heads) // (case.heads // case.kv_heads) % case.twins
-        query = np.ascontiguousarray(query[:, pattern])
+        query = np.ascontiguousarray(query[:, case.patterns()])
     past_key = draw(batch, case.kept, case.capacity, case.head_dim)
     past_value = draw(batch, case.kv_heads, case.capacity, value_dim)
     past_head_map = np.stack([_random_map(rng, case) for _ in range(batch)])
     group = case.heads // case.kv_heads
     for b, (past, new) in enumerate(case.rows):
         if case.online and past == 0 and new > 0:
-            _keep_rounding_margin(rng, case, query[b], key[b], min(case.probe_tokens, new))
+            keep_rounding_margin(rng, case, query[b], key[b], min(case.probe_tokens, new))
             past_head_map[b] = -7  # not to be read
             past_key[b] = np.nan
         else:
@@ -219,13 +232,12 @@ def _random_map(rng: np.random.Generator, case: Case) -> NDArray[np.int32]:
     return cluster_heads(distance, case.kv_heads, used)
 
 
-def _keep_rounding_margin(
+def keep_rounding_margin(
     rng: np.random.Generator, case: Case, query: Tensor, key: Tensor, probe: int
 ) -> None:
     """Redraw single probe queries, in place, until no probability is near a rounding boundary."""
     scale = case.scale or case.head_dim**-0.5
-    group = case.heads // case.kv_heads
-    pattern = np.arange(case.heads) // group % case.twins if case.twins else np.arange(case.heads)
+    pattern = case.patterns()
     while True:
         steps = probe_probabilities(query[:, :probe], key[:, :probe], scale) * QUANTISATION_STEPS
         to_boundary = np.abs(steps - np.floor(steps) - 0.5)

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from chai_export.op.cases import numpy_dtype
 from chai_export.op.function import function_proto
-from chai_export.op.schema import DOMAIN, INPUT_NAMES, OP_TYPE, OUTPUT_NAMES, VERSION
+from chai_export.op.schema import DOMAIN, OP_TYPE, SIGNATURES, VERSION
 
 _DIMS = {
     "query": "B H S D",
@@ -17,6 +17,9 @@ _DIMS = {
     "value": "B G S Dv",
     "past_key": "B R C D",
     "past_value": "B G C Dv",
+    "key_cache": "B R C D",
+    "value_cache": "B G C Dv",
+    "kept_head_map": "B H",
     "past_head_map": "B H",
     "past_lengths": "B",
     "lengths": "B",
@@ -25,13 +28,18 @@ _DIMS = {
     "present_value": "B G C Dv",
     "present_head_map": "B H",
 }
-_INTEGERS = ("past_head_map", "past_lengths", "lengths", "present_head_map")
+_INTEGERS = ("kept_head_map", "past_head_map", "past_lengths", "lengths", "present_head_map")
 
 
 def node_model(
-    attributes: Mapping[str, float | int], dtype: str, *, opset: int = 18, with_function: bool = True
+    attributes: Mapping[str, float | int],
+    dtype: str,
+    *,
+    opset: int = 18,
+    with_function: bool = True,
+    op_type: str = OP_TYPE,
 ) -> onnx.ModelProto:
-    """A model whose graph is one ClusteredHeadAttention node.
+    """A model whose graph is one node of an op, ClusteredHeadAttention by default.
 
     Args:
         attributes: ``scale``, ``probe_tokens`` and ``online``.
@@ -45,14 +53,13 @@ def node_model(
         type_ = TensorProto.INT32 if name in _INTEGERS else element
         return helper.make_tensor_value_info(name, type_, _DIMS[name].split())
 
-    node = helper.make_node(OP_TYPE, INPUT_NAMES, OUTPUT_NAMES, domain=DOMAIN)
+    inputs, outputs = SIGNATURES[op_type]
+    node = helper.make_node(op_type, inputs, outputs, domain=DOMAIN)
     node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
-    graph = helper.make_graph(
-        [node], "clustered_head_attention", [*map(info, INPUT_NAMES)], [*map(info, OUTPUT_NAMES)]
-    )
+    graph = helper.make_graph([node], "clustered_head_attention", [*map(info, inputs)], [*map(info, outputs)])
     return helper.make_model(
         graph,
-        functions=[function_proto(opset)] if with_function else [],
+        functions=[function_proto(opset, op_type)] if with_function else [],
         opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)],
         ir_version=10,
     )

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from chai_export.op.attend import Tensor, attend_row, check_map, check_rows, is_fresh, score_factor
 from chai_export.op.head_map import (
     Int32Array,
     cluster_heads,
@@ -19,8 +19,6 @@ from chai_export.op.head_map import (
     probe_probabilities,
     quantise,
 )
-
-Tensor = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,8 @@ def clustered_head_attention(
         ValueError: a row does not fit its capacity, its length is out of range, or its map is invalid.
             Nothing is written in that case.
     """
-    _check_rows(query, past_key, past_head_map, past_lengths, lengths, probe_tokens)
-    factor = scale if scale != 0.0 else 1.0 / float(np.sqrt(query.shape[3]))
+    check_rows(query, past_key, past_head_map, past_lengths, lengths, probe_tokens)
+    factor = score_factor(scale, query.shape[3])
     batch, num_heads, tokens, _ = query.shape
     group = num_heads // key.shape[1]
     result = AttentionResult(
@@ -80,14 +78,14 @@ def clustered_head_attention(
     )
     maps: list[Int32Array] = []
     for b in range(batch):
-        fresh = _is_fresh(int(past_lengths[b]), int(lengths[b]), online)
+        fresh = is_fresh(int(past_lengths[b]), int(lengths[b]), online)
         head_map = past_head_map[b]
         if fresh:
             probe = min(probe_tokens, int(lengths[b]))
             p = probe_probabilities(query[b, :, :probe], key[b, :, :probe], factor)
             head_map = cluster_heads(distances(quantise(p)), key.shape[1], past_key.shape[1])
         elif lengths[b] > 0:
-            _check_map(b, head_map, num_heads, group, past_key.shape[1])
+            check_map(b, head_map, group, past_key.shape[1])
         maps.append(head_map)
     for b in range(batch):
         past, new = int(past_lengths[b]), int(lengths[b])
@@ -100,66 +98,15 @@ def clustered_head_attention(
             result.present_key[b, slot, past : past + new] = key[b, kv, :new]
         result.present_value[b, :, past : past + new] = value[b, :, :new]
 
-        exact = min(probe_tokens, new) if _is_fresh(past, new, online) else 0
-        for h in range(num_heads):
-            representative = int(head_map[h])
-            values = result.present_value[b, h // group, : past + new].astype(compute_dtype)
-            scores = np.empty((new, past + new), dtype=compute_dtype)
-            slot_keys = result.present_key[b, slots[representative // group], : past + new]
-            scores[exact:] = _scores(query[b, representative, exact:new], slot_keys, compute_dtype)
-            if exact:
-                scores[:exact] = _scores(query[b, h, :exact], key[b, h // group, :new], compute_dtype)
-            attended = _causal_softmax(scores * compute_dtype(factor), past) @ values
-            columns = slice(h * value.shape[3], (h + 1) * value.shape[3])
-            result.output[b, :new, columns] = attended.astype(query.dtype)
+        exact = min(probe_tokens, new) if is_fresh(past, new, online) else 0
+        result.output[b, :new] = attend_row(
+            query[b, :, :new],
+            key[b, :, :exact],
+            result.present_key[b, :, : past + new],
+            result.present_value[b, :, : past + new],
+            head_map,
+            slots,
+            scale=factor,
+            compute_dtype=compute_dtype,
+        )
     return result
-
-
-def _is_fresh(past: int, new: int, online: bool) -> bool:
-    return online and past == 0 and new > 0
-
-
-def _scores(query: Tensor, keys: Tensor, dtype: type[np.floating[Any]]) -> Tensor:
-    product: Tensor = query.astype(dtype) @ keys.astype(dtype).T
-    return product
-
-
-def _causal_softmax(scores: Tensor, past: int) -> Tensor:
-    """Softmax over the last axis; token i sees positions 0 … past + i."""
-    visible = np.tri(scores.shape[0], scores.shape[1], k=past, dtype=bool)
-    masked = np.where(visible, scores, -np.inf)
-    weights = np.exp(masked - masked.max(axis=-1, keepdims=True))
-    probabilities: Tensor = weights / weights.sum(axis=-1, keepdims=True)
-    return probabilities
-
-
-def _check_rows(
-    query: Tensor,
-    past_key: Tensor,
-    past_head_map: Int32Array,
-    past_lengths: Int32Array,
-    lengths: Int32Array,
-    probe_tokens: int,
-) -> None:
-    batch, num_heads, tokens, _ = query.shape
-    capacity = past_key.shape[2]
-    if probe_tokens < 1:
-        raise ValueError(f"probe_tokens must be at least 1, got {probe_tokens}")
-    if past_head_map.shape != (batch, num_heads):
-        raise ValueError(f"past_head_map must be [{batch}, {num_heads}], got {list(past_head_map.shape)}")
-    for b in range(batch):
-        past, new = int(past_lengths[b]), int(lengths[b])
-        if not 0 <= new <= tokens:
-            raise ValueError(f"row {b}: lengths is {new}, must be between 0 and {tokens}")
-        if past < 0:
-            raise ValueError(f"row {b}: past_lengths is {past}, must not be negative")
-        if new > 0 and past + new > capacity:
-            raise ValueError(f"row {b}: {past} cached and {new} new tokens exceed the capacity {capacity}")
-
-
-def _check_map(row: int, head_map: Int32Array, num_heads: int, group: int, kept: int) -> None:
-    if head_map.min() < 0 or head_map.max() >= num_heads:
-        raise ValueError(f"row {row}: head map entries must be between 0 and {num_heads - 1}")
-    distinct = len(kept_kv_heads(head_map, group))
-    if distinct > kept:
-        raise ValueError(f"row {row}: the head map keeps {distinct} KV heads, the K cache has {kept} slots")
