@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from chai_export.cli.output import print_json, print_table
 
@@ -26,15 +27,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", metavar="N", type=int, help="examples of each task (default: all)")
     parser.add_argument(
-        "--reference", metavar="MODEL", help="the Hugging Face model, for --tasks with --backend torch"
-    )
+        "--reference", metavar="MODEL",
+        help="the Hugging Face model: computes all heads instead of the bundle (static membership needs it), "
+        "and with --tasks --backend torch both sides",
+    )  # fmt: skip
     parser.add_argument(
         "--max-tokens", metavar="N", type=int, help="stop after so many tokens (default: the whole text)"
     )
     parser.add_argument(
         "--window", metavar="N", type=int, default=512, help="tokens per window (default %(default)s)"
     )
+    parser.add_argument(
+        "--prompts", metavar="N", type=int, default=4,
+        help="starts of windows to continue greedily with both, 0 for none (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--new-tokens",
+        metavar="N",
+        type=int,
+        default=32,
+        help="tokens to make for each (default %(default)s)",
+    )
     parser.add_argument("--backend", metavar="NAME", default="onnxruntime", help="(default %(default)s)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -49,6 +64,10 @@ def execute(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         max_tokens=arguments.max_tokens,
         window=arguments.window,
+        prompts=arguments.prompts,
+        new_tokens=arguments.new_tokens,
+        reference=arguments.reference,
+        trust_remote_code=arguments.trust_remote_code,
     )
     if arguments.json:
         print_json(result)
@@ -61,8 +80,31 @@ def execute(arguments: argparse.Namespace) -> int:
         ],
     )
     agreement = f"same most likely token: {result['top1_agreement']:.2%}; KL: {result['kl']:.4f} nats"
-    print(f"{result['tokens']} tokens; {agreement}")
+    print(f"{result['tokens']} tokens; {agreement}\n")
+    print_table(
+        ["position", "predictions", "KL, nats"],
+        [(_range(part), part["tokens"], f"{part['kl']:.4f}") for part in result["kl_by_position"]],
+    )
+    for line in _texts(result["divergence"]):
+        print(line)
     return 0
+
+
+def _range(part: dict[str, Any]) -> str:
+    return str(part["first"]) if part["first"] == part["last"] else f"{part['first']}-{part['last']}"
+
+
+def _texts(texts: list[dict[str, Any]]) -> list[str]:
+    """Where greedy texts part, as sentences; nothing when none were made."""
+    if not texts:
+        return []
+    differ = [text for text in texts if text["first_difference"] is not None]
+    lines = [f"\ngreedy texts: {len(texts) - len(differ)} of {len(texts)} are those of all heads to the end"]
+    lines += [
+        f"  another leaves them at token {text['first_difference']} of {text['new_tokens']}"
+        for text in differ
+    ]
+    return lines
 
 
 def _tasks(arguments: argparse.Namespace) -> int:
@@ -75,6 +117,7 @@ def _tasks(arguments: argparse.Namespace) -> int:
         task_path=arguments.task_path,
         limit=arguments.limit,
         reference=arguments.reference,
+        trust_remote_code=arguments.trust_remote_code,
     )
     if arguments.json:
         print_json(result)

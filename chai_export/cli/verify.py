@@ -58,6 +58,7 @@ def execute(arguments: argparse.Namespace) -> int:
             "identical" if report["greedy_match"][heads] else "DIFFERENT",
         )
         for heads, against in (("all", "Hugging Face model"), ("chai", "torch oracle"))
+        if report["max_abs_logit_diff"][heads] is not None
     ]
     print_table(["heads", "against", "largest logit difference", "greedy tokens"], rows)
     if layers:
@@ -65,6 +66,8 @@ def execute(arguments: argparse.Namespace) -> int:
             (x["index"], x["name"], f"{x['max_abs_diff']:.2e}", f"{x['max_abs']:.2e}") for x in layers
         ]
         print_table(["layer", "attention", "largest difference", "largest value"], differences)
+    if report["max_abs_logit_diff"]["all"] is None:
+        print("all heads: not compared, static membership has cut away the heads it does not keep")
     print(f"head-map agreement: {report['head_map_agreement']:.4f}")
     print("verified" if result.ok else "NOT verified: this bundle does not compute what its model computes")
     return 0 if result.ok else 1

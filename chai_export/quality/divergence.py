@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.quality.compare import kl_divergence, log_probabilities
 
-if TYPE_CHECKING:
-    from chai_export.runtime.runner import Runner
-
 _ROWS = 128
 """Positions compared at a time: with a vocabulary of 128 k, 128 rows are 130 MB a copy in float64."""
+
+_RANGES = 32
+"""Ranges of positions, each twice as long as the one before: enough for any sequence."""
+
+
+@dataclass(frozen=True)
+class PositionRange:
+    """Mean divergence of the predictions made at some positions.
+
+    Attributes:
+        first: index of the first token in its sequence, 0 for the first one, special tokens included.
+        last: of the last one, inclusive.
+        tokens: predictions made there.
+        kl: mean KL(all heads || shared), nats.
+    """
+
+    first: int
+    last: int
+    tokens: int
+    kl: float
 
 
 class Divergence:
@@ -27,23 +44,25 @@ class Divergence:
         self._nll = 0.0
         self._kl = 0.0
         self._agreed = 0
-        self._kl_by_position: NDArray[np.float64] = np.zeros(0)
-        self._count_by_position: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._range_kl: NDArray[np.float64] = np.zeros(_RANGES)
+        self._range_counts: NDArray[np.int64] = np.zeros(_RANGES, dtype=np.int64)
 
     def add(
         self,
         every: NDArray[np.float32],
         shared: NDArray[np.float32],
         targets: NDArray[np.integer[Any]],
+        *,
+        first_position: int = 0,
     ) -> None:
         """Add one window.
 
         Args:
             every: logits with all heads, float32 [T, V].
             shared: logits with shared scores, float32 [T, V].
-            targets: the T tokens that follow; position i of the window predicts ``targets[i]``.
+            targets: the T tokens that follow; row i predicts ``targets[i]``.
+            first_position: position of row 0 in its sequence, for figures by position.
         """
-        self._make_room(len(targets))
         for start in range(0, len(targets), _ROWS):
             part = slice(start, min(start + _ROWS, len(targets)))
             log_all, log_shared = log_probabilities(every[part]), log_probabilities(shared[part])
@@ -53,8 +72,9 @@ class Divergence:
             self._nll -= float(log_shared[rows, targets[part]].sum())
             self._agreed += int((log_all.argmax(axis=-1) == log_shared.argmax(axis=-1)).sum())
             self._kl += float(kl.sum())
-            self._kl_by_position[part] += kl
-            self._count_by_position[part] += 1
+            places = np.frexp(rows + (first_position + start))[1]  # the number of bits, which names the range
+            self._range_kl += np.bincount(places, weights=kl, minlength=_RANGES)
+            self._range_counts += np.bincount(places, minlength=_RANGES)
         self.tokens += len(targets)
 
     @property
@@ -87,48 +107,16 @@ class Divergence:
         """Perplexity with shared scores over perplexity with all heads, minus one."""
         return math.expm1(self.nll - self.nll_all)
 
-    def kl_by_position(self, width: int) -> list[float]:
-        """Mean KL of positions 0 … width-1, width … 2·width-1, and so on, nats."""
-        starts = range(0, len(self._kl_by_position), width)
+    @property
+    def kl_by_position(self) -> list[PositionRange]:
+        """Mean KL at positions 0, 1, 2-3, 4-7 and so on of a sequence, where there are predictions."""
         return [
-            float(self._kl_by_position[start : start + width].sum())
-            / int(self._count_by_position[start : start + width].sum())
-            for start in starts
+            PositionRange(*_range_of(index), tokens=int(count), kl=max(0.0, float(total) / int(count)))
+            for index, (count, total) in enumerate(zip(self._range_counts, self._range_kl, strict=True))
+            if count
         ]
 
-    def _make_room(self, length: int) -> None:
-        missing = length - len(self._kl_by_position)
-        if missing > 0:
-            self._kl_by_position = np.pad(self._kl_by_position, (0, missing))
-            self._count_by_position = np.pad(self._count_by_position, (0, missing))
 
-
-def first_differing_tokens(chai: Runner, every: Runner, prompts: Sequence[str], count: int) -> list[int]:
-    """Where greedy generation first departs from the one with all heads.
-
-    Args:
-        chai: a bundle with ``heads="chai"``.
-        every: the same bundle with ``heads="all"``.
-        prompts: prompts.
-        count: tokens to generate at most.
-
-    Returns:
-        For each prompt how many tokens are the same before the first that differs; the length of the
-        longer generation when none does.
-    """
-    pairs = zip(
-        chai.generate(list(prompts), max_new_tokens=count),
-        every.generate(list(prompts), max_new_tokens=count),
-        strict=True,
-    )
-    return [first_difference(one.token_ids, other.token_ids) for one, other in pairs]
-
-
-def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common start of two sequences."""
-    same = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        same += 1
-    return same
+def _range_of(index: int) -> tuple[int, int]:
+    """First and last position of a range: 0-0, 1-1, 2-3, 4-7, …"""
+    return (0, 0) if index == 0 else (1 << (index - 1), (1 << index) - 1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,21 @@ from numpy.typing import NDArray
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
 from chai_export.progress import track
-from chai_export.quality.compare import kl_divergence, log_probabilities
+from chai_export.quality.divergence import Divergence
+from chai_export.quality.generation import GreedyDivergence, greedy_divergence
 from chai_export.quality.limits import position_limit
+from chai_export.quality.reference import Logits, load_reference, reference_logits
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from chai_export.runtime.runner import Runner
 
 _MOST_TOKENS = 1 << 24
+_MOST_NATS = 700.0
+"""Where exp() nears the end of float64."""
+
+_PROMPT_TOKENS = 32
 
 
 def evaluate(
@@ -29,12 +38,16 @@ def evaluate(
     backend: str = "onnxruntime",
     max_tokens: int | None = None,
     window: int = 512,
+    prompts: int = 4,
+    new_tokens: int = 32,
+    reference: str | Path | PreTrainedModel | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Perplexity of a bundle on a text with all heads and with CHAI, and their agreement.
+    """Perplexity of a bundle on a text with all heads and with CHAI, and how far the two are apart.
 
     The text is cut into windows, each fed as a sequence of its own that starts as the tokenizer starts
     sequences. Every token of the text but a window's first, when nothing precedes it, is predicted once.
-    Only one window's logits exist at a time.
+    Only one window's logits exist at a time. Then the starts of some windows are continued greedily.
 
     Args:
         bundle: directory of the bundle.
@@ -42,14 +55,23 @@ def evaluate(
         backend: the engine to run.
         max_tokens: use so many tokens of the text at most.
         window: tokens per sequence.
+        prompts: starts of windows to continue, of 32 tokens each; 0 leaves ``divergence`` empty.
+        new_tokens: tokens to make for each.
+        reference: the Hugging Face model: all heads are then computed by it in torch, not by the bundle.
+            A bundle with static membership needs it.
+        trust_remote_code: run code that the reference brings along.
 
     Returns:
-        ``{"tokens": predicted tokens, "all": {"nll", "perplexity"}, "chai": {…}, "top1_agreement", "kl"}``:
-        nll in nats per token, kl = mean KL(all || chai) in nats.
+        ``{"tokens": predicted tokens, "all": {"nll", "perplexity"}, "chai": {…}, "top1_agreement", "kl",
+        "kl_by_position": [{"first", "last", "tokens", "kl"}, …],
+        "divergence": [{"prompt_tokens", "new_tokens", "first_difference"}, …]}``: nll in nats per token, kl =
+        mean KL(all || chai) in nats. The last two are lists of
+        :class:`~chai_export.quality.divergence.PositionRange` and
+        :class:`~chai_export.quality.generation.GreedyDivergence`.
 
     Raises:
-        ChaiError: the bundle or text cannot be used, or the text is shorter than two tokens.
-        UsageError: a setting makes no sense.
+        ChaiError: the bundle, text or reference cannot be used, or the text is shorter than two tokens.
+        UsageError: a setting makes no sense, or static membership without a reference.
     """
     from chai_export.runtime.runner import load
 
@@ -57,23 +79,26 @@ def evaluate(
         raise UsageError(f"--window must be at least 2 tokens, not {window}")
     if max_tokens is not None and max_tokens < 2:
         raise UsageError(f"--max-tokens must be at least 2, not {max_tokens}")
+    if prompts < 0 or new_tokens < 1:
+        raise UsageError(f"--prompts {prompts} --new-tokens {new_tokens}: give at least 0 and 1")
     chai = load(bundle, backend=backend, heads="chai")
-    every = load(bundle, backend=backend, heads="all")
     tokenizer = chai.tokenizer
     leading = leading_special_tokens(tokenizer)
     _require_room(chai, window)
     if window <= len(leading) + 1:
         raise UsageError(f"--window {window} leaves no room beside the special tokens; raise it")
+    every = _all_heads(chai, reference, trust_remote_code=trust_remote_code)
     tokens = read_tokens(text, tokenizer, min(max_tokens or _MOST_TOKENS, _MOST_TOKENS))
     sequences = cut_windows(tokens, leading, window)
     if not sequences:
         raise ChaiError(f"the text has {len(tokens)} tokens, too few to predict one; give more text")
-    totals = _Totals()
+    sums = Divergence()
+    skip = max(0, len(leading) - 1)
     for sequence in track(sequences, "evaluating", total=len(sequences)):
-        skip = max(0, len(leading) - 1)
         targets = np.asarray(sequence[skip + 1 :])
-        totals.add(every.logits(sequence)[skip:-1], chai.logits(sequence)[skip:-1], targets)
-    return totals.result()
+        sums.add(every(sequence)[skip:-1], chai.logits(sequence)[skip:-1], targets, first_position=skip)
+    texts = greedy_divergence(chai, every, _prompts(sequences, len(leading), prompts), new_tokens)
+    return _result(sums, texts)
 
 
 def cut_windows(tokens: NDArray[np.int32], leading: list[int], window: int) -> list[list[int]]:
@@ -86,37 +111,48 @@ def cut_windows(tokens: NDArray[np.int32], leading: list[int], window: int) -> l
     return [sequence for sequence in cut if len(sequence) >= max(2, len(leading) + 1)]
 
 
-class _Totals:
-    """Sums over windows."""
+def _prompts(sequences: Sequence[list[int]], leading: int, count: int) -> list[list[int]]:
+    """Starts of sequences spread evenly over the text: 32 tokens, or half of a sequence that is shorter."""
+    if count == 0:
+        return []
+    taken = np.linspace(0, len(sequences) - 1, min(count, len(sequences))).round().astype(int)
+    spread = [sequences[index] for index in taken]
+    return [ids[: max(1, leading, min(_PROMPT_TOKENS, len(ids) // 2))] for ids in spread]
 
-    def __init__(self) -> None:
-        self._count = 0
-        self._nll = {"all": 0.0, "chai": 0.0}
-        self._agreed = 0
-        self._kl = 0.0
 
-    def add(
-        self, every: NDArray[np.float32], chai: NDArray[np.float32], targets: NDArray[np.integer[Any]]
-    ) -> None:
-        """Add one window: logits [T, V] of both ways for the same T targets."""
-        rows = np.arange(len(targets))
-        log_all, log_chai = log_probabilities(every), log_probabilities(chai)
-        self._count += len(targets)
-        self._nll["all"] -= float(log_all[rows, targets].sum())
-        self._nll["chai"] -= float(log_chai[rows, targets].sum())
-        self._agreed += int((every.argmax(axis=-1) == chai.argmax(axis=-1)).sum())
-        self._kl += float(kl_divergence(log_all, log_chai).sum())
+def _result(sums: Divergence, texts: Sequence[GreedyDivergence]) -> dict[str, Any]:
+    """The figures, the first five named as in the public contract."""
+    return {
+        "tokens": sums.tokens,
+        "all": _loss(sums.nll_all),
+        "chai": _loss(sums.nll),
+        "top1_agreement": sums.top1_agreement,
+        "kl": sums.kl,
+        "kl_by_position": [asdict(part) for part in sums.kl_by_position],
+        "divergence": [asdict(text) for text in texts],
+    }
 
-    def result(self) -> dict[str, Any]:
-        """The means, named as in the public contract."""
-        figures: dict[str, Any] = {"tokens": self._count}
-        for heads, total in self._nll.items():
-            nll = total / self._count
-            figures[heads] = {"nll": nll, "perplexity": math.exp(nll) if nll < 700 else math.inf}
-        figures["top1_agreement"] = self._agreed / self._count
-        # Rounding can push the mean of equal distributions a hair below zero.
-        figures["kl"] = max(0.0, self._kl / self._count)
-        return figures
+
+def _loss(nll: float) -> dict[str, float]:
+    return {"nll": nll, "perplexity": math.exp(nll) if nll < _MOST_NATS else math.inf}
+
+
+def _all_heads(
+    chai: Runner, reference: str | Path | PreTrainedModel | None, *, trust_remote_code: bool
+) -> Logits:
+    """Logits with all heads: of the bundle itself, or of the Hugging Face model where one is given."""
+    from chai_export.runtime.runner import load
+
+    manifest = chai.bundle.manifest
+    if reference is not None:
+        model = load_reference(reference, manifest, trust_remote_code=trust_remote_code)
+        return reference_logits(model, manifest, "all")
+    if manifest.static is not None:
+        raise UsageError(
+            f"{chai.bundle.path} has static membership, so it cannot run with all heads: those it does not "
+            "keep were cut away; give the model it came from with --reference MODEL"
+        )
+    return load(chai.bundle.path, backend=chai.backend, heads="all").logits
 
 
 def _require_room(runner: Runner, window: int) -> None:

@@ -5,19 +5,16 @@ Import only where lm-eval is installed; :mod:`chai_export.quality.lm_eval_tasks`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from numpy.typing import NDArray
 
 from chai_export.progress import track
 from chai_export.quality.compare import log_probabilities
-
-Logits = Callable[[list[int]], NDArray[np.float32]]
-"""Token ids of one sequence to logits at every position, float32 [T, V]."""
+from chai_export.quality.reference import Logits
 
 
 class LogitsLM(LM):  # type: ignore[misc]

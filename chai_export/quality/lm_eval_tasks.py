@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chai_export.bundle.manifest import read_manifest
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.text import leading_special_tokens
 from chai_export.quality.limits import position_limit
+from chai_export.quality.reference import Logits, load_reference, reference_logits
 
 if TYPE_CHECKING:
-    from chai_export.quality.lm_eval_model import Logits
     from chai_export.runtime.runner import Runner
 
 PAPER_TASKS = ("piqa", "hellaswag", "arc_challenge", "arc_easy", "boolq")
@@ -26,6 +27,7 @@ def evaluate_tasks(
     task_path: str | Path | None = None,
     limit: int | None = None,
     reference: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Scores of a bundle on lm-eval tasks, zero-shot unless a task says otherwise.
 
@@ -35,23 +37,22 @@ def evaluate_tasks(
         backend: the engine to run, or "torch" for the torch oracle on ``reference``.
         task_path: folder with task files (YAML), searched besides lm-eval's own.
         limit: use so many examples of each task.
-        reference: the Hugging Face model, for ``backend="torch"``.
+        reference: the Hugging Face model, for ``backend="torch"`` and for all heads of static membership.
+        trust_remote_code: run code that the reference brings along.
 
     Returns:
         ``{"tasks": {task: {"all": {metric: value}, "chai": {…}}}, "limit": …, "backend": …}``.
 
     Raises:
         ChaiError: lm-eval is missing, a task is unknown or its data cannot be had, or the bundle cannot run.
-        UsageError: ``backend="torch"`` without ``reference``.
+        UsageError: ``backend="torch"`` or static membership without ``reference``.
     """
     lm_eval = _lm_eval()
     from chai_export.quality.lm_eval_model import LogitsLM
 
-    if backend == "torch" and reference is None:
-        raise UsageError("--backend torch needs the model: give --reference MODEL")
     results: dict[str, dict[str, Any]] = {task: {} for task in tasks}
     for heads in ("all", "chai"):
-        logits, runner = _engine(bundle, backend, heads, reference)
+        logits, runner = _engine(bundle, backend, heads, reference, trust_remote_code=trust_remote_code)
         tokenizer = runner.tokenizer
         if tokenizer is None:
             raise ChaiError(f"{bundle} has no tokenizer, which tasks need; export it with one")
@@ -64,22 +65,21 @@ def evaluate_tasks(
 
 
 def _engine(
-    bundle: str | Path, backend: str, heads: str, reference: str | Path | None
+    bundle: str | Path, backend: str, heads: str, reference: str | Path | None, *, trust_remote_code: bool
 ) -> tuple[Logits, Runner]:
     """What gives logits, and the runner that knows the bundle's tokenizer and limits."""
     from chai_export.runtime.runner import load
 
-    if backend != "torch":
+    manifest = read_manifest(Path(bundle))
+    cut_away = heads == "all" and manifest.static is not None
+    if backend != "torch" and not cut_away:
         runner = load(bundle, backend=backend, heads=heads)
         return runner.logits, runner
-    from chai_export.models.loading import load_model
-    from chai_export.models.oracle import Oracle
-
-    runner = load(bundle, heads=heads)
-    manifest = runner.bundle.manifest
-    assert reference is not None
-    oracle = Oracle(load_model(reference), manifest.heads(heads), manifest.probe_tokens)
-    return oracle.logits, runner
+    if reference is None:
+        why = "--backend torch" if backend == "torch" else f"{bundle} has static membership, and all heads"
+        raise UsageError(f"{why}: the model it came from is needed; give --reference MODEL")
+    model = load_reference(reference, manifest, trust_remote_code=trust_remote_code)
+    return reference_logits(model, manifest, heads), load(bundle, heads="chai")
 
 
 def _run(

@@ -7,6 +7,9 @@ chai    logits of the engine with CHAI, against the torch oracle given the engin
 greedy  each token the engine chose, against the one the reference finds most probable at that place
 maps    the engine's head maps, against those the oracle finds by itself
 
+A bundle with static membership has no weights left for all heads, and its maps are those of its manifest:
+there "all" is not compared, and "chai" is the engine against the oracle under these maps, on whole weights.
+
 The reference is fed the engine's tokens rather than generating its own. The first token that differs is
 the same either way, and one forward pass replaces one per token.
 """
@@ -23,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.errors import ChaiError
-from chai_export.models.geometry import Geometry, describe
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
 from chai_export.progress import track
 from chai_export.quality.compare import largest_difference
 from chai_export.quality.limits import position_limit
+from chai_export.quality.reference import fixed_maps, load_reference, oracle_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,8 +56,8 @@ class VerifyResult:
 
     Attributes:
         ok: differences within tolerance, greedy tokens the same and, in float32, the head maps too.
-        max_abs_logit_diff: {"all": …, "chai": …}.
-        greedy_match: {"all": …, "chai": …}.
+        max_abs_logit_diff: {"all": …, "chai": …}; None for "all" of a bundle with static membership.
+        greedy_match: {"all": …, "chai": …}, likewise.
         head_map_agreement: share of query heads with the same representative, 0 … 1.
         tolerance: allowed logit difference.
         prompts: prompts compared.
@@ -65,8 +68,8 @@ class VerifyResult:
     """
 
     ok: bool
-    max_abs_logit_diff: dict[str, float]
-    greedy_match: dict[str, bool]
+    max_abs_logit_diff: dict[str, float | None]
+    greedy_match: dict[str, bool | None]
     head_map_agreement: float
     tolerance: float
     prompts: int
@@ -80,7 +83,8 @@ class VerifyResult:
             "ok": self.ok,
             # JSON has no infinity, which stands for logits that are not finite.
             "max_abs_logit_diff": {
-                heads: min(worst, sys.float_info.max) for heads, worst in self.max_abs_logit_diff.items()
+                heads: None if worst is None else min(worst, sys.float_info.max)
+                for heads, worst in self.max_abs_logit_diff.items()
             },
             "greedy_match": self.greedy_match,
             "head_map_agreement": self.head_map_agreement,
@@ -118,39 +122,37 @@ def verify(
     Raises:
         ChaiError: bundle, model or text cannot be used, or the two have different sizes.
     """
-    from chai_export.models.loading import load_model
-    from chai_export.models.oracle import Oracle
     from chai_export.runtime.runner import load
 
-    runners = {heads: load(bundle, backend=backend, heads=heads) for heads in ("all", "chai")}
-    manifest = runners["all"].bundle.manifest
-    model = load_model(reference, dtype=manifest.dtype, trust_remote_code=trust_remote_code)
-    if manifest.dtype != "float32":
-        # In place unless the model is the caller's: two copies of a large model may not fit.
-        model = load_model(model, dtype="float32") if model is reference else model.float()
-    geometry = describe(model.config)
-    _require_same_sizes(manifest, geometry)
+    runners = {"chai": load(bundle, backend=backend, heads="chai")}
+    manifest = runners["chai"].bundle.manifest
+    static = fixed_maps(manifest)
+    if static is None:
+        runners = {"all": load(bundle, backend=backend, heads="all"), **runners}
+    model = load_reference(reference, manifest, trust_remote_code=trust_remote_code)
     allowed = TOLERANCES[manifest.dtype] if tolerance is None else tolerance
-    prompts = _prompts(runners["all"], text, manifest)
-    oracle = Oracle(model, manifest.kept_heads, manifest.probe_tokens)
-    comparison = _Comparison(allowed, LEAST_MAP_AGREEMENT[manifest.dtype])
-    for heads in track(("all", "chai"), "verifying", total=2):
+    prompts = _prompts(runners["chai"], text, manifest)
+    oracle = oracle_of(model, manifest)
+    # Fixed maps are constants of the graph: nothing may round them.
+    least_agreement = LEAST_MAP_AGREEMENT[manifest.dtype] if static is None else 1.0
+    comparison = _Comparison(allowed, least_agreement, tuple(runners))
+    for heads in track(tuple(runners), "verifying", total=len(runners)):
         count = _new_tokens(runners[heads], max(map(len, prompts)), new_tokens)
         made = runners[heads].generate(prompts, max_new_tokens=count, repetition_penalty=1.0, ignore_eos=True)
         generated_maps = runners[heads].head_maps.copy()
         for index, generation in enumerate(made):
             case = _Case(index, prompts[index], list(generation.token_ids), generated_maps[:, index])
-            _compare_one(comparison, heads, case, runners[heads], oracle)
+            _compare_one(comparison, heads, case, runners[heads], oracle, static)
     return comparison.result(len(prompts))
 
 
 class _Comparison:
     """Collects the worst of everything."""
 
-    def __init__(self, tolerance: float, least_agreement: float) -> None:
+    def __init__(self, tolerance: float, least_agreement: float, compared: tuple[str, ...]) -> None:
         self._tolerance = tolerance
         self._least_agreement = least_agreement
-        self._worst = {"all": 0.0, "chai": 0.0}
+        self._worst = dict.fromkeys(compared, 0.0)
         self._mismatch: dict[str, dict[str, int]] = {}
         self._same_heads: list[bool] = []
         self._ties = 0
@@ -159,7 +161,7 @@ class _Comparison:
     def logits(self, heads: str, engine: NDArray[np.float32], reference: NDArray[np.float32]) -> None:
         """Logits [T, V] of both."""
         self._worst[heads] = max(self._worst[heads], largest_difference(engine, reference))
-        self._tokens += len(engine) if heads == "all" else 0
+        self._tokens += len(engine) if heads == "chai" else 0
 
     def greedy(self, heads: str, prompt: int, chosen: Sequence[int], reference: NDArray[np.float32]) -> None:
         """Tokens the engine chose, and reference logits [len(chosen), V] at the positions before them."""
@@ -182,8 +184,11 @@ class _Comparison:
         close = all(worst <= self._tolerance for worst in self._worst.values())
         return VerifyResult(
             ok=close and not self._mismatch and agreement >= self._least_agreement,
-            max_abs_logit_diff=dict(self._worst),
-            greedy_match={heads: heads not in self._mismatch for heads in self._worst},
+            max_abs_logit_diff={heads: self._worst.get(heads) for heads in ("all", "chai")},
+            greedy_match={
+                heads: heads not in self._mismatch if heads in self._worst else None
+                for heads in ("all", "chai")
+            },
             head_map_agreement=agreement,
             tolerance=self._tolerance,
             prompts=prompts,
@@ -203,7 +208,14 @@ class _Case:
     maps: NDArray[np.int32]
 
 
-def _compare_one(comparison: _Comparison, heads: str, case: _Case, runner: Runner, oracle: Oracle) -> None:
+def _compare_one(
+    comparison: _Comparison,
+    heads: str,
+    case: _Case,
+    runner: Runner,
+    oracle: Oracle,
+    static: NDArray[np.int32] | None,
+) -> None:
     from chai_export.models.oracle import model_logits
 
     sequence = case.prompt + case.chosen
@@ -211,6 +223,10 @@ def _compare_one(comparison: _Comparison, heads: str, case: _Case, runner: Runne
     maps = runner.head_maps[:, 0]
     if heads == "all":
         reference = expected = model_logits(oracle.model, sequence)
+    elif static is not None:
+        reference = expected = oracle.logits(sequence, static)
+        comparison.maps(maps, static)
+        comparison.maps(case.maps, static)
     else:
         reference = oracle.logits(sequence, maps)
         # Rounding in a batch may have given other maps; tokens are judged under those they were made with.
@@ -253,13 +269,3 @@ def _prompts(runner: Runner, text: Text | None, manifest: Manifest) -> list[list
         prompts.append((leading + tokens[:length].tolist())[:length])
         tokens = tokens[length:]
     return prompts
-
-
-def _require_same_sizes(manifest: Manifest, geometry: Geometry) -> None:
-    for name in ("num_layers", "num_query_heads", "num_kv_heads", "head_dim", "value_head_dim", "vocab_size"):
-        ours, theirs = getattr(manifest, name), getattr(geometry, name)
-        if ours != theirs:
-            raise ChaiError(
-                f"the bundle has {name} {ours} and the reference model {theirs}; "
-                "give the model that the bundle was made from with --reference"
-            )

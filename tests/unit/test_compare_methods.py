@@ -13,7 +13,7 @@ from chai_export.clustering.static_maps import static_head_maps
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.oracle import Oracle, model_logits
 from chai_export.quality.clustered_run import fixed_maps, logits_with_maps, method_maps, probe
-from chai_export.quality.divergence import Divergence, first_difference
+from chai_export.quality.divergence import Divergence
 from chai_export.quality.method_comparison import compare
 from chai_export.quality.methods import METHODS
 from tests.planted import MHA_GROUPS, distinct, planted_model
@@ -29,7 +29,7 @@ def model():
 
 def test_planted_groups_cost_nothing_with_every_rule_and_much_at_random(model):
     keep = ",".join(map(str, KEPT))
-    result = compare(model, TOKENS, keep=[keep], windows=3, seq_len=40)
+    result = compare(model, TOKENS, keep=[keep], probe_tokens=[5], windows=3, seq_len=40)
     for row in result.results:
         assert row.kept_heads == tuple(KEPT)
         if row.method == "random":
@@ -89,8 +89,18 @@ def test_divergence_adds_up_whatever_the_windows():
     assert parts.kl == pytest.approx(whole.kl)
     assert parts.nll == pytest.approx(whole.nll)
     assert parts.top1_agreement == whole.top1_agreement
-    assert np.mean(whole.kl_by_position(100)) == pytest.approx(whole.kl)
-    assert len(parts.kl_by_position(30)) == 4
+    ranges = whole.kl_by_position
+    assert [(part.first, part.last) for part in ranges][-2:] == [(128, 255), (256, 511)]
+    assert sum(part.tokens for part in ranges) == 300
+    assert sum(part.kl * part.tokens for part in ranges) == pytest.approx(300 * whole.kl)
+    assert [part.tokens for part in parts.kl_by_position] == [3, 3, 6, 12, 24, 48, 96, 108]
+
+
+def test_positions_count_from_the_start_of_the_sequence():
+    logits = np.zeros((3, 5), np.float32)
+    sums = Divergence()
+    sums.add(logits, logits, np.zeros(3, dtype=np.int64), first_position=7)
+    assert [(part.first, part.last, part.tokens) for part in sums.kl_by_position] == [(4, 7, 1), (8, 15, 2)]
 
 
 def test_divergence_of_a_model_from_itself_is_nothing():
@@ -100,17 +110,12 @@ def test_divergence_of_a_model_from_itself_is_nothing():
     assert (sums.kl, sums.perplexity_change, sums.top1_agreement) == (0.0, 0.0, 1.0)
 
 
-@pytest.mark.parametrize(("one", "other", "same"), [([1, 2, 3], [1, 2, 4], 2), ([1], [1, 2], 1), ([], [], 0)])
-def test_the_first_differing_token_is_found(one, other, same):
-    assert first_difference(one, other) == same
-
-
 def test_settings_that_cannot_work_are_refused(model):
     with pytest.raises(UsageError, match="--seq-len"):
         compare(model, TOKENS, probe_tokens=[32], seq_len=32)
     with pytest.raises(UsageError, match="--methods"):
         compare(model, TOKENS, methods=["best"])
     with pytest.raises(ChaiError, match="error curves"):
-        compare(model, TOKENS, clusters=Clusters(kept_heads=(8, 8, 8, 8)), seq_len=20)
+        compare(model, TOKENS, clusters=Clusters(kept_heads=(8, 8, 8, 8)), seq_len=20, probe_tokens=[5])
     with pytest.raises(ChaiError, match="--seq-len"):
         compare(model, TOKENS[:50], methods=["chai"], seq_len=40)

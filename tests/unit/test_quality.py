@@ -27,9 +27,9 @@ class Engine:
     def __init__(self, model, heads, faults):
         geometry = describe(model.config)
         manifest = {name: getattr(geometry, name) for name in geometry.__dataclass_fields__}
-        manifest |= {"dtype": "float32", "kept_heads": KEPT, "probe_tokens": 5, "engines": {}}
+        manifest |= {"dtype": "float32", "kept_heads": KEPT, "probe_tokens": 5, "engines": {}, "static": None}
         manifest |= faults.get("manifest", {})
-        self.bundle = SimpleNamespace(manifest=SimpleNamespace(**manifest))
+        self.bundle = SimpleNamespace(manifest=SimpleNamespace(**manifest), path="bundle")
         self.backend, self.tokenizer = "onnxruntime", None
         self._faults = faults if heads == faults.get("heads", heads) else {}
         kept = faults.get("kept", KEPT) if heads == "chai" else [geometry.num_kv_heads] * geometry.num_layers
@@ -149,9 +149,10 @@ def test_few_positions_shorten_the_check_or_end_it(engine, model):
 
 def test_perplexity_agreement_and_kl_are_those_of_the_text(engine, model):
     engine()
-    report = evaluate("bundle", TOKENS, window=64)
+    report = evaluate("bundle", TOKENS, window=64, prompts=2, new_tokens=9)
     oracle = Oracle(model, KEPT)
     nll, kl, agreed, count = {"all": 0.0, "chai": 0.0}, 0.0, 0, 0
+    by_place = np.zeros((64, 2))
     for start in range(0, 300, 64):
         window = TOKENS[start : start + 64]
         every, chai = model_logits(model, window)[:-1], oracle.logits(window)[:-1]
@@ -159,7 +160,9 @@ def test_perplexity_agreement_and_kl_are_those_of_the_text(engine, model):
             p = np.exp(logits.astype(np.float64))
             p /= p.sum(-1, keepdims=True)
             nll[name] -= np.log(p[np.arange(len(p)), window[1:]]).sum()
-        kl += kl_divergence(log_probabilities(every), log_probabilities(chai)).sum()
+        here = kl_divergence(log_probabilities(every), log_probabilities(chai))
+        kl += here.sum()
+        by_place[: len(here)] += np.stack([here, np.ones(len(here))], axis=1)
         agreed += (every.argmax(-1) == chai.argmax(-1)).sum()
         count += len(window) - 1
     assert report["tokens"] == count == 295
@@ -169,6 +172,43 @@ def test_perplexity_agreement_and_kl_are_those_of_the_text(engine, model):
     assert report["kl"] == pytest.approx(kl / count)
     assert report["kl"] > 0.01
     assert report["top1_agreement"] == pytest.approx(agreed / count)
+    ranges = [(part["first"], part["last"]) for part in report["kl_by_position"]]
+    assert ranges == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63)]
+    for part in report["kl_by_position"]:
+        total, predictions = by_place[part["first"] : part["last"] + 1].sum(axis=0)
+        assert part["tokens"] == predictions
+        assert part["kl"] == pytest.approx(total / predictions, rel=1e-5, abs=1e-6)
+    assert report["kl_by_position"][2]["kl"] < 1e-6 < report["kl_by_position"][4]["kl"]  # the probe is exact
+
+
+def test_greedy_texts_are_followed_until_they_part(engine, model):
+    engine()
+    report = evaluate("bundle", TOKENS, window=64, prompts=3, new_tokens=9)
+    oracle = Oracle(model, KEPT)
+    starts = [TOKENS[0:32], TOKENS[128:160], TOKENS[256:278]]  # the last window has 44 tokens
+    for start, found in zip(starts, report["divergence"], strict=True):
+        texts = oracle.greedy(start, 9), _all_heads_text(model, start, 9)
+        same = next((i for i, (a, b) in enumerate(zip(*texts, strict=True)) if a != b), None)
+        assert found == {"prompt_tokens": len(start), "new_tokens": 9, "first_difference": same}
+    assert any(found["first_difference"] is not None for found in report["divergence"])
+    assert evaluate("bundle", TOKENS, window=64, prompts=0)["divergence"] == []
+
+
+def _all_heads_text(model, start, count):
+    ids = list(start)
+    for _ in range(count):
+        ids.append(int(model_logits(model, ids)[-1].argmax()))
+    return ids[len(start) :]
+
+
+def test_a_reference_takes_the_place_of_all_heads(engine, model):
+    engine(heads="all", logits=np.nan)
+    report = evaluate("bundle", TOKENS, window=64, reference=model)
+    assert math.isfinite(report["all"]["nll"])
+    engine()
+    own = evaluate("bundle", TOKENS, window=64)
+    assert report["all"]["nll"] == pytest.approx(own["all"]["nll"], abs=1e-6)
+    assert report["chai"] == own["chai"]
 
 
 def test_equal_engines_agree_entirely(engine):
@@ -178,6 +218,7 @@ def test_equal_engines_agree_entirely(engine):
     assert report["top1_agreement"] == 1.0
     assert report["kl"] == pytest.approx(0.0, abs=1e-9)
     assert report["all"] == report["chai"]
+    assert [found["first_difference"] for found in report["divergence"]] == [None, None]
 
 
 def test_windows_start_as_sequences_do():
@@ -188,7 +229,8 @@ def test_windows_start_as_sequences_do():
 
 def test_settings_and_texts_that_make_no_sense(engine):
     engine(manifest={"max_positions": 100})
-    for options in ({"window": 1}, {"max_tokens": 1}, {"window": 101}):
+    wrong = ({"window": 1}, {"max_tokens": 1}, {"window": 101}, {"prompts": -1}, {"new_tokens": 0})
+    for options in wrong:
         with pytest.raises(UsageError):
             evaluate("bundle", TOKENS, **options)
     with pytest.raises(ChaiError, match="too few"):

@@ -50,9 +50,9 @@ def data(**changes):
         "bundle": {
             "source": {"kind": "hf", "name": "model-with-a-rather-long-name-" * 3, "model_type": "llama"},
             "dtype": "float32", "num_layers": LAYERS, "num_query_heads": HEADS, "num_kv_heads": HEADS,
-            "head_dim": 16, "probe_tokens": 5, "kept_heads": [8, 4, 4], "op_version": 1, "opset": 23,
-            "created_with": "chai_export 0", "engines": [], "file_bytes": 12345, "kv_bytes_per_token": 300,
-            "kv_bytes_per_token_all_heads": 400, "kv_bytes_saved": 0.25,
+            "head_dim": 16, "probe_tokens": 5, "static": None, "kept_heads": [8, 4, 4], "op_version": 1,
+            "opset": 23, "created_with": "chai_export 0", "engines": [], "file_bytes": 12345,
+            "kv_bytes_per_token": 300, "kv_bytes_per_token_all_heads": 400, "kv_bytes_saved": 0.25,
             "proof": {"compared": "logits", "max_abs_diff": 1e-6, "tolerance": 1e-4},
         },
         "clusters": {"method": "elbow", "error_curves": [[8.0, 4, 2, 1, 0.5, 0.2, 0.1, 0.0]] * LAYERS},
@@ -64,7 +64,11 @@ def data(**changes):
         },
         "correlations": np.eye(HEADS)[None].repeat(LAYERS, 0).tolist(),
         "eval": {"tokens": 9, "all": {"nll": 2.0, "perplexity": 7.4}, "chai": {"nll": 2.1, "perplexity": 8.2},
-                 "top1_agreement": 0.9, "kl": 0.1},
+                 "top1_agreement": 0.9, "kl": 0.1,
+                 "kl_by_position": [{"first": 0, "last": 0, "tokens": 3, "kl": 0.0},
+                                    {"first": 16, "last": 31, "tokens": 6, "kl": 0.1234}],
+                 "divergence": [{"prompt_tokens": 8, "new_tokens": 9, "first_difference": 5},
+                                {"prompt_tokens": 8, "new_tokens": 9, "first_difference": None}]},
         "verify": {"ok": True, "max_abs_logit_diff": {"all": 1e-5, "chai": 2e-5}, "tolerance": 1e-4,
                    "head_map_agreement": 1.0},
         "compare": {"results": [row(0.1, 0.01), row(0.3, 0.5), row(0.1, 0.02, "random"), row(0.3, 0.4)]},
@@ -117,6 +121,23 @@ def test_the_trade_off_shows_the_best_allocation_of_each_size_and_this_bundle():
     assert chosen_point(content)["perplexity_change"] == pytest.approx(8.2 / 7.4 - 1)
     assert chosen_point(data(eval=None))["perplexity_change"] == pytest.approx(0.1)
     assert chosen_point(data(eval=None, compare=None)) is None
+
+
+def test_divergence_by_position_and_of_texts_is_shown():
+    page = render(data())
+    assert re.search(r"16 to 31</td><td class=\"number\">6</td><td class=\"number\">0\.1234", page)
+    assert re.search(r"5 of 9\s*,\s*none of 9\s*\.", page)
+
+
+def test_a_static_bundle_says_what_was_cut_away_and_what_was_not_compared():
+    content = data()
+    static = {"parameters_saved": 12000, "parameters_before": 96000, "flops_saved_per_token": 24000}
+    content["bundle"]["static"] = static
+    content["verify"]["max_abs_logit_diff"] = {"all": None, "chai": 2e-5}
+    page = render(content)
+    assert "12,000 parameters\n(12.5%)" in page
+    assert "attend with all heads" not in page
+    assert "2e-05 with CHAI" in page
 
 
 def test_a_matrix_becomes_a_png_of_its_values():

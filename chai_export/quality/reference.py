@@ -1,0 +1,77 @@
+"""The torch side of a comparison: the model that a bundle came from, and what the bundle should compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chai_export.errors import ChaiError
+from chai_export.models.geometry import Geometry, describe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from chai_export.bundle.manifest import Manifest
+    from chai_export.models.oracle import Oracle
+
+Logits = Callable[[Sequence[int]], NDArray[np.float32]]
+"""Token ids of one fresh sequence to logits at every position, float32 [T, V]."""
+
+
+def load_reference(
+    reference: str | Path | PreTrainedModel, manifest: Manifest, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model behind a bundle, with the bundle's rounded weights and float32 arithmetic.
+
+    Args:
+        reference: directory, hub id or model.
+        manifest: of the bundle.
+        trust_remote_code: run code that the model brings along.
+
+    Raises:
+        ChaiError: it cannot be used, or its sizes are not those of the bundle.
+    """
+    from chai_export.models.loading import load_model
+
+    model = load_model(reference, dtype=manifest.dtype, trust_remote_code=trust_remote_code)
+    if manifest.dtype != "float32":
+        # In place unless the model is the caller's: two copies of a large model may not fit.
+        model = load_model(model, dtype="float32") if model is reference else model.float()
+    _require_same_sizes(manifest, describe(model.config))
+    return model
+
+
+def oracle_of(model: PreTrainedModel, manifest: Manifest) -> Oracle:
+    """The torch oracle that does what the bundle does with CHAI."""
+    from chai_export.models.oracle import Oracle
+
+    return Oracle(model, manifest.kept_heads, manifest.probe_tokens, online=manifest.static is None)
+
+
+def fixed_maps(manifest: Manifest) -> NDArray[np.int32] | None:
+    """Head maps of static membership, int32 [L, H]; None where each sequence decides its own."""
+    return None if manifest.static is None else np.array(manifest.static.head_maps, np.int32)
+
+
+def reference_logits(model: PreTrainedModel, manifest: Manifest, heads: str) -> Logits:
+    """What the bundle should compute, in torch: the unchanged model, or the oracle for ``heads="chai"``."""
+    from chai_export.models.oracle import model_logits
+
+    if heads == "all":
+        return partial(model_logits, model)
+    return partial(oracle_of(model, manifest).logits, head_maps=fixed_maps(manifest))
+
+
+def _require_same_sizes(manifest: Manifest, geometry: Geometry) -> None:
+    for name in ("num_layers", "num_query_heads", "num_kv_heads", "head_dim", "value_head_dim", "vocab_size"):
+        ours, theirs = getattr(manifest, name), getattr(geometry, name)
+        if ours != theirs:
+            raise ChaiError(
+                f"the bundle has {name} {ours} and the reference model {theirs}; "
+                "give the model that the bundle was made from with --reference"
+            )
