@@ -18,6 +18,7 @@ from typing import Any
 from chai_export.bench import machine
 from chai_export.bench.memory import bench_memory
 from chai_export.clustering.calibrate import calibrate
+from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.exporter.stage import export
 from chai_export.quality.evaluate import evaluate
 from chai_export.quality.verify import verify
@@ -64,7 +65,7 @@ def main() -> None:
         results = [measure(rule, Path(folder), arguments.max_tokens) for rule in rules]
     report = {
         "command": "python benchmarks/demo_quality.py",
-        "model": "examples/pydoc-5m, float32, probe of 5 tokens",
+        "model": f"examples/pydoc-5m, float32, probe of {MEASURED_PROBE_TOKENS} tokens",
         "text": f"examples/text/heldout.txt in windows of {WINDOW} tokens",
         "backend": "onnxruntime",
         "date": datetime.now(timezone.utc).date().isoformat(),

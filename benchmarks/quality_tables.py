@@ -104,7 +104,7 @@ def _probes(rows: Sequence[Row]) -> str:
 
 
 def _budgets(results: dict[str, Any]) -> str:
-    probe = min(row["probe_tokens"] for row in results["tradeoff"])
+    probe = results["allocation_probe_tokens"]
     found = {tuple(row["kept_heads"]): row for row in results["tradeoff"] if row["probe_tokens"] == probe}
     lines = []
     for entry in results["allocations"]:

@@ -29,6 +29,7 @@ from chai_export.bundle.atomic import atomic_file
 from chai_export.clustering.calibrate import calibrate
 from chai_export.clustering.keep import Budget, allocate
 from chai_export.clustering.measured_budget import predicted
+from chai_export.clustering.probe import MEASURED_PROBE_TOKENS, PAPER_PROBE_TOKENS
 from chai_export.models.geometry import describe
 from chai_export.models.loading import load_model, load_tokenizer
 from chai_export.quality.method_comparison import compare
@@ -42,8 +43,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality_tradeoff.json"
 BUDGETS = (0.10, 0.15, 0.20, 0.214, 0.25, 0.30, 0.35, 0.40)
 METHOD_BUDGETS = (0.214, 0.25, 0.30)
 PROBES = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
-METHOD_PROBES = (5, 16)
-DAMAGE_PROBE = 5
+METHOD_PROBES = (PAPER_PROBE_TOKENS, MEASURED_PROBE_TOKENS)
+DAMAGE_PROBE = MEASURED_PROBE_TOKENS
 
 
 def main() -> None:
@@ -108,6 +109,7 @@ def measure(windows: int, seq_len: int) -> dict[str, Any]:
         "seq_len": seq_len,
         **everything,
         "perplexity_all": math.exp(everything["nll_all"]),
+        "allocation_probe_tokens": DAMAGE_PROBE,
         "error_curves": clusters.error_curves,
         "kl_curves": clusters.kl_curves,
         "allocations": [

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from chai_export.cli.output import note, print_json, print_table
+from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 
 NAME = "calibrate"
 HELP = "Find how many KV heads each layer must keep (offline, once per model)."
@@ -34,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="elbow (default), budget:SHARE of KV-cache bytes saved, all, N,N,… per layer, or @clusters.json",
     )  # fmt: skip
     parser.add_argument(
-        "--probe-tokens", metavar="N", type=int, default=5, help="tokens that decide the head map"
-    )
+        "--probe-tokens", metavar="N", type=int, default=MEASURED_PROBE_TOKENS,
+        help="tokens that decide the head map (default %(default)s; the paper's is 5)",
+    )  # fmt: skip
     parser.add_argument(
         "--measure", metavar="WHAT", default="error",
         help="what a budget minimises: error (the curves, default) or kl (from the model: slower, better)",

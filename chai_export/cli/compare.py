@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from chai_export.cli.output import note, print_json, print_table
+from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.errors import UsageError
 
 NAME = "compare"
@@ -32,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods", metavar="A,B,…", help="methods to compare (default: all; an unknown name lists them)"
     )
     parser.add_argument(
-        "--probe-tokens", metavar="N,N,…", default="5", help="probe lengths to try (default %(default)s)"
-    )
+        "--probe-tokens", metavar="N,N,…", default=str(MEASURED_PROBE_TOKENS),
+        help="probe lengths to try (default %(default)s; the paper's is 5)",
+    )  # fmt: skip
     parser.add_argument(
         "--windows", metavar="N", type=int, default=16, help="sequences to measure (default %(default)s)"
     )

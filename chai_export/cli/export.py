@@ -27,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of weights and caches (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--probe-tokens", metavar="N", type=int, default=5, help="tokens that decide the head map"
-    )
+        "--probe-tokens", metavar="N", type=int,
+        help="tokens that decide the head map (default: as calibrated, 5 where the clusters do not say)",
+    )  # fmt: skip
     parser.add_argument(
         "--membership", choices=["online", "static"], default="online",
         help="head maps from each sequence, or fixed now, with unused projections cut away",

@@ -22,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="DIR", type=Path, help="Hugging Face tokenizer to put in the bundle"
     )
     parser.add_argument(
-        "--probe-tokens", metavar="N", type=int, default=5, help="tokens that decide the head map"
-    )
+        "--probe-tokens", metavar="N", type=int,
+        help="tokens that decide the head map (default: as calibrated, 5 where the clusters do not say)",
+    )  # fmt: skip
     parser.add_argument("--explain", action="store_true", help="only print what matched, or the nearest miss")
 
 

@@ -19,6 +19,7 @@ from chai_export.clustering.clusters import Clusters
 from chai_export.clustering.curves import ErrorCurves
 from chai_export.clustering.keep import Budget, KeepRule, allocate, parse_keep
 from chai_export.clustering.measured_budget import measure_damage
+from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.clustering.state import load_state, save_state, state_key
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.geometry import describe
@@ -42,7 +43,7 @@ def calibrate(
     samples: int = 128,
     seq_len: int = 256,
     state: str | Path | None = None,
-    probe_tokens: int = 5,
+    probe_tokens: int = MEASURED_PROBE_TOKENS,
     measure: str = "error",
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
@@ -57,7 +58,7 @@ def calibrate(
         seq_len: tokens per piece; 8 windows of ``probe_tokens`` tokens are cut from each.
         state: file in which progress is kept, so that an interrupted calibration goes on from there with
             exactly the same result; removed at the end.
-        probe_tokens: P, the length of the online probe to calibrate for.
+        probe_tokens: P, the length of the online probe to calibrate for; exports of the result run with it.
         measure: what a budget minimises: "error", the error curves, or "kl", the divergence that each layer
             alone causes (:mod:`chai_export.clustering.measured_budget`; slower, much better beyond the
             elbows).

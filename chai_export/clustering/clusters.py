@@ -32,7 +32,7 @@ class Clusters:
         kept_heads: R of each layer, at least 1.
         model: name of the model it was made for.
         num_layers, num_query_heads, num_kv_heads: L, H, G of that model.
-        probe_tokens: P that the curves were measured with.
+        probe_tokens: P that the curves were measured with, and that an export runs with.
         method: the rule that chose ``kept_heads``.
         error_curves: per layer G numbers; entry k-1 is the clustering error with k KV heads kept: squared
             distance of a head's attention probabilities to those of its representative, mean over query

@@ -38,7 +38,7 @@ def rewrite(
     out_dir: str | Path,
     *,
     tokenizer: str | Path | None = None,
-    probe_tokens: int = 5,
+    probe_tokens: int | None = None,
 ) -> Bundle:
     """Rewrite an ONNX decoder made by another exporter into a bundle.
 
@@ -50,7 +50,8 @@ def rewrite(
         clusters: how many KV heads each layer keeps, or the path of a clusters.json.
         out_dir: the bundle's directory; an earlier bundle there is replaced in one step.
         tokenizer: directory with a Hugging Face tokenizer (and config.json, generation_config.json).
-        probe_tokens: P, the tokens that decide the head map of a request.
+        probe_tokens: P, the tokens that decide the head map of a request; unless given, what ``clusters`` was
+            calibrated with (5 where it does not say).
 
     Raises:
         ChaiError: the file is damaged, an attention is not one that the op can express (layer, node and
@@ -112,7 +113,7 @@ def write_bundle(
     *,
     source: Source,
     surroundings: Surroundings,
-    probe_tokens: int,
+    probe_tokens: int | None,
     remove: Path | None = None,
 ) -> Manifest:
     """Rewrite ``path`` into ``directory``, prove it, and write manifest.json as the last file.
@@ -127,11 +128,11 @@ def write_bundle(
     """
     from chai_export.bundle.bundle import CLUSTERS_FILE, finalise
     from chai_export.bundle.environment import save_environment
+    from chai_export.clustering.probe import probe_length
     from chai_export.graph.pipeline import rewrite_model
 
-    if probe_tokens < 1:
-        raise ChaiError(f"--probe-tokens {probe_tokens} is too few; give 1 or more")
-    draft = rewrite_model(path, clusters, directory, probe_tokens, take=remove is not None)
+    probe = probe_length(probe_tokens, clusters)
+    draft = rewrite_model(path, clusters, directory, probe, take=remove is not None)
     if remove is not None:
         shutil.rmtree(remove)
     clusters.save(directory / CLUSTERS_FILE)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from chai_export.clustering.calibrate import calibrate
 from chai_export.clustering.clusters import Clusters
 from chai_export.clustering.keep import Budget, KeepRule, Numbers, allocate, parse_keep
+from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.clustering.static_maps import static_head_maps
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.geometry import Geometry, describe
@@ -102,7 +103,7 @@ def compare(
     clusters: Clusters | str | Path | None = None,
     keep: Sequence[str] = (PAPER_BUDGET,),
     methods: Sequence[str] | None = None,
-    probe_tokens: Sequence[int] = (5,),
+    probe_tokens: Sequence[int] = (MEASURED_PROBE_TOKENS,),
     windows: int = 16,
     seq_len: int = 256,
     seed: int = 0,

@@ -142,6 +142,7 @@ class _Make:
             samples=settings.samples,
             seq_len=settings.seq_len,
             probe_tokens=self._recipe.probe_tokens,
+            measure=settings.measure,
             state=self._output / "clusters.json.state",
             trust_remote_code=self._recipe.trust_remote_code,
         )
@@ -200,6 +201,8 @@ class _Make:
             backend=self._recipe.build.backend,
             max_tokens=settings.max_tokens,
             window=settings.window,
+            prompts=settings.prompts,
+            new_tokens=settings.new_tokens,
         )
 
     def _run(self) -> dict[str, Any]:

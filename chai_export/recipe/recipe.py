@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chai_export.bundle.manifest import first_problem
+from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.errors import ChaiError
 
 Count = Annotated[int, Field(ge=1)]
@@ -25,6 +26,7 @@ class CalibrateSettings(_Settings):
     samples: Count = 128
     seq_len: Count = 256
     keep: str = "elbow"
+    measure: Literal["error", "kl"] = "error"
 
 
 class ExportSettings(_Settings):
@@ -53,6 +55,8 @@ class EvalSettings(_Settings):
     text: Path
     max_tokens: Count | None = None
     window: Count = 512
+    prompts: Annotated[int, Field(ge=0)] = 4
+    new_tokens: Count = 32
 
 
 class RunSettings(_Settings):
@@ -68,7 +72,7 @@ class Recipe(_Settings):
     name: str
     model: str
     output: Path | None = None
-    probe_tokens: Count = 5
+    probe_tokens: Count = MEASURED_PROBE_TOKENS
     trust_remote_code: bool = False
     calibrate: CalibrateSettings
     export: ExportSettings = ExportSettings()

@@ -1,10 +1,11 @@
-"""compare, report and the measured budget from the command line."""
+"""eval, compare, report, static bundles and the measured budget from the command line."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from chai_export.recipe.recipe import load_recipe
 from tests.cli.conftest import Command
 
 
@@ -22,7 +23,7 @@ def test_compare_prints_every_method_asked_for(command: Command, tiny_model: Pat
 
 
 def test_compare_shows_a_table_and_names_an_unknown_method(command: Command, tiny_model: Path, text: Path):
-    settings = ("--keep", "5,3", "--windows", 1, "--seq-len", 16)
+    settings = ("--keep", "5,3", "--windows", 1, "--seq-len", 24)
     shown = command("compare", tiny_model, "--text", text, *settings, "--methods", "greedy")
     assert shown.code == 0, shown.err
     assert "greedy" in shown.out
@@ -55,6 +56,53 @@ def test_calibrate_measures_a_budget(command: Command, tmp_path: Path, tiny_mode
     assert refused.code == 2
 
 
+def test_eval_shows_positions_and_texts_besides_the_figures_of_the_contract(
+    command: Command, bundle: Path, text: Path, tiny_model: Path
+):
+    settings = ("eval", bundle, "--text", text, "--max-tokens", 130, "--window", 64)
+    outcome = command(*settings, "--prompts", 2, "--new-tokens", 5, "--reference", tiny_model, "--json")
+    assert outcome.code == 0, outcome.err
+    report = outcome.json
+    assert list(report)[:5] == ["tokens", "all", "chai", "top1_agreement", "kl"]
+    assert sum(part["tokens"] for part in report["kl_by_position"]) == report["tokens"]
+    assert [text["new_tokens"] for text in report["divergence"]] == [5, 5]
+    shown = command(*settings, "--prompts", 1, "--new-tokens", 2)
+    assert shown.code == 0, shown.err
+    assert "32-63" in shown.out
+    assert "greedy texts:" in shown.out
+    assert "greedy texts" not in command(*settings, "--prompts", 0).out
+
+
+def test_a_recipe_can_measure_its_budget_and_choose_its_probe(
+    command: Command, tmp_path: Path, tiny_model: Path, text: Path
+):
+    recipe = tmp_path / "tiny.yaml"
+    settings = (
+        f"model: {tiny_model}\n"
+        f"calibrate: {{text: [{text}], samples: 2, seq_len: 24, keep: 'budget:0.2', measure: kl}}\n"
+        "verify: null\n"
+        f"eval: {{text: {text}, max_tokens: 64, window: 32, prompts: 1, new_tokens: 3}}\n"
+    )
+    recipe.write_text(settings)
+    assert load_recipe(recipe).probe_tokens == 16
+    recipe.write_text(settings + "probe_tokens: 5\n")
+    outcome = command("make", recipe, "--json")
+    assert outcome.code == 0, outcome.err
+    clusters = json.loads((tmp_path / "out" / "tiny" / "clusters.json").read_text())
+    assert len(clusters["kl_curves"]) == 2
+    assert clusters["probe_tokens"] == 5
+    assert command("inspect", outcome.json["bundle"], "--json").json["probe_tokens"] == 5
+    assert [text["new_tokens"] for text in outcome.json["eval"]["divergence"]] == [3]
+
+
+def test_a_recipe_names_a_measure_that_does_not_exist(command: Command, tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: x\ncalibrate: {text: [a.txt], measure: damage}\n")
+    outcome = command("make", recipe)
+    assert outcome.code == 1
+    assert "measure" in outcome.err
+
+
 def test_report_writes_one_page_from_a_bundle_and_other_commands_json(
     command: Command, tmp_path: Path, bundle: Path, tiny_model: Path
 ):
@@ -69,6 +117,31 @@ def test_report_writes_one_page_from_a_bundle_and_other_commands_json(
     assert outcome.json["bundle"]["kept_heads"] == [5, 3]
     assert len(outcome.json["correlations"]) == 2
     assert "+10.00 %" in page.read_text(encoding="utf-8")
+
+
+def test_static_bundles_are_verified_evaluated_and_reported(
+    command: Command, tmp_path: Path, tiny_model: Path, clusters: Path, text: Path
+):
+    static, page = tmp_path / "static", tmp_path / "page.html"
+    membership = ("--membership", "static", "--text", text)
+    assert command("export", tiny_model, "--clusters", clusters, "-o", static, *membership).code == 0
+    gate = command("verify", static, "--reference", tiny_model, "--json")
+    assert gate.code == 0, gate.err
+    assert gate.json["max_abs_logit_diff"]["all"] is None
+    assert gate.json["greedy_match"] == {"all": None, "chai": True}
+    assert "not compared" in command("verify", static, "--reference", tiny_model).out
+    settings = ("eval", static, "--text", text, "--max-tokens", 130, "--window", 64)
+    refused = command(*settings)
+    assert refused.code == 2
+    assert "--reference" in refused.err
+    figures = command(*settings, "--reference", tiny_model, "--json")
+    assert figures.code == 0, figures.err
+    assert figures.json["kl"] > 0
+    (tmp_path / "eval.json").write_text(figures.out)
+    (tmp_path / "verify.json").write_text(gate.out)
+    given = ("--eval", tmp_path / "eval.json", "--verify", tmp_path / "verify.json")
+    assert command("report", static, "-o", page, *given).code == 0
+    assert "static membership" in page.read_text(encoding="utf-8")
 
 
 def test_report_names_a_file_of_the_wrong_kind(command: Command, tmp_path: Path, bundle: Path):
