@@ -10,6 +10,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 _HEADS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 96}
 _SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _MODERN = {**_HEADS, **_SPECIAL, "intermediate_size": 96, "max_position_embeddings": 128}
+_FALCON = {**_HEADS, **_SPECIAL, "max_position_embeddings": 128}
+_EXPERTS = {"num_experts_per_tok": 2}
+_GPT = {
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 8,
+    "n_positions": 128,
+    "vocab_size": 96,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-mha": ("llama", {**_MODERN, "num_key_value_heads": 8}),
@@ -21,8 +32,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-mha": ("qwen3", {**_MODERN, "num_key_value_heads": 8, "head_dim": 16}),
     "qwen3-gqa": ("qwen3", {**_MODERN, "num_key_value_heads": 4, "head_dim": 16}),
     "opt": ("opt", {**_MODERN, "ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 8, "n_positions": 128, "vocab_size": 96,
-                      "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}),
+    "gpt2": ("gpt2", {**_GPT, "initializer_range": 0.2}),
     "gpt_neox": ("gpt_neox", {**_MODERN, "rotary_pct": 0.5}),
     "phi-mha": ("phi", {**_MODERN, "num_key_value_heads": 8}),
     "phi-gqa": ("phi", {**_MODERN, "num_key_value_heads": 4}),
@@ -31,6 +41,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo-mha": ("olmo", {**_MODERN, "num_key_value_heads": 8}),
     "olmo-gqa": ("olmo", {**_MODERN, "num_key_value_heads": 2, "clip_qkv": 2.0}),
     "olmo2-gqa": ("olmo2", {**_MODERN, "num_key_value_heads": 4}),
+    "gemma-gqa": ("gemma", {**_MODERN, "num_key_value_heads": 2, "head_dim": 16}),
+    "phi3-gqa": ("phi3", {**_MODERN, "num_key_value_heads": 4, "sliding_window": None}),
+    "qwen2_moe-gqa": ("qwen2_moe", {**_MODERN, **_EXPERTS, "num_key_value_heads": 4, "num_experts": 4,
+                                    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}),
+    "mixtral-gqa": ("mixtral", {**_MODERN, **_EXPERTS, "num_key_value_heads": 4, "num_local_experts": 4,
+                                "sliding_window": None}),
+    "gptj": ("gptj", {**_GPT, "rotary_dim": 4}),
+    "codegen": ("codegen", {**_GPT, "rotary_dim": 4}),
+    "falcon-gqa": ("falcon", {**_FALCON, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "falcon-mqa": ("falcon", {**_FALCON, "multi_query": True}),
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from chai_export.clustering.state import load_state, save_state, state_key
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.geometry import describe
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
-from chai_export.progress import track
+from chai_export.progress import note, track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,6 +83,10 @@ def calibrate(
     loaded = load_model(model, trust_remote_code=trust_remote_code)
     geometry = describe(loaded.config)
     rule.check(geometry)
+    if geometry.num_kv_heads == 1:
+        note(
+            "calibrate: one KV head per layer (multi-query attention): nothing to share, each layer keeps it"
+        )
     if geometry.model_type not in TESTED_FAMILIES:
         require_same_with_all_heads(loaded)
     if tokenizer is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chai_export.errors import ChaiError
+from chai_export.models.support import OWN_ATTENTION
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,7 +39,8 @@ def export_onnx(
         model: a causal language model on the CPU, in the dtype to export.
         directory: an existing directory.
         opset: 18 … 24. From 23 on attention is one ``Attention`` node.
-        attention: transformers' implementation to trace, "sdpa" or "eager".
+        attention: transformers' implementation to trace, "sdpa" or "eager". Families with attention code of
+            their own are traced eagerly: torch.onnx cannot express their one KV head for many queries.
 
     Returns:
         The path of decoder.onnx.
@@ -140,17 +142,24 @@ def _traceable(model: PreTrainedModel, attention: str) -> Iterator[None]:
     """Trace with the given attention, and experts without data-dependent control; then restore the model."""
     before = model.config._attn_implementation
     experts = getattr(model.config, "_experts_implementation", None)
-    try:
-        model.set_attn_implementation(attention)
-    except ValueError:
-        # Some families have eager attention only.
-        model.set_attn_implementation("eager")
+    own = model.config.model_type in OWN_ATTENTION
+    if own:  # there is nothing to set but what their code reads
+        model.config._attn_implementation = "eager"
+    else:
+        try:
+            model.set_attn_implementation(attention)
+        except ValueError:
+            # Some families have eager attention only.
+            model.set_attn_implementation("eager")
     if experts is not None:
         model.set_experts_implementation("batched_mm")
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        if own:
+            model.config._attn_implementation = before
+        else:
+            model.set_attn_implementation(before)
         if experts is not None:
             model.set_experts_implementation(experts)
 

@@ -13,7 +13,7 @@ Unknown arithmetic therefore cannot slip through: it is not recognised by its sh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -32,7 +32,15 @@ _BLOCKED = -9999.0
 _SCORES = (1.0, -64.0, 8192.0)
 
 
-_Caches = tuple[CachedHeads, ...]
+@dataclass(frozen=True)
+class _Attention:
+    """What is fed for one attention: its caches, and scores of one head that stands for all of them.
+
+    ``heads`` is the real number where the graph insists on it, by a Reshape to [B, H, S, T].
+    """
+
+    caches: tuple[CachedHeads, ...] = ()
+    heads: int = 1
 
 
 class MaskError(Exception):
@@ -71,58 +79,71 @@ class MaskProver:
             return MaskProof(1.0, LONG_PASTS[0])
         key = _signature(chain)
         if key not in self._known:
-            self._known[key] = self._prove(chain, () if site is None else (site.key, site.value))
+            self._known[key] = self._prove(chain, site)
         return self._known[key]
 
-    def _prove(self, chain: ScoreChain, caches: _Caches) -> MaskProof:
+    def _prove(self, chain: ScoreChain, site: AttentionSite | None) -> MaskProof:
+        fed = _Attention() if site is None else _Attention((site.key, site.value))
         # Masks may be cut to the size of the (repeated) keys, so these are leaves of known size.
-        leaves = [cache.new for cache in caches] + ([] if chain.scores is None else [chain.scores])
+        leaves = [cache.new for cache in fed.caches] + ([] if chain.scores is None else [chain.scores])
         target = chain.mask if chain.scores is None else chain.logits
         assert target is not None
         try:
             part = cut(self._graph, leaves, [target], self._roles)
         except EvaluationError as error:
             raise MaskError(f"the mask cannot be evaluated: {error}") from error
+        if site is not None and chain.scores is not None and not self._runs(part, chain, fed):
+            fed = replace(fed, heads=site.num_query_heads)
         scales = []
         chunks = True
         for sizes in _SIZES:
             for padding in _paddings(sizes):
                 try:
-                    scales.append(self._check(part, chain, caches, sizes, padding))
+                    scales.append(self._check(part, chain, fed, sizes, padding))
                 except EvaluationError as error:
                     if sizes.tokens == 1 or sizes.past == 0:
                         raise MaskError(f"the mask cannot be evaluated: {error}") from error
                     chunks = False
         if not np.allclose(scales, scales[0], rtol=1e-5):
             raise MaskError("the scale of the scores depends on the sizes")
-        return MaskProof(scales[0], self._check_long(part, chain, caches), chunks)
+        return MaskProof(scales[0], self._check_long(part, chain, fed), chunks)
 
-    def _check_long(self, part: Slice, chain: ScoreChain, caches: _Caches) -> int:
+    def _runs(self, part: Slice, chain: ScoreChain, fed: _Attention) -> bool:
+        sizes = _SIZES[0]
+        try:
+            self._check(part, chain, fed, sizes, _paddings(sizes)[0])
+        except EvaluationError:
+            return False
+        return True
+
+    def _check_long(self, part: Slice, chain: ScoreChain, attention: _Attention) -> int:
         failure: EvaluationError | None = None
-        for past in self._long_pasts(part, caches):
+        for past in self._long_pasts(part, attention):
             sizes = Sizes(1, 1, past)
             try:
-                self._check(part, chain, caches, sizes, np.ones((1, sizes.total), np.int64))
+                self._check(part, chain, attention, sizes, np.ones((1, sizes.total), np.int64))
             except EvaluationError as error:
                 failure = error
                 continue
             return past
         raise MaskError(f"the mask cannot be evaluated on a long past: {failure}")
 
-    def _long_pasts(self, part: Slice, caches: _Caches) -> list[int]:
-        """Longest first; limited by fixed caches, and by memory where the keys themselves have to be fed."""
+    def _long_pasts(self, part: Slice, attention: _Attention) -> list[int]:
+        """Longest first; limited by fixed caches, and by memory where keys or all heads have to be fed."""
         capacity = self._roles.capacity
         if capacity is not None:
             return [capacity - 1]
-        fed = [self._roles.cache_sizes[cache.past] for cache in caches if cache.past in part.inputs]
-        row = 4 * sum(heads * dim for heads, dim in fed)
+        fed = [self._roles.cache_sizes[cache.past] for cache in attention.caches if cache.past in part.inputs]
+        row = 4 * (sum(heads * dim for heads, dim in fed) + (attention.heads if attention.heads > 1 else 0))
         return [past for past in LONG_PASTS if past * row <= _LARGEST_CACHE] or [LONG_PASTS[-1]]
 
-    def _check(self, part: Slice, chain: ScoreChain, caches: _Caches, sizes: Sizes, padding: Array) -> float:
+    def _check(
+        self, part: Slice, chain: ScoreChain, attention: _Attention, sizes: Sizes, padding: Array
+    ) -> float:
         """Compare one evaluation with the expected mask; return the chain's scale."""
         roles = self._roles
         feeds = roles.feeds(sizes, padding)
-        for cache in caches:
+        for cache in attention.caches:
             if cache.past in part.inputs:
                 feeds[cache.past] = roles.cache_array(cache.past, sizes)
             heads, dim = roles.cache_sizes[cache.past]
@@ -134,7 +155,7 @@ class MaskProver:
             (mask,) = part.run(roles, sizes, feeds)
             _compare(_additive(mask, chain, sizes, columns), allowed, judged, sizes)
             return 1.0
-        shape = self._score_shape(chain.scores, sizes, columns)
+        shape = self._score_shape(chain.scores, sizes, columns, attention.heads)
 
         def evaluate(score: float) -> Array:
             assert chain.scores is not None
@@ -146,11 +167,11 @@ class MaskProver:
         _compare(base, allowed, judged, sizes)
         return _linear_scale(evaluate, allowed & judged, base.shape)
 
-    def _score_shape(self, scores: ir.Value, sizes: Sizes, columns: int) -> tuple[int, ...]:
-        """One head stands for all, unless batch and heads are merged into one axis."""
+    def _score_shape(self, scores: ir.Value, sizes: Sizes, columns: int, heads: int) -> tuple[int, ...]:
+        """[B, heads, S, T], unless batch and heads are merged into one axis."""
         dims = self._roles.dims(scores, sizes)
         if dims is None or len(dims) != 3 or dims[0] is None:
-            return (sizes.batch, 1, sizes.tokens, columns)
+            return (sizes.batch, heads, sizes.tokens, columns)
         return (dims[0], sizes.tokens, columns)
 
 

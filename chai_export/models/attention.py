@@ -1,5 +1,7 @@
 """The op as an attention function of transformers: any family that follows its interface runs through it.
 
+Families that do not follow it are brought here by :mod:`chai_export.models.own_attention`.
+
 Registered under the name "chai" with ``AttentionInterface`` (called with the query heads and the KV heads
 of a layer, after RoPE, KV heads not yet repeated) and with ``AttentionMaskInterface`` (the mask is then
 None exactly when it is causal and nothing else, so any other mask is noticed and refused).
@@ -16,7 +18,9 @@ import torch
 from torch import Tensor
 
 from chai_export.errors import ChaiError
+from chai_export.models.own_attention import hides_the_future_only, redirected
 from chai_export.models.quiet import quiet
+from chai_export.models.support import OWN_ATTENTION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,17 +51,15 @@ def attention_of(model: PreTrainedModel, function: LayerFunction) -> Iterator[No
     """Let ``model`` compute its attention with ``function`` inside the block (one forward pass).
 
     Raises:
-        ChaiError: a layer did not go through transformers' attention interface, or its scores have terms
+        ChaiError: a layer's attention did not come here, or its scores have terms
             that the op does not know (a mask that is not causal, a soft cap, sinks, a bias).
     """
-    _register()
-    before = model.config._attn_implementation
     run = _Run(function, model.config.num_hidden_layers)
     token = _ACTIVE.set(run)
+    way = redirected(model, _attend) if model.config.model_type in OWN_ATTENTION else _interface(model)
     try:
-        with quiet():
-            model.set_attn_implementation(NAME)
-        yield
+        with way:
+            yield
         if run.layers_seen != run.layers:
             raise ChaiError(
                 f"only {run.layers_seen} of the {run.layers} layers of this {model.config.model_type} model "
@@ -65,6 +67,18 @@ def attention_of(model: PreTrainedModel, function: LayerFunction) -> Iterator[No
             )
     finally:
         _ACTIVE.reset(token)
+
+
+@contextmanager
+def _interface(model: PreTrainedModel) -> Iterator[None]:
+    """Set transformers' attention function of this model to ours, and back."""
+    _register()
+    before = model.config._attn_implementation
+    try:
+        with quiet():
+            model.set_attn_implementation(NAME)
+        yield
+    finally:
         with quiet():
             model.set_attn_implementation(before)
 
@@ -122,21 +136,33 @@ def _attention(
     **terms: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in place of its own attention; returns [B, S, H, Dv]."""
-    run = _ACTIVE.get()
-    if run is None:
-        raise RuntimeError("attention implementation 'chai' works only inside chai_export")
+    for name in _FOREIGN_TERMS:
+        if terms.get(name) is not None:
+            layer = _active().layers_seen
+            raise ChaiError(f"layer {layer}: its attention uses {name}, which the op cannot express")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    attended = _attend(query, key, value, attention_mask, scale)
+    return attended.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The layer function of the pass under way on its next layer; returns [B, H, S, Dv]."""
+    run = _active()
     layer = run.layers_seen
     run.layers_seen += 1
     if layer >= run.layers:
         raise ChaiError("its layers compute attention more than once each, which the op cannot express")
-    for name in _FOREIGN_TERMS:
-        if terms.get(name) is not None:
-            raise ChaiError(f"layer {layer}: its attention uses {name}, which the op cannot express")
-    if attention_mask is not None or query.shape[2] != key.shape[2]:
+    causal = mask is None or hides_the_future_only(mask)
+    if not causal or query.shape[2] != key.shape[2]:
         raise ChaiError(f"layer {layer}: its attention mask is not causal, which the op cannot express")
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    attended = run.function(layer, query, key, value, scale)
-    return attended.to(query.dtype).transpose(1, 2).contiguous(), None
+    return run.function(layer, query, key, value, scale)
+
+
+def _active() -> _Run:
+    run = _ACTIVE.get()
+    if run is None:
+        raise RuntimeError("attention implementation 'chai' works only inside chai_export")
+    return run
 
 
 def _register() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from chai_export.errors import ChaiError
 
-# Families whose position table has one learned row per position: past its end there is nothing to look up.
-LEARNED_POSITIONS = frozenset({"biogpt", "gpt-sw3", "gpt2", "gpt_bigcode", "opt"})
+# Families with a table of one row per position, learned or of sines: past its end nothing can be looked up.
+POSITION_TABLES = frozenset({"biogpt", "codegen", "gpt-sw3", "gpt2", "gpt_bigcode", "gptj", "opt"})
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Geometry:
         value_head_dim: width of a value head (Dv).
         hidden_size: width of the residual stream.
         vocab_size: rows of the output head (V).
-        max_positions: length of a learned position table, a hard limit in tokens; None without one.
+        max_positions: length of a position table, a hard limit in tokens; None without one.
         context_length: tokens of context that the model was trained for; None when it does not say.
     """
 
@@ -77,7 +77,7 @@ def describe(config: Any) -> Geometry:
         value_head_dim=value_head_dim,
         hidden_size=hidden,
         vocab_size=_size(config, model_type, "vocab_size"),
-        max_positions=int(context) if context and model_type in LEARNED_POSITIONS else None,
+        max_positions=int(context) if context and model_type in POSITION_TABLES else None,
         context_length=int(context) if context else None,
     )
 
@@ -93,7 +93,10 @@ def _size(config: Any, model_type: str, name: str) -> int:
 
 
 def _kv_heads(config: Any, heads: int) -> int:
-    if getattr(config, "multi_query", False) and getattr(config, "model_type", "") == "gpt_bigcode":
+    model_type = getattr(config, "model_type", "")
+    if model_type == "falcon" and config.new_decoder_architecture:
+        return heads  # transformers repeats the KV heads first and caches the repeated ones
+    if getattr(config, "multi_query", False) and model_type in ("falcon", "gpt_bigcode"):
         return 1
     value = getattr(config, "num_key_value_heads", None)
     return heads if not isinstance(value, int) or value < 1 else value

@@ -9,10 +9,13 @@ from chai_export.errors import ChaiError
 # Built from a tiny random configuration each in the tests: calibration, export, rewrite and generation.
 TESTED_FAMILIES = frozenset(
     {
-        "gpt2", "gpt_neox", "llama", "mistral", "olmo", "olmo2",
-        "opt", "phi", "qwen2", "qwen3", "stablelm",
+        "codegen", "falcon", "gemma", "gpt2", "gpt_neox", "gptj", "llama", "mistral", "mixtral", "olmo",
+        "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "stablelm",
     }
 )  # fmt: skip
+
+# Outside transformers' attention interface; chai_export.models.own_attention knows a way in.
+OWN_ATTENTION = frozenset({"codegen", "falcon", "gptj"})
 
 # Attention layer kinds that are plain causal attention over a key cache.
 _PLAIN_LAYERS = frozenset({"full_attention"})
@@ -139,6 +142,8 @@ def _caches(config: Any, layers: int) -> list[str]:
         reasons.append(f"{where}: keys and values are shared with an earlier layer")
     if getattr(config, "quantization_config", None) is not None:
         reasons.append("its weights are quantised; use the original float checkpoint")
+    if config.model_type in OWN_ATTENTION:
+        return []
     return reasons
 
 

@@ -26,6 +26,19 @@ _SIZES: dict[str, Any] = {
 
 CASES: dict[str, tuple[str, dict[str, Any], str, int, str]] = {
     "alibi": ("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64}, "eager", 18, "bias"),
+    "alibi-reshaped": (
+        "falcon",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "vocab_size": 64,
+            "alibi": True,
+        },
+        "eager",
+        18,
+        "bias",
+    ),
     "window": ("mistral", {**_SIZES, "sliding_window": 16}, "sdpa", 23, "sliding window of 16 tokens"),
     "softcap": (
         "gemma2",

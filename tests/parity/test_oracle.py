@@ -8,6 +8,7 @@ import torch
 
 from chai_export.errors import ChaiError
 from chai_export.models.attention import attention_of
+from chai_export.models.geometry import describe
 from chai_export.models.oracle import Oracle, clustered_attention, model_logits, probe_features
 from chai_export.op.reference import clustered_head_attention
 from tests.families import FAMILIES, family_model
@@ -43,15 +44,18 @@ def tokens_for(model, count, seed=0):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_heads_kept_equals_the_model(name):
     model = family_model(name)
-    heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    heads = describe(model.config).num_kv_heads
     tokens = tokens_for(model, 23)
     oracle = Oracle(model, [heads, heads])
     np.testing.assert_allclose(oracle.logits(tokens), model_logits(model, tokens), atol=2e-5)
     assert (oracle.head_maps == np.arange(model.config.num_attention_heads)).all()
     assert model.config._attn_implementation != "chai"
+    assert not any("_attn" in vars(module) for module in model.modules())
 
 
-@pytest.mark.parametrize("name", ["llama-mha", "llama-gqa", "gpt2", "qwen3-gqa"])
+@pytest.mark.parametrize(
+    "name", ["llama-mha", "llama-gqa", "gpt2", "qwen3-gqa", "gptj", "codegen", "falcon-gqa"]
+)
 @pytest.mark.parametrize("count", [1, PROBE - 1, PROBE, 23])
 def test_model_with_reference_attention_gives_the_same_logits_and_maps(name, count):
     model = family_model(name)

@@ -12,7 +12,7 @@ from chai_export.errors import ChaiError, UsageError
 from chai_export.models.geometry import describe
 from chai_export.models.loading import load_model, load_tokenizer
 from chai_export.models.oracle import require_same_with_all_heads
-from chai_export.models.support import layer_ranges, unsupported_reasons
+from chai_export.models.support import TESTED_FAMILIES, layer_ranges, unsupported_reasons
 from tests.families import FAMILIES, family_config, family_model
 
 
@@ -29,10 +29,15 @@ def test_every_family_is_supported_and_described(name):
     assert unsupported_reasons(config) == []
     geometry = describe(config)
     assert (geometry.num_layers, geometry.num_query_heads, geometry.vocab_size) == (2, 8, 96)
-    assert geometry.num_kv_heads == FAMILIES[name][1].get("num_key_value_heads", 8)
-    assert geometry.head_dim == geometry.value_head_dim == (16 if name.startswith("qwen3") else 8)
+    heads = 1 if name == "falcon-mqa" else FAMILIES[name][1].get("num_key_value_heads", 8)
+    assert geometry.num_kv_heads == heads
+    assert geometry.head_dim == geometry.value_head_dim == FAMILIES[name][1].get("head_dim", 8)
     assert geometry.context_length == 128
-    assert geometry.max_positions == (128 if name in ("opt", "gpt2") else None)
+    assert geometry.max_positions == (128 if name in ("opt", "gpt2", "gptj", "codegen") else None)
+
+
+def test_the_families_said_to_be_tested_are_those_built_here():
+    assert {model_type for model_type, _ in FAMILIES.values()} == TESTED_FAMILIES
 
 
 def test_bytes_saved_count_the_key_cache_only():
@@ -63,7 +68,7 @@ def of_type(model_type, **options):
         (of_type("gpt_oss"), "attention sinks"),
         (of_type("llama4_text", num_hidden_layers=4), "layers 0-2: 'chunked_attention'"),
         (of_type("mamba", num_hidden_layers=2), "'linear_attention'"),
-        (of_type("falcon", num_hidden_layers=2), "outside transformers' attention interface"),
+        (of_type("openai-gpt", n_layer=2), "outside transformers' attention interface"),
         (of_type("gemma3n_text"), "shared with an earlier layer"),
         (of_type("t5"), "encoder-decoder"),
         (of_type("bert"), "not a decoder-only"),

@@ -1,0 +1,110 @@
+"""Families that compute attention in their own code, outside transformers' attention interface.
+
+Each is given another way into :data:`Attend`, for the length of one forward pass:
+
+* GPT-J and CodeGen have a method ``_attn`` for everything from scores to attended values; it is replaced.
+* Falcon calls torch's ``scaled_dot_product_attention`` in the middle of its layers; that call is caught.
+  Its newer architecture repeats KV heads before they are cached, so H heads arrive here; its multi-query
+  variant brings one.
+
+Query, key and value arrive as from the interface: after RoPE, KV heads not repeated for their queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+"""(query [B,H,S,D], key [B,G,S,D], value [B,G,S,Dv], mask, scale) -> attended values [B,H,S,Dv].
+
+The mask [B,1,S,S] is None when the scores are plainly causal; else True or 0 where a query sees a key.
+"""
+
+
+@contextmanager
+def redirected(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
+    """Let a model of one of the families above compute its attention with ``attend`` inside the block."""
+    way = _replaced_method if model.config.model_type in ("codegen", "gptj") else _caught_call
+    with way(model, attend):
+        yield
+
+
+def hides_the_future_only(mask: Tensor) -> bool:
+    """Whether a mask [B, 1, S, T] lets each query see every key up to its own place and none after it."""
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and not bool((seen | (mask < -1e4)).all()):
+        return False
+    return bool((seen == torch.ones_like(seen).tril()).all()) and mask.shape[-1] == mask.shape[-2]
+
+
+@contextmanager
+def _replaced_method(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "_attn")]
+    try:
+        for module in modules:
+            module._attn = partial(_as_method, attend, float(module.scale_attn))
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("_attn", None)  # the class's own method is visible again
+
+
+def _as_method(
+    attend: Attend,
+    divisor: float,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, None]:
+    return attend(query, key, value, attention_mask, 1.0 / divisor).to(value.dtype), None
+
+
+@contextmanager
+def _caught_call(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
+    before = model.config._attn_implementation
+    try:
+        model.config._attn_implementation = "sdpa"  # the branch that has the call
+        with _CatchProduct(attend):
+            yield
+    finally:
+        model.config._attn_implementation = before
+
+
+class _CatchProduct(TorchFunctionMode):
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self._attend = attend
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **options)
+        return self._product(*args, **options)
+
+    def _product(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """The arguments of torch's function, as far as an evaluated decoder gives them."""
+        del dropout_p, is_causal  # zero outside training; without a mask the pass is causal
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        return self._attend(query, key, value, attn_mask, factor).to(query.dtype)
