@@ -142,12 +142,12 @@ def _caches(config: Any, layers: int) -> list[str]:
         reasons.append(f"{where}: keys and values are shared with an earlier layer")
     if getattr(config, "quantization_config", None) is not None:
         reasons.append("its weights are quantised; use the original float checkpoint")
-    if config.model_type in OWN_ATTENTION:
-        return []
     return reasons
 
 
 def _no_interface(config: Any) -> list[str]:
+    if config.model_type in OWN_ATTENTION:
+        return []
     model_class = _model_class(config)
     # transformers itself decides this way whether a class follows its attention interface.
     if model_class is None or model_class._can_set_attn_implementation():
