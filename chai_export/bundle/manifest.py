@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from chai_export.bundle.atomic import atomic_file
 from chai_export.errors import ChaiError
+from chai_export.op.kv_sharing import check_same_kept, check_sources, owners
 
 FORMAT: Final = "chai-bundle/1"
 FILE_NAME = "manifest.json"
@@ -97,7 +98,9 @@ class Manifest(_Strict):
     """Everything a runner must know about a bundle. Lengths are in tokens, sizes in bytes.
 
     ``max_positions`` is a hard limit (length of a learned position table), ``context_length`` the length
-    the model was trained for. ``files`` maps paths relative to the bundle to their hash and size.
+    the model was trained for. ``kv_source_layers``, absent unless layers share caches, names for each layer
+    the one whose K and V cache it reads: itself, or an earlier one (:mod:`chai_export.op.kv_sharing`).
+    ``files`` maps paths relative to the bundle to their hash and size.
     """
 
     format: Literal["chai-bundle/1"] = FORMAT
@@ -112,6 +115,7 @@ class Manifest(_Strict):
     max_positions: Count | None = None
     context_length: Count | None = None
     kept_heads: list[Count]
+    kv_source_layers: list[int] | None = Field(default=None, exclude_if=lambda layers: layers is None)
     probe_tokens: Count = 5
     opset: Count
     source: Source
@@ -143,16 +147,25 @@ class Manifest(_Strict):
             raise ValueError(
                 f"kept_heads has {max(self.kept_heads)}, more than the {self.num_kv_heads} KV heads there are"
             )
+        if self.kv_source_layers is not None:
+            check_sources(self.kv_source_layers, self.num_layers)
+            check_same_kept(self.kept_heads, self.kv_source_layers)
         return self
+
+    @property
+    def cache_layers(self) -> list[int]:
+        """The layers that have a cache: all but those that read an earlier layer's."""
+        return owners(self.kv_source_layers, self.num_layers)
 
     def heads(self, mode: str) -> list[int]:
         """KV heads in the K cache of each layer: ``"chai"`` the kept ones, ``"all"`` every one."""
         return self.kept_heads if mode == "chai" else [self.num_kv_heads] * self.num_layers
 
     def kv_bytes_per_token(self, mode: str = "chai") -> int:
-        """Bytes of K and V cache that one token of one row takes, over all layers."""
-        keys = sum(self.heads(mode)) * self.head_dim
-        values = self.num_layers * self.num_kv_heads * self.value_head_dim
+        """Bytes of K and V cache that one token of one row takes, over all layers, shared caches once."""
+        kept = self.heads(mode)
+        keys = sum(kept[layer] for layer in self.cache_layers) * self.head_dim
+        values = len(self.cache_layers) * self.num_kv_heads * self.value_head_dim
         return (keys + values) * ITEM_SIZE[self.dtype]
 
 

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 
 from chai_export.clustering.clusters import Clusters
 from chai_export.clustering.curves import ErrorCurves
-from chai_export.clustering.keep import Budget, KeepRule, allocate, parse_keep
+from chai_export.clustering.keep import Budget, KeepRule, parse_keep
 from chai_export.clustering.measured_budget import measure_damage
 from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.clustering.state import load_state, save_state, state_key
 from chai_export.errors import ChaiError, UsageError
-from chai_export.models.geometry import describe
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
 from chai_export.progress import note, track
 
@@ -73,6 +72,7 @@ def calibrate(
             cannot be met.
         UsageError: a setting makes no sense.
     """
+    from chai_export.models.kv_sources import describe_model
     from chai_export.models.loading import load_model
     from chai_export.models.oracle import probe_features, require_same_with_all_heads
     from chai_export.models.support import TESTED_FAMILIES
@@ -81,7 +81,7 @@ def calibrate(
     rule = parse_keep(keep)
     _check_measure(measure, rule, keep)
     loaded = load_model(model, trust_remote_code=trust_remote_code)
-    geometry = describe(loaded.config)
+    geometry = describe_model(loaded)
     rule.check(geometry)
     if geometry.num_kv_heads == 1:
         note(
@@ -105,8 +105,10 @@ def calibrate(
     damage: tuple[tuple[float, ...], ...] = ()
     if measure == "kl" and isinstance(rule, Budget):
         sequences = _damage_sequences(tokens, leading, seq_len)
-        damage = measure_damage(loaded, sequences, error_curves, probe_tokens=probe_tokens)
-        kept = allocate(damage, rule.heads_to_drop(geometry))
+        damage = measure_damage(
+            loaded, sequences, error_curves, probe_tokens=probe_tokens, sources=geometry.kv_source_layers
+        )
+        kept = rule.spend([damage[layer] for layer in geometry.cache_layers], geometry)
     else:
         kept = rule.choose(error_curves, geometry)
     progress.finish()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from chai_export.errors import ChaiError
+from chai_export.op.kv_sharing import check_same_kept
 
 FORMAT = "chai-clusters/1"
 
@@ -22,6 +24,10 @@ class HeadCounts(Protocol):
     @property
     def num_kv_heads(self) -> int:
         """G."""
+
+    @property
+    def kv_source_layers(self) -> Sequence[int] | None:
+        """The layer whose cache each layer reads; None if each has its own."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,8 @@ class Clusters:
         """Raise unless these numbers fit a model.
 
         Raises:
-            ChaiError: wrong number of layers, or a layer keeps fewer than 1 or more KV heads than it has.
+            ChaiError: wrong number of layers, a layer keeps fewer than 1 or more KV heads than it has, or
+                layers that read one cache keep different numbers.
         """
         if len(self.kept_heads) != geometry.num_layers:
             raise ChaiError(
@@ -129,6 +136,11 @@ class Clusters:
                     f"{self.origin}: layer {layer} keeps {kept} KV heads, it must be between 1 and the "
                     f"{geometry.num_kv_heads} that the model has; correct it or calibrate this model"
                 )
+        if geometry.kv_source_layers is not None:
+            try:
+                check_same_kept(self.kept_heads, geometry.kv_source_layers)
+            except ValueError as error:
+                raise ChaiError(f"{self.origin}: {error}; correct it or calibrate this model") from None
 
 
 def _is_count(value: object) -> bool:

@@ -5,6 +5,9 @@
 ``all``         every head, plain multi-head attention
 ``32,32,8,…``   one number per layer
 ``@FILE``       the numbers of another clusters.json
+
+Layers that read one cache (docs/op.md) get one R. Rules decide it from the sum of their error curves and
+count the cache's bytes once; numbers given by hand must agree.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy as np
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.geometry import Geometry
+from chai_export.op.kv_sharing import for_each_layer, readers
 
 ELBOW_REMAINING = 0.01
 """At an elbow at most this share of the error with one kept head is left."""
@@ -84,7 +88,7 @@ class Elbow:
 
     def choose(self, curves: Curves, geometry: Geometry) -> tuple[int, ...]:
         """See :class:`KeepRule`."""
-        return tuple(elbow(curve) for curve in curves)
+        return _same_for_readers([elbow(curve) for curve in _by_cache(curves, geometry)], geometry)
 
 
 def elbow(curve: Sequence[float]) -> int:
@@ -122,20 +126,26 @@ class Budget:
     def choose(self, curves: Curves, geometry: Geometry) -> tuple[int, ...]:
         """See :class:`KeepRule`."""
         drop = self.heads_to_drop(geometry)
-        return allocate(_elbows_first(curves, drop), drop)
+        costs = _by_cache(curves, geometry)
+        return _same_for_readers(allocate(_elbows_first(costs, drop), drop), geometry)
+
+    def spend(self, costs: Curves, geometry: Geometry) -> tuple[int, ...]:
+        """R of each layer with the smallest sum of ``costs`` [caches][G], elbows not looked at."""
+        return _same_for_readers(allocate(costs, self.heads_to_drop(geometry)), geometry)
 
     def heads_to_drop(self, geometry: Geometry) -> int:
-        """The fewest KV heads, over all layers, whose keys amount to the share.
+        """The fewest KV heads, over all caches, whose keys amount to the share.
 
         Raises:
             ChaiError: out of reach.
         """
         self.check(geometry)
         widths = geometry.head_dim + geometry.value_head_dim
-        whole = geometry.num_layers * geometry.num_kv_heads * widths / geometry.head_dim
+        caches = len(geometry.cache_layers)
+        whole = caches * geometry.num_kv_heads * widths / geometry.head_dim
         # The small term keeps a share such as 3/8 from asking for one head more because of its last bit.
         drop = max(0, math.ceil(self.share * whole - 1e-6))
-        return min(drop, geometry.num_layers * (geometry.num_kv_heads - 1))
+        return min(drop, caches * (geometry.num_kv_heads - 1))
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,18 @@ class Numbers:
         """See :class:`KeepRule`."""
         self.check(geometry)
         return self.clusters.kept_heads
+
+
+def _by_cache(curves: Curves, geometry: Geometry) -> Curves:
+    """One cost curve per cache: the sum over the layers that read it, since one R serves them all."""
+    table = np.asarray(curves, dtype=np.float64)
+    groups = readers(geometry.kv_source_layers, geometry.num_layers)
+    return [table[members].sum(axis=0).tolist() for members in groups]
+
+
+def _same_for_readers(kept: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
+    """R of each layer from R of each cache."""
+    return tuple(for_each_layer(kept, geometry.kv_source_layers, geometry.num_layers))
 
 
 def allocate(costs: Curves, drop: int) -> tuple[int, ...]:

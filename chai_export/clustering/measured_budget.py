@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.clustering.keep import elbow
+from chai_export.op.kv_sharing import for_each_layer, readers
 from chai_export.progress import track
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def measure_damage(
     *,
     probe_tokens: int,
     per_layer: int = MEASURED_PER_LAYER,
+    sources: Sequence[int] | None = None,
 ) -> tuple[tuple[float, ...], ...]:
     """KL divergence of each layer for each number of kept heads, the other layers keeping all.
 
@@ -46,26 +48,31 @@ def measure_damage(
         error_curves: [L][G], which decide where to measure and how to interpolate.
         probe_tokens: P.
         per_layer: numbers of heads to try in each layer, at least 1; from G-1 on, every one.
+        sources: for each layer the one whose cache it reads; layers of one cache keep as many heads and are
+            measured together. None if each has its own.
 
     Returns:
-        [L][G]: nats per token with k heads kept at [l][k-1], never rising along a layer, 0 at the end.
+        [L][G]: nats per token with k heads kept at [l][k-1], never rising along a layer, 0 at the end. Layers
+        of one cache have the same row, which is what they cost together.
     """
     from chai_export.models.oracle import Oracle, model_logits
 
     groups = len(error_curves[0])
-    sums = [dict.fromkeys(heads_to_try(curve, per_layer), 0.0) for curve in error_curves]
+    caches = readers(sources, len(error_curves))
+    curves = [np.asarray(error_curves)[layers].sum(axis=0).tolist() for layers in caches]
+    sums = [dict.fromkeys(heads_to_try(curve, per_layer), 0.0) for curve in curves]
     for window in track(windows, "measuring layers", total=len(windows)):
         every = model_logits(model, window)
-        for layer, by_kept in enumerate(sums):
+        for layers, by_kept in zip(caches, sums, strict=True):
             for kept in by_kept:
-                kept_heads = [groups] * len(error_curves)
-                kept_heads[layer] = kept
+                kept_heads = [kept if layer in layers else groups for layer in range(len(error_curves))]
                 by_kept[kept] += _total_kl(every, Oracle(model, kept_heads, probe_tokens).logits(window))
     positions = max(1, windows.size)
-    return tuple(
+    of_caches = [
         _filled({kept: total / positions for kept, total in by_kept.items()}, curve)
-        for by_kept, curve in zip(sums, error_curves, strict=True)
-    )
+        for by_kept, curve in zip(sums, curves, strict=True)
+    ]
+    return tuple(for_each_layer(of_caches, sources, len(error_curves)))
 
 
 def heads_to_try(curve: Sequence[float], count: int) -> list[int]:

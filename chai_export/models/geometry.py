@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chai_export.errors import ChaiError
+from chai_export.op.kv_sharing import owners
 
 # Families with a table of one row per position, learned or of sines: past its end nothing can be looked up.
 POSITION_TABLES = frozenset({"biogpt", "codegen", "gpt-sw3", "gpt2", "gpt_bigcode", "gptj", "opt"})
@@ -26,6 +27,8 @@ class Geometry:
         vocab_size: rows of the output head (V).
         max_positions: length of a position table, a hard limit in tokens; None without one.
         context_length: tokens of context that the model was trained for; None when it does not say.
+        kv_source_layers: the layer whose K and V each layer reads, itself or an earlier one; None when each
+            has its own (:func:`chai_export.models.kv_sources.describe_model` fills it in).
     """
 
     model_type: str
@@ -38,6 +41,12 @@ class Geometry:
     vocab_size: int
     max_positions: int | None
     context_length: int | None
+    kv_source_layers: tuple[int, ...] | None = None
+
+    @property
+    def cache_layers(self) -> list[int]:
+        """The layers that have a cache."""
+        return owners(self.kv_source_layers, self.num_layers)
 
     @property
     def group(self) -> int:
@@ -45,9 +54,13 @@ class Geometry:
         return self.num_query_heads // self.num_kv_heads
 
     def kv_bytes_saved(self, kept_heads: list[int] | tuple[int, ...]) -> float:
-        """Share of the KV cache that disappears when layer i keeps ``kept_heads[i]`` heads in its K cache."""
-        dropped = sum(self.num_kv_heads - kept for kept in kept_heads) * self.head_dim
-        whole = self.num_layers * self.num_kv_heads * (self.head_dim + self.value_head_dim)
+        """Share of the KV cache that disappears when layer i keeps ``kept_heads[i]`` heads in its K cache.
+
+        A cache that several layers read counts once.
+        """
+        caches = self.cache_layers
+        dropped = sum(self.num_kv_heads - kept_heads[layer] for layer in caches) * self.head_dim
+        whole = len(caches) * self.num_kv_heads * (self.head_dim + self.value_head_dim)
         return dropped / whole
 
 

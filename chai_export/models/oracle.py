@@ -18,7 +18,9 @@ from chai_export.errors import ChaiError
 from chai_export.models.attention import attention_of, causal_attention, probe_probabilities
 from chai_export.models.fused_attention import fresh_prefill, kernels_available
 from chai_export.models.geometry import describe
-from chai_export.op.head_map import cluster_heads, distances, quantise
+from chai_export.models.kv_sources import describe_model
+from chai_export.op.head_map import assign, cluster_heads, distances, kept_kv_heads, quantise
+from chai_export.op.kv_sharing import check_same_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,12 +42,13 @@ class Oracle:
         kept_heads: R of each layer, 1 … G.
         probe_tokens: P, tokens that are exact and decide the head map.
         online: False applies given maps to every token, the first P included (static membership).
-        rule: how a head map is chosen from probe probabilities; the op's rule unless given.
+        rule: how a head map is chosen from probe probabilities; the op's rule unless given. A layer that
+            reads another layer's cache follows the op: nearest among the heads which that one kept.
         kernels: compute layers whose maps the op decides with the Triton kernels; by default where the model
             is on a GPU and Triton is installed. Given maps and other rules always go through torch.
 
     Raises:
-        ChaiError: ``kept_heads`` does not fit the model.
+        ChaiError: ``kept_heads`` does not fit the model, or differs between layers that read one cache.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class Oracle:
         kernels: bool | None = None,
     ) -> None:
         self.model = model
-        self.geometry = describe(model.config)
+        self.geometry = describe_model(model)
         self.kept_heads = tuple(int(kept) for kept in kept_heads)
         self.probe_tokens = probe_tokens
         self.online = online
@@ -72,6 +75,11 @@ class Oracle:
                 f"kept heads {list(self.kept_heads)} do not fit a model of {layers} layers "
                 f"with {most} KV heads; calibrate this model"
             )
+        self._sources = self.geometry.kv_source_layers or tuple(range(layers))
+        try:
+            check_same_kept(self.kept_heads, self._sources)
+        except ValueError as error:
+            raise ChaiError(f"{error}; calibrate this model") from None
 
     @property
     def head_maps(self) -> NDArray[np.int32]:
@@ -100,7 +108,7 @@ class Oracle:
         fused = self._kernels and given is None and self._rule is op_head_map
 
         def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-            if fused:
+            if fused and self._sources[index] == index:
                 kept = self.kept_heads[index]
                 attended, maps = fresh_prefill(query, key, value, kept, scale, self.probe_tokens)
                 self._maps.append(maps.cpu().numpy())
@@ -129,8 +137,12 @@ class Oracle:
     def _choose(self, layer: int, query: Tensor, key: Tensor, scale: float) -> NDArray[np.int32]:
         kept, groups = self.kept_heads[layer], key.shape[1]
         tokens = min(self.probe_tokens, query.shape[2])
-        probabilities = probe_probabilities(query, key, scale, tokens)[0]
-        return self._rule(probabilities.cpu().numpy(), groups, kept)
+        probabilities = probe_probabilities(query, key, scale, tokens)[0].cpu().numpy()
+        source = self._sources[layer]
+        if source == layer:
+            return self._rule(probabilities, groups, kept)
+        chosen = kept_kv_heads(self._maps[source][0], self.geometry.group)
+        return assign(distances(quantise(probabilities)), groups, chosen)
 
     def _checked(self, head_maps: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         layers, heads = self.geometry.num_layers, self.geometry.num_query_heads

@@ -136,10 +136,6 @@ def _scores(config: Any, layers: int) -> list[str]:
 def _caches(config: Any, layers: int) -> list[str]:
     """Caches that are not one K and one V tensor per layer, and weights that cannot be exported."""
     reasons = []
-    shared = getattr(config, "num_kv_shared_layers", 0) or 0
-    if shared:
-        where = layer_ranges(list(range(layers - shared, layers)))
-        reasons.append(f"{where}: keys and values are shared with an earlier layer")
     if getattr(config, "quantization_config", None) is not None:
         reasons.append("its weights are quantised; use the original float checkpoint")
     return reasons

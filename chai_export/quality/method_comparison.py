@@ -17,7 +17,7 @@ from chai_export.clustering.keep import Budget, KeepRule, Numbers, allocate, par
 from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.clustering.static_maps import static_head_maps
 from chai_export.errors import ChaiError, UsageError
-from chai_export.models.geometry import Geometry, describe
+from chai_export.models.geometry import Geometry
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
 from chai_export.progress import track
 from chai_export.quality.clustered_run import fixed_maps, logits_with_maps, method_maps
@@ -48,6 +48,7 @@ class MethodResult:
         perplexity_change: relative, 0.01 is 1 %.
         kl: mean KL(all heads || method) in nats per token.
         top1_agreement: share of positions with the same most probable token.
+        nll_change_by_window: the change in each sequence, in their order: methods can be compared pair by pair.
     """
 
     method: str
@@ -61,6 +62,7 @@ class MethodResult:
     perplexity_change: float
     kl: float
     top1_agreement: float
+    nll_change_by_window: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,14 @@ class Comparison:
             "windows": self.windows,
             "seq_len": self.seq_len,
             "all": {"nll": self.nll_all, "perplexity": math.exp(self.nll_all)},
-            "results": [{**asdict(row), "kept_heads": list(row.kept_heads)} for row in self.results],
+            "results": [
+                {
+                    **asdict(row),
+                    "kept_heads": list(row.kept_heads),
+                    "nll_change_by_window": list(row.nll_change_by_window),
+                }
+                for row in self.results
+            ],
         }
 
 
@@ -132,13 +141,19 @@ def compare(
         ChaiError: model or text cannot be used, or a rule cannot be met.
         UsageError: a setting makes no sense.
     """
+    from chai_export.models.kv_sources import describe_model
     from chai_export.models.loading import load_model, load_tokenizer
     from chai_export.models.oracle import model_logits
 
     chosen = methods_named(list(METHODS) if methods is None else methods)
     _check_settings(probe_tokens, windows, seq_len)
     loaded = load_model(model, trust_remote_code=trust_remote_code)
-    geometry = describe(loaded.config)
+    geometry = describe_model(loaded)
+    if geometry.kv_source_layers is not None:
+        raise ChaiError(
+            "layers of this model read another layer's KV cache, and the methods compared here choose heads "
+            "for each layer by itself; compare on a model whose layers have their own"
+        )
     if tokenizer is None:
         source = str(loaded.config.name_or_path) if not isinstance(model, (str, Path)) else model
         tokenizer = load_tokenizer(source) if source else None
@@ -220,6 +235,7 @@ class _Setup:
             perplexity_change=self.sums.perplexity_change,
             kl=self.sums.kl,
             top1_agreement=self.sums.top1_agreement,
+            nll_change_by_window=tuple(self._changes),
         )
 
 

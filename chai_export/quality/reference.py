@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.errors import ChaiError
-from chai_export.models.geometry import Geometry, describe
+from chai_export.models.geometry import Geometry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,13 +36,14 @@ def load_reference(
     Raises:
         ChaiError: it cannot be used, or its sizes are not those of the bundle.
     """
+    from chai_export.models.kv_sources import describe_model
     from chai_export.models.loading import load_model
 
     model = load_model(reference, dtype=manifest.dtype, trust_remote_code=trust_remote_code)
     if manifest.dtype != "float32":
         # In place unless the model is the caller's: two copies of a large model may not fit.
         model = load_model(model, dtype="float32") if model is reference else model.float()
-    _require_same_sizes(manifest, describe(model.config))
+    _require_same_sizes(manifest, describe_model(model))
     return model
 
 
@@ -75,3 +76,8 @@ def _require_same_sizes(manifest: Manifest, geometry: Geometry) -> None:
                 f"the bundle has {name} {ours} and the reference model {theirs}; "
                 "give the model that the bundle was made from with --reference"
             )
+    if manifest.cache_layers != geometry.cache_layers:
+        raise ChaiError(
+            f"the bundle has caches for layers {manifest.cache_layers} and the reference model for "
+            f"{geometry.cache_layers}; give the model that the bundle was made from with --reference"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -80,6 +81,21 @@ def test_elbow_is_where_nothing_is_left_or_the_curve_is_flat():
 
 def test_every_head_kept():
     assert parse_keep("all").choose(random_curves(), geometry()) == (8, 8, 8, 8)
+
+
+def test_layers_of_one_cache_get_one_number_from_the_sum_of_their_curves():
+    shape = dataclasses.replace(geometry(), kv_source_layers=(0, 0, 2, 0))
+    distinct = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    more = [1.0, 0.5, 0.3, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert parse_keep("elbow").choose([distinct, more, distinct, distinct], shape) == (4, 4, 2, 4)
+    curves = random_curves()
+    for share in (0.1, 0.3):
+        kept = parse_keep(f"budget:{share}").choose(curves, shape)
+        assert kept[0] == kept[1] == kept[3]
+        # Two caches of 8 KV heads: one head is 1/32 of their bytes.
+        assert 0 <= shape.kv_bytes_saved(kept) - share + 1e-9 < 1 / 32
+    with pytest.raises(ChaiError, match="layer 1 keeps 3 KV heads and reads the cache of layer 0"):
+        parse_keep("4,3,8,4").check(shape)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.214, 0.25, 0.3, 0.4375])

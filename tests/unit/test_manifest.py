@@ -30,6 +30,9 @@ def test_manifest_survives_writing_and_reading(tmp_path, manifest):
         ({"kept_heads": [2, 9]}, "kept_heads has 9, more than the 4 KV heads"),
         ({"kept_heads": [0, 1]}, r"kept_heads\.0: Input should be greater"),
         ({"num_query_heads": 6}, "num_query_heads 6 is no multiple"),
+        ({"kv_source_layers": [0]}, "kv_source_layers has 1 numbers for 2 layers"),
+        ({"kv_source_layers": [1, 1]}, "layer 0 reads the cache of layer 1, which has none before it"),
+        ({"kv_source_layers": [0, 0]}, "layer 1 keeps 3 KV heads and reads the cache of layer 0"),
         ({"colour": "blue"}, "colour: Extra inputs"),
         ({"files": {"../passwd": {"sha256": "0" * 64, "size": 1}}}, "outside the bundle"),
         ({"opset": None}, "opset: Input should be a valid integer"),
@@ -57,6 +60,19 @@ def test_a_damaged_manifest_is_one_line(tmp_path, text):
     with pytest.raises(ChaiError, match=r"manifest\.json") as caught:
         read_manifest(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_layers_that_read_one_cache_count_it_once(tmp_path, manifest):
+    shared = manifest.model_copy(update={"kept_heads": [2, 2], "kv_source_layers": [0, 0]})
+    for mode in ("chai", "all"):
+        assert shared.kv_bytes_per_token(mode) * 2 == shared.model_copy(
+            update={"kv_source_layers": None}
+        ).kv_bytes_per_token(mode)
+    assert (manifest.cache_layers, shared.cache_layers) == ([0, 1], [0])
+    write_manifest(tmp_path, shared)
+    assert read_manifest(tmp_path).kv_source_layers == [0, 0]
+    write_manifest(tmp_path, manifest)
+    assert "kv_source_layers" not in (tmp_path / "manifest.json").read_text()
 
 
 def test_cache_bytes_count_kept_keys_and_all_values():

@@ -69,7 +69,7 @@ def of_type(model_type, **options):
         (of_type("llama4_text", num_hidden_layers=4), "layers 0-2: 'chunked_attention'"),
         (of_type("mamba", num_hidden_layers=2), "'linear_attention'"),
         (of_type("openai-gpt", n_layer=2), "outside transformers' attention interface"),
-        (of_type("gemma3n_text"), "shared with an earlier layer"),
+        (of_type("gemma3n_text"), "a sliding window of 512 tokens"),
         (of_type("t5"), "encoder-decoder"),
         (of_type("bert"), "not a decoder-only"),
         (of_type("vit"), "not a decoder-only"),
