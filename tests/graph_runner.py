@@ -26,8 +26,8 @@ class GraphRunner:
         shape = (manifest.num_layers, batch, manifest.num_query_heads)
         self.head_map = np.broadcast_to(query_heads, shape).copy()
         self.caches: dict[str, np.ndarray] = {}
-        for layer, kept in enumerate(manifest.heads(heads)):
-            key = (batch, kept, capacity, manifest.head_dim)
+        for layer in manifest.cache_layers:
+            key = (batch, manifest.heads(heads)[layer], capacity, manifest.head_dim)
             value = (batch, manifest.num_kv_heads, capacity, manifest.value_head_dim)
             # Whatever stands beyond the lengths must not matter.
             self.caches[f"past_key.{layer}"] = np.full(key, np.nan, np.float32)

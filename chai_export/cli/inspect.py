@@ -54,6 +54,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "num_kv_heads": manifest.num_kv_heads,
         "head_dim": manifest.head_dim,
         "kept_heads": list(manifest.kept_heads),
+        "kv_source_layers": manifest.kv_source_layers,
         "probe_tokens": manifest.probe_tokens,
         "ops": count_ops(bundle.model_path),
         "kv_bytes_per_token": manifest.kv_bytes_per_token("chai"),
@@ -81,6 +82,7 @@ def print_bundle(bundle: Bundle, *, as_json: bool) -> None:
                 f"{facts['num_query_heads']} query, {facts['num_kv_heads']} KV, head dim {facts['head_dim']}",
             ),
             ("kept KV heads", ", ".join(map(str, facts["kept_heads"]))),
+            *_shared_caches(facts["kv_source_layers"]),
             (
                 "KV cache per token",
                 f"{bytes_text(cache)} (all heads: {bytes_text(full)}, saved {1 - cache / full:.1%})",
@@ -93,6 +95,14 @@ def print_bundle(bundle: Bundle, *, as_json: bool) -> None:
     print_table(["op", "count"], most_first)
     print()
     print_table(["file", "size"], [(name, bytes_text(size)) for name, size in facts["files"].items()])
+
+
+def _shared_caches(sources: list[int] | None) -> list[tuple[str, str]]:
+    """A row that says which layer's cache the layers without one read; none if all have one."""
+    if sources is None:
+        return []
+    read = [f"layer {layer} reads layer {source}" for layer, source in enumerate(sources) if layer != source]
+    return [("shared caches", ", ".join(read))]
 
 
 def print_explanation(explanation: Explanation, *, as_json: bool) -> int:

@@ -26,6 +26,7 @@ from chai_export.errors import ChaiError
 from chai_export.kernels.ahead_of_time import INDEX_NAME
 from chai_export.kernels.ahead_of_time import compile as compile_kernels
 from chai_export.kernels.spec import Spec
+from chai_export.op.schema import SHARED_OP_TYPE
 from chai_export.runtime.tensorrt_environment import (
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
@@ -65,9 +66,15 @@ def build_tensorrt(
         kernels: directory of kernels that were compiled elsewhere; they are compiled here if not given.
 
     Raises:
-        ChaiError: TensorRT, polygraphy, the plugin library or a GPU is missing or of the wrong version; the
-            kernels are for another GPU or model; the parser does not take the graph; memory runs out.
+        ChaiError: layers share KV caches; TensorRT, polygraphy, the plugin library or a GPU is missing or of
+            the wrong version; the kernels are for another GPU or model; the parser does not take the graph;
+            memory runs out.
     """
+    if bundle.manifest.kv_source_layers is not None:
+        raise ChaiError(
+            f"{bundle.path} has layers that read another layer's KV cache, and {SHARED_OP_TYPE} has no "
+            "TensorRT plugin; use --backend onnxruntime"
+        )
     tensorrt = import_tensorrt()
     polygraphy = import_polygraphy()
     gpu = require_gpu()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chai_export.errors import UsageError
+from chai_export.errors import ChaiError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +59,7 @@ def export(
     from chai_export.exporter.static_membership import choose_and_slice, fix_head_maps
     from chai_export.exporter.torch_export import export_onnx
     from chai_export.graph.stage import load_clusters, write_bundle
+    from chai_export.models.kv_sources import kv_source_layers
     from chai_export.models.loading import load_model
 
     if membership not in ("online", "static"):
@@ -71,6 +72,11 @@ def export(
     static = None
     if membership == "static":
         assert text is not None
+        if kv_source_layers(loaded) is not None:
+            raise ChaiError(
+                "layers of this model read another layer's KV cache, for which static membership is not "
+                "supported; use --membership online"
+            )
         if loaded is model:
             loaded = copy.deepcopy(loaded)  # the caller's model keeps its heads
         static = choose_and_slice(loaded, chosen, text, surroundings.tokenizer)
@@ -101,10 +107,10 @@ def _describe(
     """
     from chai_export.bundle.manifest import Source
     from chai_export.graph.stage import Surroundings
-    from chai_export.models.geometry import describe
+    from chai_export.models.kv_sources import describe_model
     from chai_export.models.loading import load_tokenizer
 
-    geometry = describe(loaded.config)
+    geometry = describe_model(loaded)
     clusters.check(geometry)
     named = isinstance(model, str | Path)
     name = Path(model).name if named else str(loaded.config.name_or_path or type(loaded).__name__)

@@ -32,8 +32,8 @@ def export_onnx(
 
     The graph has inputs input_ids int64 [batch, tokens], attention_mask int64 [batch, past + tokens],
     position_ids int64 [batch, tokens] (if the model takes them), past_key_values.{i}.key and .value
-    [batch, G, past, D]; outputs logits [batch, tokens, V], present.{i}.key and .value. Weights are written
-    one at a time; no second copy of them is held.
+    [batch, G, past, D]; outputs logits [batch, tokens, V], present.{i}.key and .value, i being the layers
+    that have a cache. Weights are written one at a time; no second copy of them is held.
 
     Args:
         model: a causal language model on the CPU, in the dtype to export.
@@ -72,7 +72,7 @@ def trace(model: PreTrainedModel, *, opset: int, attention: str) -> ir.Model:
     dtype = model.dtype
     past = [
         (torch.zeros(_BATCH, kg, _PAST, kd, dtype=dtype), torch.zeros(_BATCH, vg, _PAST, vd, dtype=dtype))
-        for (kg, kd), (vg, vd) in shapes
+        for (kg, kd), (vg, vd) in shapes.values()
     ]
     arguments: dict[str, Any] = {
         "input_ids": torch.zeros(_BATCH, _TOKENS, dtype=torch.int64),
@@ -85,7 +85,7 @@ def trace(model: PreTrainedModel, *, opset: int, attention: str) -> ir.Model:
         "attention_mask": {0: "batch", 1: "total"},
         "past_key_values": [(cache_dims, cache_dims) for _ in shapes],
     }
-    caches = [f"{{}}.{i}.{part}" for i in range(len(shapes)) for part in ("key", "value")]
+    caches = [f"{{}}.{i}.{part}" for i in shapes for part in ("key", "value")]
     names = ["input_ids", "attention_mask", *(name.format("past_key_values") for name in caches)]
     if takes_position_ids(model):
         positions = torch.arange(_PAST, _PAST + _TOKENS).expand(_BATCH, _TOKENS).contiguous()
@@ -95,7 +95,7 @@ def trace(model: PreTrainedModel, *, opset: int, attention: str) -> ir.Model:
     with _traceable(model, attention), _quiet():
         try:
             program = torch.onnx.export(
-                FlatCacheDecoder(model),
+                FlatCacheDecoder(model, list(shapes)),
                 kwargs=arguments,
                 dynamic_shapes=dims,
                 input_names=names,

@@ -80,6 +80,8 @@ class Explanation:
             }
         heads = f"{finding.num_query_heads} query, {finding.num_kv_heads} KV, dim {finding.head_dim}"
         matched = f"{finding.anchor.op_type} {finding.anchor.name!r}, scale {finding.scale:.6g}"
+        if finding.source_layer is not None:
+            matched += f", reads the cache of layer {finding.source_layer}"
         return {
             "layer": index,
             "form": finding.form,

@@ -81,7 +81,7 @@ def locate(model: ir.Model) -> Survey:
     opset = model.opset_imports.get("", 0)
     findings = [finding for node in graph if (finding := _match(node, opset)) is not None]
     findings = [_with_layer(finding, index) for index, finding in enumerate(findings)]
-    findings = _with_matching_caches(_without_shared_caches(findings), set(graph.outputs))
+    findings = _with_matching_caches(_with_source_layers(findings), set(graph.outputs))
     sites = [finding for finding in findings if isinstance(finding, AttentionSite)]
     if not sites and not any(finding.chain for finding in findings):
         return Survey(tuple(findings), None)
@@ -173,24 +173,37 @@ def _checked_cache(site: AttentionSite, outputs: Collection[ir.Value]) -> Findin
     return site
 
 
-def _without_shared_caches(findings: list[Finding]) -> list[Finding]:
-    """Refuse sites that read a cache which an earlier site reads already."""
-    owner: dict[ir.Value, int] = {}
+def _with_source_layers(findings: list[Finding]) -> list[Finding]:
+    """Name the earlier layer of sites that read its keys, values and cache; refuse those that read half."""
+    owner: dict[ir.Value, AttentionSite] = {}
     result: list[Finding] = []
     for finding in findings:
         if isinstance(finding, AttentionSite):
             caches = (finding.key.past, finding.value.past)
-            shared = [owner[cache] for cache in caches if cache in owner]
+            first = next((owner[cache] for cache in caches if cache in owner), None)
             if caches[0] is caches[1]:
                 reason = "keys and values lie in one cache, a form not supported yet"
                 finding = Refusal(finding.anchor, None, reason, 4, finding.layer)  # noqa: PLW2901
-            elif shared:
-                reason = f"it reads the cache of layer {shared[0]} (keys and values shared across layers)"
-                finding = Refusal(finding.anchor, None, reason, 4, finding.layer)  # noqa: PLW2901
+            elif first is None:
+                owner.update(dict.fromkeys(caches, finding))
+            elif _reads_cache_of(finding, first):
+                finding = replace(finding, source_layer=first.layer)  # noqa: PLW2901
             else:
-                owner.update(dict.fromkeys(caches, finding.layer))
+                reason = (
+                    f"it reads the cache of layer {first.layer}, but not that layer's keys and values with it"
+                )
+                finding = Refusal(finding.anchor, None, reason, 4, finding.layer)  # noqa: PLW2901
         result.append(finding)
     return result
+
+
+def _reads_cache_of(site: AttentionSite, first: AttentionSite) -> bool:
+    """Whether keys and values, cached and new, are those of ``first``. A factor on the keys is its own."""
+    pairs = ((site.key, first.key), (site.value, first.value))
+    return all(
+        mine.past is theirs.past and mine.new is theirs.new and mine.present is theirs.present
+        for mine, theirs in pairs
+    )
 
 
 _NUMBER = re.compile(r"\d+")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from chai_export.graph.build import Builder, graph_input
-from chai_export.graph.site import AttentionSite
+from chai_export.graph.site import AttentionSite, with_cache
 
 POSITIONS_NAME = "token_positions"
 """Value int64 [B, S] of a bundle's graph: the position id of each token."""
@@ -18,7 +18,7 @@ class Interface:
     """Input values of the rewritten graph.
 
     input_ids int64 [B,S], lengths and past_lengths int32 [B], output_positions int64 [B,N], head_map int32
-    [L,B,H], past_keys T [B,R_i,C,D] and past_values T [B,G,C,Dv] by layer.
+    [L,B,H]; past_keys T [B,R_i,C,D] and past_values T [B,G,C,Dv] by layer, of those that have a cache.
     """
 
     input_ids: ir.Value
@@ -26,13 +26,13 @@ class Interface:
     past_lengths: ir.Value
     output_positions: ir.Value
     head_map: ir.Value
-    past_keys: tuple[ir.Value, ...]
-    past_values: tuple[ir.Value, ...]
+    past_keys: dict[int, ir.Value]
+    past_values: dict[int, ir.Value]
 
     @property
     def inputs(self) -> list[ir.Value]:
         """All graph inputs, in order."""
-        pairs = zip(self.past_keys, self.past_values, strict=True)
+        pairs = zip(self.past_keys.values(), self.past_values.values(), strict=True)
         caches = [value for pair in pairs for value in pair]
         return [
             self.input_ids,
@@ -51,21 +51,21 @@ def make_interface(input_ids: ir.Value, sites: list[AttentionSite]) -> Interface
     lengths = graph_input("lengths", small, ["batch"])
     past_lengths = graph_input("past_lengths", small, ["batch"])
     heads = sites[0].num_query_heads
-    keys, values = [], []
-    for site in sites:
+    keys, values = {}, {}
+    for site in with_cache(sites):
         dtype = site.key.past.dtype or ir.DataType.FLOAT
         key_dims: list[str | int] = ["batch", f"kept_heads_{site.layer}", "capacity", site.head_dim]
         value_dims: list[str | int] = ["batch", site.num_kv_heads, "capacity", site.value_head_dim]
-        keys.append(graph_input(f"past_key.{site.layer}", dtype, key_dims))
-        values.append(graph_input(f"past_value.{site.layer}", dtype, value_dims))
+        keys[site.layer] = graph_input(f"past_key.{site.layer}", dtype, key_dims)
+        values[site.layer] = graph_input(f"past_value.{site.layer}", dtype, value_dims)
     return Interface(
         input_ids=input_ids,
         lengths=lengths,
         past_lengths=past_lengths,
         output_positions=graph_input("output_positions", integer, ["batch", "outputs"]),
         head_map=graph_input("head_map", small, [len(sites), "batch", heads]),
-        past_keys=tuple(keys),
-        past_values=tuple(values),
+        past_keys=keys,
+        past_values=values,
     )
 
 

@@ -17,7 +17,7 @@ from chai_export.graph.load import load_graph, read_model
 from chai_export.graph.positions import position_limit
 from chai_export.graph.prove_model import RELATIVE_TOLERANCE, prove_model
 from chai_export.graph.prove_sites import TOLERANCE, SiteProver
-from chai_export.graph.site import AttentionSite
+from chai_export.graph.site import AttentionSite, kv_sources
 from chai_export.graph.transform import transform
 from chai_export.graph.weights import write_model
 from chai_export.op.function import MIN_OPSET
@@ -67,6 +67,7 @@ def rewrite_model(
         value_head_dim=shape.value_head_dim,
         vocab_size=_vocabulary(source),
         kept_heads=[shape.num_kv_heads] * len(sites),
+        kv_source_layers=kv_sources(sites),
         probe_tokens=probe_tokens,
         opset=opset,
         source=Source(kind="onnx", name=path.name),

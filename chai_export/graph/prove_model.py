@@ -16,7 +16,7 @@ from chai_export.errors import ChaiError
 from chai_export.graph.evaluate import EvaluationError
 from chai_export.graph.roles import Roles, Sizes
 from chai_export.graph.segments import Array, run_in_segments
-from chai_export.graph.site import AttentionSite
+from chai_export.graph.site import AttentionSite, with_cache
 
 RELATIVE_TOLERANCE = 1e-4
 """Of the largest logit (or 1 if that is smaller), in float32."""
@@ -65,7 +65,7 @@ def prove_model(
             tolerance = RELATIVE_TOLERANCE * max(1.0, float(np.abs(their[logits_name]).max()))
             end = case.sizes.past + int(valid)
             pairs = [("the logits", their[logits_name][0, :valid], my["logits"][row, :valid])]
-            for site in sites:
+            for site in with_cache(sites):
                 keys = their[str(site.key.present.name)][0, :, :end]
                 values = their[str(site.value.present.name)][0, :, :end]
                 pairs.append(
@@ -114,7 +114,7 @@ def _case(
     lengths[-1] -= padded
     tokens = generator.integers(0, vocabulary, (sizes.batch, sizes.tokens)).astype(np.int64)
     caches = []
-    for site in sites:
+    for site in with_cache(sites):
         shape = (sizes.batch, site.num_kv_heads, sizes.past)
         key = generator.standard_normal((*shape, site.head_dim), np.float32)
         caches.append((key, generator.standard_normal((*shape, site.value_head_dim), np.float32)))
@@ -126,7 +126,7 @@ def _source_inputs(case: _Case, row: int, roles: Roles, sites: list[AttentionSit
     sizes = Sizes(1, int(case.lengths[row]), case.sizes.past)
     values = roles.feeds(sizes, np.ones((1, sizes.total), np.int64))
     values[roles.input_ids] = case.tokens[row : row + 1, : sizes.tokens]
-    for site, (key, value) in zip(sites, case.caches, strict=True):
+    for site, (key, value) in zip(with_cache(sites), case.caches, strict=True):
         values[site.key.past] = roles.cache_array(site.key.past, sizes, key[row : row + 1])
         values[site.value.past] = roles.cache_array(site.value.past, sizes, value[row : row + 1])
     numpy_types = {ir.DataType.INT32: np.int32, ir.DataType.INT64: np.int64}
@@ -150,7 +150,7 @@ def _bundle_inputs(case: _Case, sites: list[AttentionSite]) -> dict[str, Array]:
         "head_map": np.broadcast_to(heads, (len(sites), sizes.batch, heads.size)).copy(),
     }
     room = ((0, 0), (0, 0), (0, sizes.tokens), (0, 0))
-    for site, (key, value) in zip(sites, case.caches, strict=True):
+    for site, (key, value) in zip(with_cache(sites), case.caches, strict=True):
         inputs[f"past_key.{site.layer}"] = np.pad(key, room, constant_values=np.nan)
         inputs[f"past_value.{site.layer}"] = np.pad(value, room, constant_values=np.nan)
     return inputs

@@ -1,8 +1,9 @@
-"""Proof of each attention by itself: the source's nodes against one ClusteredHeadAttention node at R = G.
+"""Proof of each attention by itself: the source's nodes against one node of ours at R = G.
 
 The source's attention is cut out from query, new key and new value to its output and the joined caches. Both
 run in float32 on random data: a fresh batch with a padded row, a chunk after a past, one decoded token. This
 covers scale, mask, cache axis, transposes and how query heads share KV heads, whatever the size of the model.
+An attention that reads an earlier layer's cache is given the caches as that layer leaves them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from chai_export.graph.evaluate import Array, EvaluationError, cut, session
 from chai_export.graph.roles import Roles, Sizes
 from chai_export.graph.site import AttentionSite
 from chai_export.op.model import node_model
-from chai_export.op.schema import INPUT_NAMES
+from chai_export.op.schema import OP_TYPE, SHARED_OP_TYPE, SIGNATURES
 
 TOLERANCE = 2e-5
 """Of outputs that are averages of standard normal numbers, in float32."""
@@ -47,30 +48,33 @@ class SiteProver:
         Raises:
             ChaiError: one differs; names its layer.
         """
-        ours: dict[float, Any] = {}
+        ours: dict[tuple[str, float], Any] = {}
         for site in sites:
-            if site.scale not in ours:
-                ours[site.scale] = self._our_session(site.scale)
+            node = (_op_type(site), site.scale)
+            if node not in ours:
+                ours[node] = self._our_session(*node)
             try:
-                self._prove(site, ours[site.scale])
+                self._prove(site, ours[node])
             except EvaluationError as error:
                 raise ChaiError(
                     f"layer {site.layer}: the attention cannot be run by itself to prove the rewrite "
                     f"({error}); export the model again with another opset"
                 ) from error
 
-    def _our_session(self, scale: float) -> Any:
+    def _our_session(self, op_type: str, scale: float) -> Any:
         attributes: dict[str, float | int] = {
             "scale": scale,
             "probe_tokens": self.probe_tokens,
             "online": 1,
         }
         opset = self.graph.opset_imports[""]
-        return session(ir.serde.deserialize_model(node_model(attributes, "float32", opset=opset)))
+        model = node_model(attributes, "float32", opset=opset, op_type=op_type)
+        return session(ir.serde.deserialize_model(model))
 
     def _prove(self, site: AttentionSite, ours: Any) -> None:
         leaves = [site.query, site.key.new, site.value.new]
-        part = cut(self.graph, leaves, [site.output, site.key.present, site.value.present], self.roles)
+        presents = [site.key.present, site.value.present] if site.source_layer is None else []
+        part = cut(self.graph, leaves, [site.output, *presents], self.roles)
         generator = np.random.default_rng(site.layer)
         for sizes, padded in _CASES[site.right_padding]:
             if not site.chunks and sizes.past and sizes.tokens > 1:
@@ -115,10 +119,17 @@ def _random_arrays(site: AttentionSite, sizes: Sizes, generator: np.random.Gener
     return {name: generator.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
+def _op_type(site: AttentionSite) -> str:
+    return OP_TYPE if site.source_layer is None else SHARED_OP_TYPE
+
+
 def _op_inputs(
     site: AttentionSite, sizes: Sizes, lengths: Array, arrays: dict[str, Array]
 ) -> dict[str, Array]:
-    """The same data for the op, its caches with room for the new rows and NaN where nothing is stored."""
+    """The same data for the op, its caches with room for the new rows and NaN where nothing is stored.
+
+    For a site that reads another layer's cache the new rows are in them.
+    """
     room = ((0, 0), (0, 0), (0, sizes.tokens), (0, 0))
     caches = {name: np.pad(arrays[name], room, constant_values=np.nan) for name in ("past_key", "past_value")}
     heads = np.arange(site.num_query_heads, dtype=np.int32)
@@ -126,11 +137,21 @@ def _op_inputs(
     values = {
         **arrays,
         **caches,
+        "key_cache": _appended(caches["past_key"], arrays["key"], sizes, lengths),
+        "value_cache": _appended(caches["past_value"], arrays["value"], sizes, lengths),
+        "kept_head_map": identity,
         "past_head_map": identity,
         "past_lengths": np.full(sizes.batch, sizes.past, np.int32),
         "lengths": lengths,
     }
-    return {name: values[name] for name in INPUT_NAMES}
+    return {name: values[name] for name in SIGNATURES[_op_type(site)][0]}
+
+
+def _appended(cache: Array, new: Array, sizes: Sizes, lengths: Array) -> Array:
+    result = cache.copy()
+    for row, valid in enumerate(lengths):
+        result[row, :, sizes.past : sizes.past + valid] = new[row, :, :valid]
+    return result
 
 
 def _largest_difference(theirs: list[Array], mine: list[Array], sizes: Sizes, lengths: Array) -> float:
@@ -143,7 +164,8 @@ def _largest_difference(theirs: list[Array], mine: list[Array], sizes: Sizes, le
         valid = int(lengths[row])
         pairs = [(output[row, :valid], mine[0][row, :valid])]
         end = sizes.past + valid
-        pairs += [(a[row, :, :end], b[row, :, :end]) for a, b in zip(theirs[1:], mine[1:3], strict=True)]
+        # An attention without a cache gives its output and map only; the caches are their owner's to prove.
+        pairs += [(a[row, :, :end], b[row, :, :end]) for a, b in zip(theirs[1:], mine[1:-1], strict=True)]
         for a, b in pairs:
             difference = float(np.max(np.abs(a - b), initial=0.0)) if a.shape == b.shape else float("inf")
             largest = max(largest, difference if np.isfinite(difference) else float("inf"))

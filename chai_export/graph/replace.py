@@ -1,4 +1,4 @@
-"""Put a ClusteredHeadAttention node in the place of each attention site and connect caches and maps."""
+"""Put a node of one of the ops in the place of each attention site and connect caches and maps."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import onnx_ir as ir
 
 from chai_export.graph.build import Builder
 from chai_export.graph.interface import Interface
-from chai_export.graph.site import AttentionSite
-from chai_export.op.schema import DOMAIN, OP_TYPE
+from chai_export.graph.site import AttentionSite, with_cache
+from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE
 
 _TO_TOKENS = [0, 2, 1, 3]
 
@@ -17,48 +17,97 @@ def replace_sites(
 ) -> list[ir.Value]:
     """Replace every site's output; return the new graph outputs that follow the logits.
 
+    A site that reads an earlier layer's cache becomes a SharedClusteredHeadAttention.
+
     Returns:
-        present_head_map int32 [L,B,H], then present_key.i and present_value.i of each layer.
+        present_head_map int32 [L,B,H], then present_key.i and present_value.i of each layer with a cache.
     """
-    maps: list[ir.Value] = []
-    caches: list[ir.Value] = []
+    nodes: list[ir.Node] = []
     for site in sites:
         i = site.layer
         past_map = builder.op("Gather", interface.head_map, builder.integer(i), axis=0, name=f"head_map.{i}")
-        names = (f"attention.{i}", f"present_key.{i}", f"present_value.{i}", f"present_head_map.{i}")
-        attended = builder.op(
-            OP_TYPE,
-            site.query,
-            site.key.new,
-            site.value.new,
-            interface.past_keys[i],
-            interface.past_values[i],
-            past_map,
-            interface.past_lengths,
-            interface.lengths,
-            domain=DOMAIN,
-            name=f"attention.{i}",
-            outputs=names,
-            scale=float(site.scale),
-            probe_tokens=probe_tokens,
-            online=1,
-        )
-        node = attended.producer()
-        assert node is not None
-        _, present_key, present_value, present_map = node.outputs
-        for present, past in (
-            (present_key, interface.past_keys[i]),
-            (present_value, interface.past_values[i]),
-        ):
-            present.type = past.type
-            present.shape = past.shape.copy() if past.shape is not None else None
-        attended.type = interface.past_keys[i].type
-        caches += [present_key, present_value]
-        maps.append(builder.op("Unsqueeze", present_map, builder.integers(0)))
+        if site.source_layer is None:
+            node = _own(builder, site, interface, past_map, probe_tokens)
+        else:
+            node = _shared(builder, site, nodes[site.source_layer], interface, past_map, probe_tokens)
+        nodes.append(node)
+        attended = node.outputs[0]
+        attended.type = ir.TensorType(site.key.past.dtype or ir.DataType.FLOAT)
         _connect(builder, site, attended)
+    caches = [present for site in with_cache(sites) for present in nodes[site.layer].outputs[1:3]]
+    maps = [builder.op("Unsqueeze", node.outputs[-1], builder.integers(0)) for node in nodes]
     head_map = builder.op("Concat", *maps, axis=0, name="present_head_map")
     head_map.type, head_map.shape = interface.head_map.type, interface.head_map.shape
     return [head_map, *caches]
+
+
+def _own(
+    builder: Builder, site: AttentionSite, interface: Interface, past_map: ir.Value, probe_tokens: int
+) -> ir.Node:
+    """A node with a cache."""
+    i = site.layer
+    pasts = (interface.past_keys[i], interface.past_values[i])
+    node = _node(
+        builder,
+        site,
+        OP_TYPE,
+        (site.query, site.key.new, site.value.new, *pasts, past_map),
+        (f"attention.{i}", f"present_key.{i}", f"present_value.{i}", f"present_head_map.{i}"),
+        interface,
+        probe_tokens,
+    )
+    for present, past in zip(node.outputs[1:3], pasts, strict=True):
+        present.type = past.type
+        present.shape = past.shape.copy() if past.shape is not None else None
+    return node
+
+
+def _shared(
+    builder: Builder,
+    site: AttentionSite,
+    producer: ir.Node,
+    interface: Interface,
+    past_map: ir.Value,
+    probe_tokens: int,
+) -> ir.Node:
+    """A node that reads what ``producer`` gives."""
+    i = site.layer
+    _, present_key, present_value, kept_map = producer.outputs
+    return _node(
+        builder,
+        site,
+        SHARED_OP_TYPE,
+        (site.query, site.key.new, present_key, present_value, kept_map, past_map),
+        (f"attention.{i}", f"present_head_map.{i}"),
+        interface,
+        probe_tokens,
+    )
+
+
+def _node(
+    builder: Builder,
+    site: AttentionSite,
+    op_type: str,
+    inputs: tuple[ir.Value, ...],
+    outputs: tuple[str, ...],
+    interface: Interface,
+    probe_tokens: int,
+) -> ir.Node:
+    first = builder.op(
+        op_type,
+        *inputs,
+        interface.past_lengths,
+        interface.lengths,
+        domain=DOMAIN,
+        name=f"attention.{site.layer}",
+        outputs=outputs,
+        scale=float(site.scale),
+        probe_tokens=probe_tokens,
+        online=1,
+    )
+    node = first.producer()
+    assert node is not None
+    return node
 
 
 def _connect(builder: Builder, site: AttentionSite, attended: ir.Value) -> None:

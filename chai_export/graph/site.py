@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -81,7 +82,8 @@ class AttentionSite:
     ``query`` [B,H,S,D] is after RoPE and before any scale; ``output`` is [B,H,S,Dv]. ``scale`` multiplies
     the raw product of query and (unscaled) key. ``form`` is the letter of the exported form.
     ``right_padding`` says where the source takes padded rows: anywhere, only before anything is cached, or
-    nowhere; ``chunks`` whether it takes several new tokens after a past at all.
+    nowhere; ``chunks`` whether it takes several new tokens after a past at all. ``source_layer`` is the
+    earlier layer whose keys, values and cache it reads, None if they are its own.
     """
 
     form: str
@@ -99,4 +101,16 @@ class AttentionSite:
     chunks: bool = True
     right_padding: Literal["any", "fresh", "none"] = "any"
     layer: int = -1
+    source_layer: int | None = None
     nodes: tuple[ir.Node, ...] = field(default=(), compare=False)
+
+
+def with_cache(sites: Iterable[AttentionSite]) -> list[AttentionSite]:
+    """The sites that append to a cache of their own."""
+    return [site for site in sites if site.source_layer is None]
+
+
+def kv_sources(sites: Iterable[AttentionSite]) -> list[int] | None:
+    """The layer whose cache each site reads; None if each has its own."""
+    sources = [site.layer if site.source_layer is None else site.source_layer for site in sites]
+    return None if sources == list(range(len(sources))) else sources

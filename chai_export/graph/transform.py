@@ -21,13 +21,13 @@ from chai_export.graph.roles import Roles
 from chai_export.graph.select_outputs import select_outputs
 from chai_export.graph.site import AttentionSite
 from chai_export.op.function import function_proto
-from chai_export.op.schema import DOMAIN, VERSION
+from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE, VERSION
 
 
 def transform(model: ir.Model, sites: list[AttentionSite], roles: Roles, probe_tokens: int) -> None:
     """Replace attention, caches, mask and positions of a normalised model, in place.
 
-    Afterwards the graph has the inputs and outputs of design section 4 and carries the op's function body.
+    Afterwards the graph has the inputs and outputs of design section 4 and carries the bodies of its ops.
 
     Raises:
         ChaiError: old inputs are used for something the rewrite does not know.
@@ -55,8 +55,10 @@ def transform(model: ir.Model, sites: list[AttentionSite], roles: Roles, probe_t
     require_no_uses(old)
     graph.inputs.clear()
     graph.inputs.extend(interface.inputs)
-    function = ir.serde.deserialize_function(function_proto(opset))
-    model.functions[function.identifier()] = function
+    op_types = {OP_TYPE if site.source_layer is None else SHARED_OP_TYPE for site in sites}
+    for op_type in sorted(op_types):
+        function = ir.serde.deserialize_function(function_proto(opset, op_type))
+        model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = VERSION
     graph.opset_imports[DOMAIN] = VERSION
     tidy(model)

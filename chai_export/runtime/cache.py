@@ -1,4 +1,4 @@
-"""The key and value caches of one batch: compact K, full V, one pair of arrays per layer."""
+"""The key and value caches of one batch: compact K, full V, one pair of arrays per layer that has a cache."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class KvCache:
         self.batch = batch
         self.capacity = capacity
         shapes: dict[str, tuple[int, int, int, int]] = {}
-        for layer, kept in enumerate(manifest.heads(heads)):
-            shapes[f"key.{layer}"] = (batch, kept, capacity, manifest.head_dim)
+        kept = manifest.heads(heads)
+        for layer in manifest.cache_layers:
+            shapes[f"key.{layer}"] = (batch, kept[layer], capacity, manifest.head_dim)
             shapes[f"value.{layer}"] = (batch, manifest.num_kv_heads, capacity, manifest.value_head_dim)
         item = _NUMPY_TYPE[manifest.dtype]
         self.nbytes = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()) * item().itemsize

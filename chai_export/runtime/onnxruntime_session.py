@@ -61,8 +61,11 @@ class OnnxRuntimeSession:
 
     @property
     def bounded_scratch(self) -> bool:
-        """The native kernel works in blocks; the function body makes whole score matrices."""
-        return self.library is not None
+        """The native kernel works in blocks; the function body makes whole score matrices.
+
+        A layer that reads another layer's cache runs on its function body always.
+        """
+        return self.library is not None and self._manifest.kv_source_layers is None
 
     @property
     def capacity(self) -> int:
@@ -236,7 +239,7 @@ def _signature(manifest: Manifest) -> dict[str, tuple[tuple[str, ...], tuple[int
         "logits": ((*item, "tensor(float)"), (None, None, manifest.vocab_size)),
         "present_head_map": maps,
     }
-    for layer in range(manifest.num_layers):
+    for layer in manifest.cache_layers:
         for direction in ("past", "present"):
             # The K cache's second size is free: it decides between kept heads and all heads.
             signature[f"{direction}_key.{layer}"] = (item, (None, None, None, manifest.head_dim))
