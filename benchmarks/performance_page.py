@@ -60,8 +60,11 @@ def skipped_lines(cases: list[Row]) -> str:
 def generate_table(results: list[Row]) -> str:
     def row(result: Row) -> list[str]:
         first, each = (
-            ", ".join(f"{name} {milliseconds:.1f}" for name, milliseconds in result[kind].items())
-            for kind in ("ttft_ms", "tpot_ms")
+            ", ".join(
+                f"{name} {milliseconds:.1f} ± {result[f'{kind}_spread'][name]:.0%}"
+                for name, milliseconds in result[f"{kind}_ms"].items()
+            )
+            for kind in ("ttft", "tpot")
         )
         gain = result["tpot_speedup_vs_best_peer"]
         return [

@@ -37,7 +37,8 @@ class BundleDecoder:
     """A bundle's session with room for ``capacity`` tokens, fed as the runner feeds it."""
 
     def __init__(self, bundle: Bundle, heads: str, capacity: int, threads: int) -> None:
-        self._session = open_session(bundle, "onnxruntime", heads, threads=threads)
+        # Decoders take turns: idle threads of one must not take the cores of the next.
+        self._session = open_session(bundle, "onnxruntime", heads, threads=threads, spin_after=False)
         self._capacity = capacity
         self._query_heads = bundle.manifest.num_query_heads
         self._length = 0
@@ -118,5 +119,6 @@ def build_genai(model: Path, directory: Path, dtype: str, threads: int) -> None:
         raise ChaiError(f"onnxruntime-genai cannot build {model} ({reason}); leave --model out to go without")
     path = directory / "genai_config.json"
     config = json.loads(path.read_text())
-    config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+    options = config["model"]["decoder"]["session_options"]
+    options |= {"intra_op_num_threads": threads, "session.force_spinning_stop": "1"}
     path.write_text(json.dumps(config, indent=2))

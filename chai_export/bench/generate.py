@@ -7,10 +7,9 @@ of the machine hits each of them.
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ import psutil
 
 from chai_export.bench import machine
 from chai_export.bench.decoders import BundleDecoder, Decoder, GenaiDecoder, build_genai, genai_is_installed
+from chai_export.bench.timing import Timing, interleaved
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.manifest import Manifest
 from chai_export.errors import ChaiError, UsageError
-from chai_export.progress import track
 
 ALL_HEADS = "chai_all_heads"
 GENAI = "onnxruntime_genai"
@@ -85,8 +84,10 @@ def bench_generate(
         "kept_heads": list(manifest.kept_heads),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
-        "ttft_ms": first,
-        "tpot_ms": each,
+        "ttft_ms": {name: timing.median for name, timing in first.items()},
+        "tpot_ms": {name: timing.median for name, timing in each.items()},
+        "ttft_spread": {name: timing.spread for name, timing in first.items()},
+        "tpot_spread": {name: timing.spread for name, timing in each.items()},
         "skipped": skipped,
         "ceiling": ceiling,
         "ttft_speedup_vs_best_peer": _speedup(first),
@@ -148,29 +149,19 @@ def _add_genai(
 
 def _measure(
     decoders: Mapping[str, Decoder], prompt: Any, new_tokens: int, rounds: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Median milliseconds to the first token and per token after it, by implementation."""
-    first: dict[str, list[float]] = {name: [] for name in decoders}
-    each: dict[str, list[float]] = {name: [] for name in decoders}
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Times to the first token and per token after it, by implementation."""
     for decoder in decoders.values():
-        decoder.first(prompt[: min(len(prompt), 64)])  # memory is touched, threads are awake
-    for _ in track(range(rounds), "bench generate: prompts"):
-        for name, decoder in decoders.items():
-            first[name].append(_milliseconds(lambda d=decoder: d.first(prompt)))
-    for _ in track(range(new_tokens), "bench generate: tokens"):
-        for name, decoder in decoders.items():
-            each[name].append(_milliseconds(decoder.next))
-    return (
-        {name: statistics.median(times) for name, times in first.items()},
-        {name: statistics.median(times) for name, times in each.items()},
-    )
+        decoder.first(prompt[: min(len(prompt), 64)])  # memory is touched
+    first = {name: partial(decoder.first, prompt) for name, decoder in decoders.items()}
+    each = {name: decoder.next for name, decoder in decoders.items()}
+    return _rounds(first, rounds, "prompts"), _rounds(each, new_tokens, "tokens")
 
 
-def _milliseconds(call: Any) -> float:
-    begin = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - begin)
+def _rounds(calls: Mapping[str, Callable[[], object]], count: int, what: str) -> dict[str, Timing]:
+    progress = f"bench generate: {what}"
+    return interleaved(calls, min_rounds=count, max_rounds=count, warm_up=False, progress=progress)
 
 
-def _speedup(times: Mapping[str, float]) -> float:
-    return min(time for name, time in times.items() if name != "chai") / times["chai"]
+def _speedup(timings: Mapping[str, Timing]) -> float:
+    return min(timing.median for name, timing in timings.items() if name != "chai") / timings["chai"].median

@@ -166,7 +166,11 @@ def _show_generate(result: Mapping[str, Any]) -> None:
     print_table(
         ["", "first token, ms", "each further token, ms"],
         [
-            (name, f"{result['ttft_ms'][name]:.1f}", f"{result['tpot_ms'][name]:.2f}")
+            (
+                name,
+                f"{result['ttft_ms'][name]:.1f} ± {result['ttft_spread'][name]:.0%}",
+                f"{result['tpot_ms'][name]:.2f} ± {result['tpot_spread'][name]:.0%}",
+            )
             for name in result["tpot_ms"]
         ],
     )

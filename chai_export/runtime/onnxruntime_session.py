@@ -31,12 +31,15 @@ class OnnxRuntimeSession:
         bundle: what to run.
         heads: "chai", or "all" for K caches with every KV head, which makes the same graph plain attention.
         threads: threads within an operator; 0 lets ONNX Runtime decide.
+        spin_after: whether idle threads go on spinning after a step, for the sake of the next one soon.
 
     Raises:
         ChaiError: the bundle is bfloat16, or its graph does not fit its manifest or ONNX Runtime.
     """
 
-    def __init__(self, bundle: Bundle, heads: str = "chai", *, threads: int = 0) -> None:
+    def __init__(
+        self, bundle: Bundle, heads: str = "chai", *, threads: int = 0, spin_after: bool = True
+    ) -> None:
         if bundle.manifest.dtype not in _ORT_TYPE:
             raise ChaiError(
                 f"{bundle.path} is {bundle.manifest.dtype}, which ONNX Runtime does not compute on a CPU; "
@@ -45,7 +48,7 @@ class OnnxRuntimeSession:
         self._manifest = bundle.manifest
         self._heads = heads
         self.library = find_library(ONNXRUNTIME_LIBRARY)
-        self._session = _open(bundle, self.library, threads)
+        self._session = _open(bundle, self.library, threads, spin_after)
         _check_graph(self._session, bundle)
         output_types = {node.name: node.type for node in self._session.get_outputs()}
         self._logits_type = np.float16 if output_types["logits"] == "tensor(float16)" else np.float32
@@ -170,10 +173,12 @@ def _value(array: NDArray[Any]) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def _open(bundle: Bundle, library: Any, threads: int) -> Any:
+def _open(bundle: Bundle, library: Any, threads: int, spin_after: bool) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = _QUIET
     options.intra_op_num_threads = threads
+    if not spin_after:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     model = str(bundle.model_path)
     if library is not None:
         try:

@@ -69,6 +69,7 @@ def test_generate_times_both_modes_and_says_why_a_peer_is_missing(command, bundl
     assert outcome.code == 0, outcome.err
     result = outcome.json
     assert set(result["tpot_ms"]) == set(result["ttft_ms"]) == {"chai", "chai_all_heads"}
+    assert set(result["tpot_spread"]) == set(result["ttft_spread"]) == {"chai", "chai_all_heads"}
     assert list(result["skipped"]) == ["onnxruntime_genai"]
     assert 1.0 < result["ceiling"] < 1.1
 
@@ -100,6 +101,15 @@ def test_interleaved_runs_take_turns():
     assert {"".join(sorted(names)) for names in rounds} == {"abc"}
     assert len(set(rounds)) == 6  # nobody always follows the same one
     assert all(timing.lower <= timing.median <= timing.upper for timing in timings.values())
+
+
+def test_one_round_without_warm_up_is_one_call_and_has_no_spread():
+    calls = []
+    timings = interleaved(
+        {"a": lambda: calls.append("a")}, min_rounds=1, max_rounds=1, warm_up=False, progress="once"
+    )
+    assert calls == ["a"]
+    assert timings["a"].spread == 0
 
 
 def test_problem_shares_its_memory_and_has_one_large_cluster():
