@@ -125,7 +125,9 @@ def op_section(name: str, result: Row, images: Path) -> str:
 
 {machine_line(result)} Memory reads at {result["read_bandwidth_gb_s"]:.1f} GB/s.
 `python benchmarks/attention.py`; D = 128; times are medians of interleaved runs, *spread* is half the
-distance of their quartiles, *GB/s* counts the cache bytes that decoding must read.
+distance of their quartiles, *GB/s* counts the cache bytes that decoding must read. In all cases:
+
+{summary(result["cases"])}
 
 ![Gains](images/attention-{name}.png)
 
@@ -137,7 +139,26 @@ distance of their quartiles, *GB/s* counts the cache bytes that decoding must re
 def machine_line(result: Row) -> str:
     machine = result["machine"]
     versions = f"ONNX Runtime {machine['onnxruntime']}, torch {machine['torch']}"
-    return f"{machine['processor']}, {machine['cores']} cores, {result['threads']} threads, {versions}."
+    where = f"{machine['processor']}, {machine['cores']} cores, {result['threads']} threads"
+    return f"{machine['date']}, {where}, {versions}."
+
+
+def summary(cases: list[Row]) -> str:
+    """What the worst case of each kind reaches."""
+    lines = []
+    for phase in ("decode", "prefill"):
+        for label, fewer in (("fewer KV heads kept", True), ("all KV heads kept", False)):
+            gains = [
+                (case["speedup_vs_best_peer"], case["speedup_vs_best_peer"] / case["ceiling"])
+                for case in cases
+                if "chai_ms" in case and case["phase"] == phase and (case["R"] < case["G"]) == fewer
+            ]
+            if not gains:
+                continue
+            least, share = (min(column) for column in zip(*gains, strict=True))
+            ceiling = f", at least {share:.2f} of the ceiling" if fewer else ""
+            lines.append(f"- {phase}, {label}: {least:.2f} times the fastest peer or more{ceiling}")
+    return "\n".join(lines)
 
 
 INTRODUCTION = """# Performance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import sys
@@ -30,11 +31,12 @@ def let_idle_threads_sleep() -> None:
 
 
 def describe() -> dict[str, str | int]:
-    """Processor, cores that this process may use, and versions of what was measured."""
+    """Date, processor, cores that this process may use, and versions of what was measured."""
     import onnxruntime
     import torch
 
     return {
+        "date": datetime.date.today().isoformat(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "system": platform.platform(),
