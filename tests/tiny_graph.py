@@ -1,4 +1,4 @@
-"""A tiny bundle made by hand: token and position tables, two layers of the op, a head.
+"""A tiny bundle made by hand: token and position tables, two layers of the ops, a head.
 
 Its truth is computed with NumPy and the op's reference, so tests of the runner need no exporter.
 """
@@ -21,7 +21,8 @@ from chai_export.bundle.manifest import GenerationSettings, Manifest, Source
 from chai_export.op.function import function_proto
 from chai_export.op.head_map import kept_kv_heads
 from chai_export.op.reference import clustered_head_attention
-from chai_export.op.schema import VERSION
+from chai_export.op.schema import DOMAIN, VERSION
+from chai_export.op.shared_reference import shared_clustered_head_attention
 
 OPSET = 20
 _DOT = "_DOT_"  # ONNX's text form has no dots in names
@@ -42,6 +43,7 @@ class TinyModel:
     positions: int = 96
     probe: int = 5
     dtype: str = "float32"
+    sources: tuple[int, ...] | None = None  # layers whose caches the layers read
     weights: dict[str, np.ndarray] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -63,9 +65,21 @@ class TinyModel:
         """float32 logits [T,V] and head maps [L,1,H] of one fresh sequence."""
         w = {name: array.astype(np.float32) for name, array in self.weights.items()}
         hidden = (w["embedding"][ids] + w["position_table"][: len(ids)])[None]
-        maps = []
+        maps, made = [], {}
         for i, kept in enumerate(self.kept):
             r = kept if mode == "chai" else self.kv_heads
+            if not self._has_cache(i):
+                source = self.sources[i]
+                q = self._split(hidden @ w[f"q{i}"], "q")
+                k, cached = made[source]
+                result = shared_clustered_head_attention(
+                    q, k, cached.present_key, cached.present_value, maps[source],
+                    np.zeros((1, self.heads), np.int32), np.zeros(1, np.int32),
+                    np.array([len(ids)], np.int32), probe_tokens=self.probe,
+                )  # fmt: skip
+                maps.append(result.present_head_map)
+                hidden = hidden + result.output @ w[f"o{i}"]
+                continue
             q, k, v = (self._split(hidden @ w[f"{n}{i}"], n) for n in "qkv")
             empty = (1, r, len(ids), self.head_dim), (1, self.kv_heads, len(ids), self.value_dim)
             result = clustered_head_attention(
@@ -74,6 +88,7 @@ class TinyModel:
             )  # fmt: skip
             assert len(kept_kv_heads(result.present_head_map[0], self.heads // self.kv_heads)) <= r
             maps.append(result.present_head_map)
+            made[i] = (k, result)
             hidden = hidden + result.output @ w[f"o{i}"]
         return (hidden @ w["head"])[0], np.stack(maps)
 
@@ -82,6 +97,9 @@ class TinyModel:
         for _ in range(count):
             made.append(int(self.reference([*ids, *made], mode)[0][-1].argmax()))
         return made
+
+    def _has_cache(self, i: int) -> bool:
+        return self.sources is None or self.sources[i] == i
 
     def _split(self, rows: np.ndarray, kind: str) -> np.ndarray:
         heads = self.heads if kind == "q" else self.kv_heads
@@ -95,7 +113,7 @@ class TinyModel:
             "int64[batch, outputs] output_positions", f"{maps} head_map",
         ]  # fmt: skip
         outputs = [f"{t}[batch, outputs, {self.vocab}] logits", f"{maps} present_head_map"]
-        for i in layers:
+        for i in filter(self._has_cache, layers):
             for direction, dims in (("past", inputs), ("present", outputs)):
                 dims.append(f"{t}[batch, kept_heads_{i}, capacity, {self.head_dim}] {direction}_key{_DOT}{i}")
                 dims.append(
@@ -116,7 +134,8 @@ class TinyModel:
         for node in model.graph.node:
             node.input[:] = [name.replace(_DOT, ".") for name in node.input]
             node.output[:] = [name.replace(_DOT, ".") for name in node.output]
-        model.functions.append(function_proto(OPSET))
+        for op_type in {node.op_type for node in model.graph.node if node.domain == DOMAIN}:
+            model.functions.append(function_proto(OPSET, op_type))
         model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in self.weights.items())
         for name, values in {"zero": [0], "one": [1], "axis2": [2], **self._shapes()}.items():
             model.graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
@@ -129,17 +148,22 @@ class TinyModel:
 
     def _layer(self, i: int) -> str:
         lines = []
-        for kind in "qkv":
+        for kind in "qkv" if self._has_cache(i) else "q":
             lines.append(f"{kind}_flat_{i} = MatMul (hidden_{i}, {kind}{i})")
             lines.append(f"{kind}_split_{i} = Reshape ({kind}_flat_{i}, shape_{kind})")
             lines.append(f"{kind}_{i} = Transpose <perm = [0, 2, 1, 3]> ({kind}_split_{i})")
         lines.append(f"map_3_{i} = Gather <axis = 0> (head_map, layer_{i})")
         lines.append(f"map_{i} = Squeeze (map_3_{i}, zero)")
         attributes = f"scale = 0.0, probe_tokens = {self.probe}, online = 1"
-        pasts = f"past_key{_DOT}{i}, past_value{_DOT}{i}, map_{i}, past_lengths, lengths"
-        presents = f"out_{i}, present_key{_DOT}{i}, present_value{_DOT}{i}, chosen_{i}"
-        op = f"chai.ClusteredHeadAttention <{attributes}> (q_{i}, k_{i}, v_{i}, {pasts})"
-        lines.append(f"{presents} = {op}")
+        rest = f"map_{i}, past_lengths, lengths"
+        if self._has_cache(i):
+            inputs = f"q_{i}, k_{i}, v_{i}, past_key{_DOT}{i}, past_value{_DOT}{i}, {rest}"
+            presents = f"out_{i}, present_key{_DOT}{i}, present_value{_DOT}{i}, chosen_{i}"
+            lines.append(f"{presents} = chai.ClusteredHeadAttention <{attributes}> ({inputs})")
+        else:
+            s = self.sources[i]
+            inputs = f"q_{i}, k_{s}, present_key{_DOT}{s}, present_value{_DOT}{s}, chosen_{s}, {rest}"
+            lines.append(f"out_{i}, chosen_{i} = chai.SharedClusteredHeadAttention <{attributes}> ({inputs})")
         lines.append(f"new_map_{i} = Unsqueeze (chosen_{i}, zero)")
         lines.append(f"back_{i} = MatMul (out_{i}, o{i})")
         lines.append(f"hidden_{i + 1} = Add (hidden_{i}, back_{i})")
@@ -157,6 +181,7 @@ class TinyModel:
             "vocab_size": self.vocab,
             "max_positions": self.positions,
             "kept_heads": list(self.kept),
+            "kv_source_layers": None if self.sources is None else list(self.sources),
             "probe_tokens": self.probe,
             "opset": OPSET,
             "source": Source(kind="onnx", name="tiny"),

@@ -64,11 +64,8 @@ class OnnxRuntimeSession:
 
     @property
     def bounded_scratch(self) -> bool:
-        """The native kernel works in blocks; the function body makes whole score matrices.
-
-        A layer that reads another layer's cache runs on its function body always.
-        """
-        return self.library is not None and self._manifest.kv_source_layers is None
+        """The native kernel works in blocks; the function body makes whole score matrices."""
+        return self.library is not None
 
     @property
     def capacity(self) -> int:

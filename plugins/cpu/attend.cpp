@@ -1,4 +1,4 @@
-// The stages of one call: probe, append, attend, merge. Each stage's tasks run in parallel.
+// The stages of one call: probe, append (but for the shared op), attend, merge. A stage's tasks run in parallel.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -106,11 +106,13 @@ void probe(const AttentionCall& call, const Kernels& kernel, const Executor& exe
     const Row& row = *fresh[i / s.heads];
     const std::int64_t h = static_cast<std::int64_t>(i) % s.heads;
     const std::int64_t kv = row.index * s.kv_heads + h / group;
+    const auto* values = static_cast<const char*>(call.shared() ? call.present_value : call.value);
     ProbeTask task;
     task.query =
         matrix(static_cast<const char*>(call.query), row.index * s.heads + h, s.tokens, s.key_dim * element);
     task.key = matrix(static_cast<const char*>(call.key), kv, s.tokens, s.key_dim * element);
-    task.value = matrix(static_cast<const char*>(call.value), kv, s.tokens, s.value_dim * element);
+    // A fresh row's first tokens are the first positions of its cache.
+    task.value = matrix(values, kv, call.shared() ? s.capacity : s.tokens, s.value_dim * element);
     task.tokens = row.exact;
     task.key_dim = s.key_dim;
     task.value_dim = s.value_dim;
@@ -122,8 +124,14 @@ void probe(const AttentionCall& call, const Kernels& kernel, const Executor& exe
     kernel.probe(task, scratch(kernel.probe_scratch(task)));
   });
   for_each(executor, fresh.size(), features * s.heads * s.heads > 4096, [&](std::size_t i) {
-    cluster_heads(quantised.data() + i * s.heads * features, features, s.heads, s.kv_heads, s.kept,
-                  fresh[i]->head_map.data());
+    const std::int32_t* of_row = quantised.data() + i * s.heads * features;
+    std::int32_t* head_map = fresh[i]->head_map.data();
+    if (call.shared()) {
+      const Slots kept = assign_slots(call.kept_map(fresh[i]->index), s.heads, s.kv_heads);
+      assign_heads(of_row, features, s.heads, s.kv_heads, kept, head_map);
+    } else {
+      cluster_heads(of_row, features, s.heads, s.kv_heads, s.kept, head_map);
+    }
   });
 }
 
@@ -210,11 +218,12 @@ void attend(const AttentionCall& call, const Kernels& kernel, const Executor& ex
     std::memcpy(call.present_head_map, call.past_head_map, s.batch * s.heads * sizeof(std::int32_t));
   }
   for (Row& row : rows) {
-    row.slots = assign_slots(row.head_map.data(), s.heads, s.kv_heads);
+    const std::int32_t* keeping = call.shared() ? call.kept_map(row.index) : row.head_map.data();
+    row.slots = assign_slots(keeping, s.heads, s.kv_heads);
     std::memcpy(call.present_head_map + row.index * s.heads, row.head_map.data(),
                 s.heads * sizeof(std::int32_t));
   }
-  append(call, executor, rows);
+  if (!call.shared()) append(call, executor, rows);
   finish_rows(call);
 
   const Plan plan(call, rows, executor.threads);

@@ -30,19 +30,44 @@ std::string check_shape(const AttentionCall& call) {
   return "";
 }
 
-std::string check_map(const AttentionCall& call, std::int64_t b) {
+std::string check_entries(const AttentionCall& call, const std::int32_t* map, std::int64_t b) {
   const AttentionShape& s = call.shape;
-  const std::int32_t* map = call.past_head_map + b * s.heads;
   for (std::int64_t h = 0; h < s.heads; ++h) {
     if (map[h] < 0 || map[h] >= s.heads) {
       return row_name(b) + "head map entry " + std::to_string(h) + " is " + std::to_string(map[h]) +
              ", must be between 0 and " + std::to_string(s.heads - 1);
     }
   }
+  return "";
+}
+
+// The map that names the kept KV heads: they have slots.
+std::string check_kept(const AttentionCall& call, std::int64_t b) {
+  const AttentionShape& s = call.shape;
+  const std::int32_t* map = call.kept_map(b);
+  const std::string problem = check_entries(call, map, b);
+  if (!problem.empty()) return problem;
   const std::int64_t used = assign_slots(map, s.heads, s.kv_heads).used;
   if (used > s.kept) {
     return row_name(b) + "the head map keeps " + std::to_string(used) + " KV heads, the K cache has " +
            std::to_string(s.kept) + " slots";
+  }
+  return "";
+}
+
+// The shared op's own map: it names none but the producer's kept KV heads.
+std::string check_shared_map(const AttentionCall& call, std::int64_t b) {
+  const AttentionShape& s = call.shape;
+  const std::int32_t* map = call.past_head_map + b * s.heads;
+  const std::string problem = check_entries(call, map, b);
+  if (!problem.empty()) return problem;
+  const Slots kept = assign_slots(call.kept_map(b), s.heads, s.kv_heads);
+  for (std::int64_t h = 0; h < s.heads; ++h) {
+    const std::int64_t kv_head = map[h] / (s.heads / s.kv_heads);
+    if (kept.of_kv_head[kv_head] < 0) {
+      return row_name(b) + "the head map names KV head " + std::to_string(kv_head) +
+             ", which the producer did not keep";
+    }
   }
   return "";
 }
@@ -61,7 +86,10 @@ std::string check_row(const AttentionCall& call, std::int64_t b) {
     return row_name(b) + std::to_string(past) + " cached and " + std::to_string(new_tokens) +
            " new tokens exceed the capacity " + std::to_string(s.capacity);
   }
-  return call.online && past == 0 ? "" : check_map(call, b);
+  const bool fresh = call.online && past == 0;
+  if (!call.shared()) return fresh ? "" : check_kept(call, b);
+  const std::string problem = check_kept(call, b);
+  return fresh || !problem.empty() ? problem : check_shared_map(call, b);
 }
 
 }  // namespace

@@ -74,20 +74,9 @@ std::vector<bool> choose_kv_heads(const std::vector<std::int64_t>& to_kv, std::i
   return chosen;
 }
 
-}  // namespace
-
-void quantise(const float* probabilities, std::int64_t n, std::int32_t* quantised) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    const float steps = std::nearbyint(probabilities[i] * kQuantisationSteps);
-    quantised[i] = steps > 0.0f ? static_cast<std::int32_t>(steps) : 0;
-  }
-}
-
-void cluster_heads(const std::int32_t* quantised, std::int64_t features, std::int64_t num_heads,
-                   std::int64_t num_kv_heads, std::int64_t kept, std::int32_t* head_map) {
-  const std::vector<std::int64_t> distance = pairwise_distances(quantised, features, num_heads);
-  const std::vector<bool> chosen = choose_kv_heads(distances_to_kv_heads(distance, num_heads, num_kv_heads),
-                                                   num_heads, num_kv_heads, kept);
+// Each query head to the nearest query head of a chosen KV head, those of chosen ones to themselves.
+void assign(const std::vector<std::int64_t>& distance, std::int64_t num_heads, std::int64_t num_kv_heads,
+            const std::vector<bool>& chosen, std::int32_t* head_map) {
   const std::int64_t group = num_heads / num_kv_heads;
   for (std::int64_t h = 0; h < num_heads; ++h) {
     std::int64_t representative = h;
@@ -103,6 +92,30 @@ void cluster_heads(const std::int32_t* quantised, std::int64_t features, std::in
     }
     head_map[h] = static_cast<std::int32_t>(representative);
   }
+}
+
+}  // namespace
+
+void quantise(const float* probabilities, std::int64_t n, std::int32_t* quantised) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float steps = std::nearbyint(probabilities[i] * kQuantisationSteps);
+    quantised[i] = steps > 0.0f ? static_cast<std::int32_t>(steps) : 0;
+  }
+}
+
+void cluster_heads(const std::int32_t* quantised, std::int64_t features, std::int64_t num_heads,
+                   std::int64_t num_kv_heads, std::int64_t kept, std::int32_t* head_map) {
+  const std::vector<std::int64_t> distance = pairwise_distances(quantised, features, num_heads);
+  const std::vector<bool> chosen = choose_kv_heads(distances_to_kv_heads(distance, num_heads, num_kv_heads),
+                                                   num_heads, num_kv_heads, kept);
+  assign(distance, num_heads, num_kv_heads, chosen, head_map);
+}
+
+void assign_heads(const std::int32_t* quantised, std::int64_t features, std::int64_t num_heads,
+                  std::int64_t num_kv_heads, const Slots& kept, std::int32_t* head_map) {
+  std::vector<bool> chosen(num_kv_heads);
+  for (std::int64_t g = 0; g < num_kv_heads; ++g) chosen[g] = kept.of_kv_head[g] >= 0;
+  assign(pairwise_distances(quantised, features, num_heads), num_heads, num_kv_heads, chosen, head_map);
 }
 
 Slots assign_slots(const std::int32_t* head_map, std::int64_t num_heads, std::int64_t num_kv_heads) {

@@ -124,7 +124,9 @@ std::deque<Plan::Component> Plan::components(const Row& row) const {
   std::vector<bool> represents(shape_.heads, false);
   for (std::int64_t h = 0; h < shape_.heads; ++h) represents[row.head_map[h]] = true;
   for (std::int64_t g = 0; g < shape_.kv_heads; ++g) {
-    if (row.slots.of_kv_head[g] < 0) continue;
+    // A layer that reads another's cache may leave kept KV heads unused.
+    const auto first_head = represents.begin() + g * group;
+    if (std::find(first_head, first_head + group, true) == first_head + group) continue;
     Component& component = *of_root[root(parent, shape_.kv_heads + g)];
     const auto first = static_cast<std::int32_t>(component.queries.size());
     for (std::int64_t r = g * group; r < (g + 1) * group; ++r) {

@@ -53,7 +53,8 @@ def test_case_suite_passes_under_sanitizers(sanitized_build):
         for name in ("asan", "ubsan")
     ]
     output = run(
-        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/parity/test_native.py"),
+        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
+        *("tests/parity/test_native.py", "tests/parity/test_native_shared.py"),
         *("-k", "library_agrees or refused or random_calls"),
         LD_PRELOAD=" ".join(runtime.stdout.strip() for runtime in runtimes),
         ASAN_OPTIONS="detect_leaks=0",  # the interpreter's own

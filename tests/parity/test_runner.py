@@ -20,6 +20,7 @@ from tests.tiny_graph import TinyModel, letters_tokenizer
 
 MODEL = TinyModel(positions=400)
 GROUPED = TinyModel(heads=6, kv_heads=3, kept=(1, 2), head_dim=4, value_dim=8, positions=400)
+SHARED = TinyModel(heads=6, kv_heads=3, kept=(2, 1, 2), sources=(0, 1, 0), positions=400)
 TOLERANCE = 1e-4
 SHORT, MIDDLE, LONG = [5, 9], [7, 8, 20, 21, 6, 30], list(range(4, 33))
 
@@ -46,6 +47,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "mha": MODEL.write(root / "mha", tokenizer=tokenizer).path,
         "gqa": GROUPED.write(root / "gqa").path,
+        "shared": SHARED.write(root / "shared").path,
         "half": TinyModel(dtype="float16").write(root / "half").path,
         "eos": MODEL.write(root / "eos", tokenizer=tokenizer, eos=[1, 15, 31]).path,
     }
@@ -71,10 +73,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("heads", ["chai", "all"])
-@pytest.mark.parametrize("name", ["mha", "gqa"])
+@pytest.mark.parametrize("name", ["mha", "gqa", "shared"])
 @pytest.mark.parametrize("length", [1, 4, 5, 6, 29])
 def test_logits_and_head_maps_are_those_of_the_reference(implementation, bundles, name, heads, length):
-    model = {"mha": MODEL, "gqa": GROUPED}[name]
+    model = {"mha": MODEL, "gqa": GROUPED, "shared": SHARED}[name]
     runner = ce.load(bundles[name], heads=heads)
     logits, maps = model.reference(LONG[:length], heads)
     np.testing.assert_allclose(runner.logits(LONG[:length]), logits, atol=TOLERANCE)
@@ -107,10 +109,10 @@ def test_wrong_chunks_are_refused(runner, chunks, message):
 
 
 @pytest.mark.parametrize("heads", ["chai", "all"])
-@pytest.mark.parametrize("name", ["mha", "gqa"])
+@pytest.mark.parametrize("name", ["mha", "gqa", "shared"])
 def test_texts_of_a_mixed_batch_are_those_of_the_reference(implementation, bundles, name, heads):
     """Prompts shorter than the probe are fed afresh while the others decode."""
-    model = {"mha": MODEL, "gqa": GROUPED}[name]
+    model = {"mha": MODEL, "gqa": GROUPED, "shared": SHARED}[name]
     prompts = [SHORT, LONG, [11], MIDDLE]
     runner = ce.load(bundles[name], heads=heads)
     results = runner.generate(prompts, max_new_tokens=16)

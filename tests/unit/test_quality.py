@@ -27,6 +27,7 @@ class Engine:
     def __init__(self, model, heads, faults):
         geometry = describe(model.config)
         manifest = {name: getattr(geometry, name) for name in geometry.__dataclass_fields__}
+        manifest["cache_layers"] = geometry.cache_layers
         manifest |= {"dtype": "float32", "kept_heads": KEPT, "probe_tokens": 5, "engines": {}, "static": None}
         manifest |= faults.get("manifest", {})
         self.bundle = SimpleNamespace(manifest=SimpleNamespace(**manifest), path="bundle")

@@ -1,4 +1,5 @@
-// chai::ClusteredHeadAttention, version 1, on the CPU: the problem, its checks and its evaluation.
+// chai::ClusteredHeadAttention and chai::SharedClusteredHeadAttention, version 1, on the CPU: the problem, its
+// checks and its evaluation.
 //
 // No framework appears here. The caller owns all memory and lends a way to run tasks in parallel.
 #pragma once
@@ -27,6 +28,9 @@ struct AttentionShape {
 
 // One evaluation. Tensors are contiguous, in the layout of the op; present_key may equal past_key and
 // present_value past_value (in place), otherwise the past is copied.
+//
+// A call with a kept_head_map is one of the shared op: present_key, present_value and kept_head_map are what the
+// producer gave and are only read; value, past_key and past_value are null.
 struct AttentionCall {
   AttentionShape shape;
   Storage storage = Storage::kFloat32;
@@ -46,6 +50,14 @@ struct AttentionCall {
   void* present_key = nullptr;                  // [B,R,C,D]
   void* present_value = nullptr;                // [B,G,C,Dv]
   std::int32_t* present_head_map = nullptr;     // [B,H]
+
+  const std::int32_t* kept_head_map = nullptr;  // [B,H]
+
+  bool shared() const { return kept_head_map != nullptr; }
+  // The map that names the kept KV heads of a row, before a fresh row has decided its own.
+  const std::int32_t* kept_map(std::int64_t row) const {
+    return (shared() ? kept_head_map : past_head_map) + row * shape.heads;
+  }
 };
 
 // Runs task(data, i) for i in [0, count), in any order and on any threads, and returns when all are done.

@@ -23,4 +23,8 @@ struct Slots {
 };
 Slots assign_slots(const std::int32_t* head_map, std::int64_t num_heads, std::int64_t num_kv_heads);
 
+// The head map with the KV heads given that are kept, those with a slot; otherwise as cluster_heads.
+void assign_heads(const std::int32_t* quantised, std::int64_t features, std::int64_t num_heads,
+                  std::int64_t num_kv_heads, const Slots& kept, std::int32_t* head_map);
+
 }  // namespace chai
