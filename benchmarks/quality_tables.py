@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from chai_export.clustering.probe import MEASURED_PROBE_TOKENS, PAPER_PROBE_TOKENS
 from chai_export.quality.methods import METHODS
 
 Row = dict[str, Any]
@@ -17,6 +18,7 @@ def page(results: dict[str, Any]) -> str:
         _head(results),
         "## Bytes against quality\n\n" + _tradeoff(results),
         "## Methods at equal bytes\n\n" + _methods(methods),
+        "## The op against K-Means and the reference code\n\n" + _paired(results["paired"]),
         "## How long a probe\n\n" + _probes(probes),
         "## Budgets by measured divergence\n\n" + _budgets(results),
     ]
@@ -40,7 +42,9 @@ a token (perplexity {results["perplexity_all"]:.2f}). Heads per layer were chose
 *Loss* is the change of nats per token against all heads, ± its standard error over windows; 0.010 is 1 % of
 perplexity. *KL* is the mean divergence from the model with all heads, in nats per token. *Probe* is the
 number of first tokens that decide the head map and attend exactly. Your own model:
-`chai-export compare MODEL --text FILE`, and a bundle: `chai-export eval BUNDLE --text FILE`."""
+`chai-export compare MODEL --text FILE`, and a bundle: `chai-export eval BUNDLE --text FILE`, which also
+shows KL by position in the sequence and where greedy texts first leave those of all heads. From Python:
+`chai_export.quality.method_comparison.compare` and `chai_export.evaluate`."""
 
 
 def _tradeoff(results: dict[str, Any]) -> str:
@@ -87,6 +91,25 @@ def _methods(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def _paired(paired: dict[str, Any]) -> str:
+    lines = [
+        [
+            f"{row['kv_bytes_saved']:.1%}",
+            f"`{row['method']}`",
+            *_loss_and_kl(row),
+            "" if row["method"] == "chai" else f"{row['difference']:+.4f} ± {row['difference_error']:.4f}",
+        ]
+        for row in paired["results"]
+    ]
+    columns = ["KV bytes saved", "method", "loss", "KL", "`chai` less this"]
+    return (
+        f"At {MEASURED_PROBE_TOKENS} probe tokens on {paired['windows']} windows, all of the held-out text "
+        f"({paired['tokens']} predictions). The last column is the mean over windows of the difference of "
+        "their losses, ± its standard error: below zero the op's rule loses less.\n\n"
+        + _table(columns, lines)
+    )
+
+
 def _probes(rows: Sequence[Row]) -> str:
     keeps = list(dict.fromkeys(tuple(row["kept_heads"]) for row in rows))
     saved = {tuple(row["kept_heads"]): row["kv_bytes_saved"] for row in rows}
@@ -99,7 +122,11 @@ def _probes(rows: Sequence[Row]) -> str:
     columns += [f"{what}, {saved[kept]:.1%} saved" for kept in keeps for what in ("loss", "KL")]
     return (
         "The op's rule with probes of different length; the probe's tokens are exact, which the figures "
-        "include.\n\n" + _table(columns, lines)
+        f"include. `calibrate` takes {MEASURED_PROBE_TOKENS}: loss and divergence are below those of the paper's "
+        f"{PAPER_PROBE_TOKENS} "
+        f"(`--probe-tokens {PAPER_PROBE_TOKENS}`), and longer ones gain little, while a sequence shorter "
+        "than the probe shares nothing. The error curves, the measured divergences and the head maps of a "
+        "bundle all use the length that `calibrate` was given.\n\n" + _table(columns, lines)
     )
 
 
@@ -121,7 +148,8 @@ def _budgets(results: dict[str, Any]) -> str:
     columns = ["budget", "allocated by", "KV heads kept", "KL predicted", "KL measured", "loss"]
     return (
         "Error curves say how far the probe's probabilities move; `--measure kl` asks the model how much it "
-        "minds, one layer at a time, and minimises the sum. The sum assumes that layers do not interact: "
+        "minds, one layer at a time, and minimises the sum (past the elbows, where little is lost, together "
+        "with the error curves). The sum assumes that layers do not interact: "
         f"*predicted* is that sum (calibration text), *measured* is what all layers together do (held-out "
         f"text), both with a probe of {probe} tokens.\n\n" + _table(columns, lines)
     )

@@ -3,7 +3,7 @@
     python benchmarks/quality_tradeoff.py           # writes results/quality_tradeoff.json and docs/quality.md
     python benchmarks/quality_tradeoff.py --docs    # writes docs/quality.md from the results that are there
 
-About ten minutes on one core. Head counts come from examples/text/calibration.txt, figures from
+About fifteen minutes on one core. Head counts come from examples/text/calibration.txt, figures from
 examples/text/heldout.txt, which the model has not seen. Everything runs in torch (`chai-export compare`).
 
 What was tried and left out: more rounds of choosing than two, and full swaps (PAM), change nothing beyond
@@ -17,6 +17,8 @@ import argparse
 import json
 import math
 import platform
+import statistics
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -27,12 +29,12 @@ import torch
 
 from chai_export.bundle.atomic import atomic_file
 from chai_export.clustering.calibrate import calibrate
-from chai_export.clustering.keep import Budget, allocate
-from chai_export.clustering.measured_budget import predicted
+from chai_export.clustering.keep import Budget
+from chai_export.clustering.measured_budget import predicted, spend
 from chai_export.clustering.probe import MEASURED_PROBE_TOKENS, PAPER_PROBE_TOKENS
 from chai_export.models.geometry import describe
 from chai_export.models.loading import load_model, load_tokenizer
-from chai_export.quality.method_comparison import compare
+from chai_export.quality.method_comparison import Comparison, compare
 from chai_export.quality.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +44,10 @@ HELDOUT = ROOT / "examples" / "text" / "heldout.txt"
 RESULTS = ROOT / "benchmarks" / "results" / "quality_tradeoff.json"
 BUDGETS = (0.10, 0.15, 0.20, 0.214, 0.25, 0.30, 0.35, 0.40)
 METHOD_BUDGETS = (0.214, 0.25, 0.30)
+PAIRED_METHODS = ("chai", "k-means", "agglomerative-unmasked")
+PAIRED_WINDOWS = 96
+"""All of the held-out text: three methods are compared more sharply than the whole table has time for."""
+
 PROBES = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 METHOD_PROBES = (PAPER_PROBE_TOKENS, MEASURED_PROBE_TOKENS)
 DAMAGE_PROBE = MEASURED_PROBE_TOKENS
@@ -77,27 +83,26 @@ def measure(windows: int, seq_len: int) -> dict[str, Any]:
     allocations = {
         share: {
             "error": Budget(share).choose(clusters.error_curves, geometry),
-            "kl": allocate(clusters.kl_curves, Budget(share).heads_to_drop(geometry)),
+            "kl": spend(Budget(share), clusters.kl_curves, clusters.error_curves, geometry),
         }
         for share in BUDGETS
     }
 
-    def run(keep: list[tuple[int, ...]], methods: list[str], probes: tuple[int, ...]) -> list[dict[str, Any]]:
+    def run(
+        keep: list[tuple[int, ...]], methods: Sequence[str], probes: tuple[int, ...], windows: int = windows
+    ) -> Comparison:
         rules = [",".join(map(str, kept)) for kept in dict.fromkeys(keep)]
-        comparison = compare(
+        return compare(
             model, HELDOUT, calibration=CALIBRATION, keep=rules, methods=methods, probe_tokens=probes,
             windows=windows, seq_len=seq_len, tokenizer=tokenizer,
         )  # fmt: skip
-        everything.update(tokens=comparison.tokens, nll_all=comparison.nll_all)
-        rows: list[dict[str, Any]] = comparison.to_json()["results"]
-        return rows
 
-    everything: dict[str, Any] = {}
     measured = [allocations[share]["kl"] for share in METHOD_BUDGETS]
     both = [kept for pair in allocations.values() for kept in pair.values()]
     tradeoff = run(both, ["chai"], METHOD_PROBES)
     methods = run(measured, list(METHODS), METHOD_PROBES)
     probes = run(measured, ["chai"], PROBES)
+    paired = run(measured, PAIRED_METHODS, (MEASURED_PROBE_TOKENS,), PAIRED_WINDOWS)
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": {"processor": _processor(), "architecture": platform.machine(), "threads": 1},
@@ -107,8 +112,9 @@ def measure(windows: int, seq_len: int) -> dict[str, Any]:
         "model": "pydoc-5m",
         "windows": windows,
         "seq_len": seq_len,
-        **everything,
-        "perplexity_all": math.exp(everything["nll_all"]),
+        "tokens": tradeoff.tokens,
+        "nll_all": tradeoff.nll_all,
+        "perplexity_all": math.exp(tradeoff.nll_all),
         "allocation_probe_tokens": DAMAGE_PROBE,
         "error_curves": clusters.error_curves,
         "kl_curves": clusters.kl_curves,
@@ -123,10 +129,28 @@ def measure(windows: int, seq_len: int) -> dict[str, Any]:
             for share, pair in allocations.items()
             for by, kept in pair.items()
         ],
-        "tradeoff": tradeoff,
-        "methods": methods,
-        "probes": probes,
+        "tradeoff": _rows(tradeoff),
+        "methods": _rows(methods),
+        "probes": _rows(probes),
+        "paired": _paired(paired),
     }
+
+
+def _rows(comparison: Comparison) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = comparison.to_json()["results"]
+    return [{name: value for name, value in row.items() if name != "nll_change_by_window"} for row in rows]
+
+
+def _paired(comparison: Comparison) -> dict[str, Any]:
+    """The first method against each other one on the same windows: the mean difference and its error."""
+    first = {row.kept_heads: row for row in comparison.results if row.method == PAIRED_METHODS[0]}
+    rows = []
+    for row, shown in zip(comparison.results, _rows(comparison), strict=True):
+        ours, theirs = first[row.kept_heads].nll_change_by_window, row.nll_change_by_window
+        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+        rows.append({**shown, "difference": statistics.fmean(differences), "difference_error": error})
+    return {"windows": comparison.windows, "tokens": comparison.tokens, "results": rows}
 
 
 def _processor() -> str:

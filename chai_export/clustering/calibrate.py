@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from chai_export.clustering.clusters import Clusters
 from chai_export.clustering.curves import ErrorCurves
 from chai_export.clustering.keep import Budget, KeepRule, parse_keep
-from chai_export.clustering.measured_budget import measure_damage
+from chai_export.clustering.measured_budget import measure_damage, spend
 from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.clustering.state import load_state, save_state, state_key
 from chai_export.errors import ChaiError, UsageError
@@ -108,7 +108,7 @@ def calibrate(
         damage = measure_damage(
             loaded, sequences, error_curves, probe_tokens=probe_tokens, sources=geometry.kv_source_layers
         )
-        kept = rule.spend([damage[layer] for layer in geometry.cache_layers], geometry)
+        kept = spend(rule, damage, error_curves, geometry)
     else:
         kept = rule.choose(error_curves, geometry)
     progress.finish()

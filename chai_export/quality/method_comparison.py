@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from chai_export.clustering.calibrate import calibrate
 from chai_export.clustering.clusters import Clusters
-from chai_export.clustering.keep import Budget, KeepRule, Numbers, allocate, parse_keep
+from chai_export.clustering.keep import Budget, KeepRule, Numbers, parse_keep
+from chai_export.clustering.measured_budget import spend
 from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.clustering.static_maps import static_head_maps
 from chai_export.errors import ChaiError, UsageError
@@ -48,7 +49,7 @@ class MethodResult:
         perplexity_change: relative, 0.01 is 1 %.
         kl: mean KL(all heads || method) in nats per token.
         top1_agreement: share of positions with the same most probable token.
-        nll_change_by_window: the change in each sequence, in their order: methods can be compared pair by pair.
+        nll_change_by_window: the change in each sequence, in order, so that methods can be paired.
     """
 
     method: str
@@ -295,7 +296,7 @@ def _allocations(
 def _kept(rule: KeepRule, measured: Clusters, geometry: Geometry) -> tuple[int, ...]:
     """A budget goes by measured divergence where the clusters have it."""
     if isinstance(rule, Budget) and measured.kl_curves:
-        return allocate(measured.kl_curves, rule.heads_to_drop(geometry))
+        return spend(rule, measured.kl_curves, measured.error_curves, geometry)
     return rule.choose(measured.error_curves, geometry)
 
 

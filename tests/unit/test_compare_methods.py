@@ -50,6 +50,9 @@ def test_the_result_holds_every_rule_probe_length_and_method_once(model):
     assert saved["budget:0.2"] >= 0.2
     assert saved["budget:0.3"] >= 0.3
     assert result.tokens == 2 * 23
+    for row in result.results:
+        assert len(row.nll_change_by_window) == 2
+        assert np.mean(row.nll_change_by_window) == pytest.approx(row.nll_change)
     assert json.loads(json.dumps(result.to_json()))["results"][0]["method"] == "chai"
 
 
