@@ -122,8 +122,8 @@ def _probes(rows: Sequence[Row]) -> str:
     columns += [f"{what}, {saved[kept]:.1%} saved" for kept in keeps for what in ("loss", "KL")]
     return (
         "The op's rule with probes of different length; the probe's tokens are exact, which the figures "
-        f"include. `calibrate` takes {MEASURED_PROBE_TOKENS}: loss and divergence are below those of the paper's "
-        f"{PAPER_PROBE_TOKENS} "
+        f"include. `calibrate` takes {MEASURED_PROBE_TOKENS}: loss and divergence are below those of the "
+        f"paper's {PAPER_PROBE_TOKENS} "
         f"(`--probe-tokens {PAPER_PROBE_TOKENS}`), and longer ones gain little, while a sequence shorter "
         "than the probe shares nothing. The error curves, the measured divergences and the head maps of a "
         "bundle all use the length that `calibrate` was given.\n\n" + _table(columns, lines)
