@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <numeric>
 #include <sstream>
 #include <stdexcept>
 
@@ -31,6 +32,27 @@ std::vector<std::int64_t> integers(const Json& json) {
   std::vector<std::int64_t> result;
   for (const Json& item : json.array()) result.push_back(item.integer());
   return result;
+}
+
+// Itself for every layer, unless the manifest says that layers read the caches of earlier ones.
+std::vector<std::int64_t> kv_source_layers(const Json& json, const Manifest& manifest) {
+  std::vector<std::int64_t> sources(static_cast<std::size_t>(manifest.num_layers));
+  std::iota(sources.begin(), sources.end(), 0);
+  const Json* given = present(json, "kv_source_layers");
+  if (given == nullptr) return sources;
+  sources = integers(*given);
+  require(static_cast<std::int64_t>(sources.size()) == manifest.num_layers,
+          "kv_source_layers has not one number per layer");
+  for (std::size_t layer = 0; layer < sources.size(); ++layer) {
+    const std::int64_t source = sources[layer];
+    const bool earlier = source >= 0 && source <= static_cast<std::int64_t>(layer);
+    require(earlier && sources[static_cast<std::size_t>(source)] == source,
+            "layer " + std::to_string(layer) + " reads the cache of layer " + std::to_string(source) +
+                ", which has none before it");
+    require(manifest.kept_heads[layer] == manifest.kept_heads[static_cast<std::size_t>(source)],
+            "layer " + std::to_string(layer) + " keeps other heads than the cache it reads");
+  }
+  return sources;
 }
 
 ItemType item_type(const std::string& name) {
@@ -79,6 +101,7 @@ Manifest read_fields(const Json& json) {
   for (const std::int64_t kept : manifest.kept_heads)
     require(kept >= 1 && kept <= manifest.num_kv_heads,
             "kept_heads has " + std::to_string(kept) + ", not 1 to num_kv_heads");
+  manifest.kv_source_layers = kv_source_layers(json, manifest);
   if (const Json* generation = present(json, "generation")) read_generation(*generation, manifest);
   return manifest;
 }
@@ -98,6 +121,16 @@ void check_files(const std::filesystem::path& bundle, const Json& files) {
 
 std::int64_t Manifest::cached_heads(Heads heads, std::int64_t layer) const {
   return heads == Heads::kAll ? num_kv_heads : kept_heads[static_cast<std::size_t>(layer)];
+}
+
+bool Manifest::has_cache(std::int64_t layer) const {
+  return kv_source_layers[static_cast<std::size_t>(layer)] == layer;
+}
+
+std::size_t Manifest::num_caches() const {
+  std::size_t count = 0;
+  for (std::int64_t layer = 0; layer < num_layers; ++layer) count += has_cache(layer) ? 1 : 0;
+  return count;
 }
 
 Manifest read_manifest(const std::string& bundle) {

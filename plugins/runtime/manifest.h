@@ -29,7 +29,8 @@ struct Manifest {
   std::int64_t value_head_dim = 0;
   std::int64_t vocab_size = 0;
   std::int64_t probe_tokens = 0;
-  std::vector<std::int64_t> kept_heads;  // per layer
+  std::vector<std::int64_t> kept_heads;        // per layer
+  std::vector<std::int64_t> kv_source_layers;  // per layer: the one whose cache it reads, itself or an earlier
   std::optional<std::int64_t> max_positions;
   bool has_static_membership = false;
   std::vector<std::int64_t> eos_token_ids;
@@ -40,6 +41,10 @@ struct Manifest {
 
   // KV heads in the K cache of a layer.
   std::int64_t cached_heads(Heads heads, std::int64_t layer) const;
+
+  // Whether a layer has a cache; the others read an earlier layer's.
+  bool has_cache(std::int64_t layer) const;
+  std::size_t num_caches() const;
 };
 
 // Throws std::runtime_error: not a bundle, another format or op version, a wrong field, or a file that is

@@ -83,6 +83,7 @@ OnnxRuntimeSession::Cache OnnxRuntimeSession::allocate(const std::string& name, 
 OnnxRuntimeSession::Caches OnnxRuntimeSession::allocate_all() const {
   Caches caches;
   for (std::int64_t layer = 0; layer < manifest_.num_layers; ++layer) {
+    if (!manifest_.has_cache(layer)) continue;
     caches.push_back(
         allocate(layer_name("key", layer), manifest_.cached_heads(heads_, layer), manifest_.head_dim));
     caches.push_back(allocate(layer_name("value", layer), manifest_.num_kv_heads, manifest_.value_head_dim));

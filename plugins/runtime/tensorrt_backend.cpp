@@ -43,6 +43,9 @@ class TensorRtBackend final : public Session {
 
 std::unique_ptr<Session> open_tensorrt_session(const std::string& bundle, const Manifest& manifest,
                                                const Options& options, const std::string& plugin) {
+  require(manifest.num_caches() == manifest.kept_heads.size(),
+          bundle + " has layers that read another layer's KV cache, which TensorRT engines do not have; use "
+                   "ONNX Runtime");
   const std::string again = "; run `chai-export build " + bundle + " --backend tensorrt`";
   const auto record = manifest.engines.find("tensorrt");
   require(record != manifest.engines.end(), bundle + " has no tensorrt engine" + again + " first");

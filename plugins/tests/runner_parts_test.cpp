@@ -194,6 +194,12 @@ void wrong_manifests_are_refused() {
   expect_error([&] { read("\"op_version\": 1", "\"op_version\": 2"); }, "op_version is 2");
   expect_error([&] { read("[1, 2]", "[1, 3]"); }, "kept_heads has 3");
   expect_error([&] { read("[1, 2]", "[1]"); }, "one number per layer");
+  EXPECT(manifest.has_cache(1) && manifest.num_caches() == 2, "a cache in every layer");
+  const chai::Manifest shared = read("[1, 2]", "[2, 2], \"kv_source_layers\": [0, 0]");
+  EXPECT(shared.has_cache(0) && !shared.has_cache(1) && shared.num_caches() == 1, "one cache for two layers");
+  expect_error([&] { read("[1, 2]", "[1, 2], \"kv_source_layers\": [0]"); }, "kv_source_layers has not one");
+  expect_error([&] { read("[1, 2]", "[1, 2], \"kv_source_layers\": [1, 1]"); }, "which has none before it");
+  expect_error([&] { read("[1, 2]", "[1, 2], \"kv_source_layers\": [0, 0]"); }, "keeps other heads");
   expect_error([&] { read("\"head_dim\": 8", "\"head_dim\": \"x\""); }, "'/head_dim': expected an integer");
   expect_error([&] { read("float32", "int8"); }, "dtype is int8");
   expect_error([&] { read("\"size\": 2", "\"size\": 3"); }, "its size differs");

@@ -93,7 +93,15 @@ def as_argument(prompt: list[int]) -> str:
 
 
 @pytest.mark.parametrize("heads", ["chai", "all"])
-@pytest.mark.parametrize("sizes", [{}, {"heads": 6, "kv_heads": 3, "kept": (1, 2)}], ids=["mha", "gqa"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"heads": 6, "kv_heads": 3, "kept": (1, 2)},
+        {"heads": 6, "kv_heads": 3, "kept": (2, 1, 2), "sources": (0, 1, 0)},
+    ],
+    ids=["mha", "gqa", "shared"],
+)
 def test_example_prints_the_python_runners_tokens(tmp_path, generate, op_library, monkeypatch, heads, sizes):
     bundle = TinyModel(positions=400, **sizes).write(tmp_path / "bundle").path
     monkeypatch.setenv(SWITCH, "1" if op_library else "0")
