@@ -112,4 +112,5 @@ def print_explanation(explanation: Explanation, *, as_json: bool) -> int:
     else:
         print_table(explanation.columns, explanation.rows())
         print(explanation.verdict)
+        print(explanation.needs.describe())
     return 0 if explanation.rewritable else 1

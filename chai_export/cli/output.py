@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+_UNWRAPPED = 10_000
+
 
 def print_json(result: Mapping[str, Any]) -> None:
     """One JSON object on stdout."""
@@ -19,10 +21,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")  # names of nodes are long, and each letter counts
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console(markup=False, highlight=False, soft_wrap=not sys.stdout.isatty()).print(table)
+    # A program that reads the table wants a line a row.
+    width = None if sys.stdout.isatty() else _UNWRAPPED
+    Console(markup=False, highlight=False, width=width).print(table)
 
 
 def note(line: str) -> None:

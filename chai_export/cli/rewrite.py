@@ -25,15 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--probe-tokens", metavar="N", type=int,
         help="tokens that decide the head map (default: as calibrated, 5 where the clusters do not say)",
     )  # fmt: skip
-    parser.add_argument("--explain", action="store_true", help="only print what matched, or the nearest miss")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="only print what matches, the nearest miss, and the memory and disk that the rewrite takes",
+    )
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Rewrite, or explain."""
-    from chai_export.graph.stage import explain, rewrite
+    from chai_export.graph.stage import explain, load_clusters, rewrite
 
     if arguments.explain:
-        return print_explanation(explain(arguments.onnx), as_json=arguments.json)
+        chosen = None if arguments.clusters is None else load_clusters(arguments.clusters)
+        return print_explanation(explain(arguments.onnx, chosen), as_json=arguments.json)
     if arguments.clusters is None or arguments.output is None:
         raise UsageError("rewrite needs --clusters FILE and -o BUNDLE (or --explain to only look)")
     bundle = rewrite(

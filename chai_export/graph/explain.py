@@ -1,14 +1,29 @@
-"""What the rewrite sees in a graph, as a table: one row per attention."""
+"""What the rewrite sees in a graph, as a table: one row per attention; and what the rewrite would take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from chai_export.graph.estimate import Estimate
 from chai_export.graph.find import Survey
+from chai_export.graph.parts import describe_parts
 from chai_export.graph.site import AttentionSite, Refusal
 from chai_export.op.schema import DOMAIN, OP_TYPE
+
+_COLUMNS = ("layer", "form", "heads", "R")
+_MATCHED = ("matched",)
+_MISSED = ("matched up to", "stopped by")
+_REACHED = (
+    "the operator itself",
+    "the scores",
+    "query and key",
+    "the cache",
+    "how the caches come back",
+    "the mask",
+)
+"""What was looked at last, by the number of rules that held before: the depth of a NoMatch."""
 
 
 @dataclass(frozen=True)
@@ -16,16 +31,21 @@ class Explanation:
     """The result of ``rewrite --explain``.
 
     ``problem`` is what stands in the way of the whole graph (None if nothing does); ``kept_heads`` the R of
-    each layer when clusters were given.
+    each layer when clusters were given; ``needs`` what the rewrite would take.
     """
 
     path: str
     survey: Survey
     ops: dict[str, int]
+    needs: Estimate
     problem: str | None = None
     kept_heads: Sequence[int] | None = None
 
-    columns: ClassVar[list[str]] = ["layer", "form", "heads", "R", "matched", "nearest miss"]
+    @property
+    def columns(self) -> list[str]:
+        """Heads of the table: what matched, and if something did not, how far it got and what stopped it."""
+        survey = self.survey
+        return [*_COLUMNS, *(_MATCHED if survey.sites else ()), *(_MISSED if survey.refusals else ())]
 
     @property
     def rewritable(self) -> bool:
@@ -48,7 +68,8 @@ class Explanation:
 
     def rows(self) -> list[tuple[str, ...]]:
         """One row per attention, as text, in the order of :attr:`columns`."""
-        return [tuple(str(row[name.replace(" ", "_")]) for name in self.columns) for row in self._rows()]
+        columns = self.columns
+        return [tuple(str(row[name.replace(" ", "_")]) for name in columns) for row in self._rows()]
 
     def to_json(self) -> dict[str, Any]:
         """JSON object of ``inspect --json`` for an ONNX file."""
@@ -60,6 +81,7 @@ class Explanation:
             "num_layers": len(self.survey.findings),
             "attentions": self._rows(),
             "ops": self.ops,
+            "estimate": self.needs.to_json(),
         }
 
     def _rows(self) -> list[dict[str, Any]]:
@@ -67,26 +89,25 @@ class Explanation:
 
     def _row(self, index: int, finding: AttentionSite | Refusal) -> dict[str, Any]:
         kept = self.kept_heads[index] if self.kept_heads and index < len(self.kept_heads) else ""
+        row: dict[str, Any] = {
+            "layer": index,
+            "form": "",
+            "heads": "",
+            "R": kept,
+            "matched": "",
+            "parts": None,
+        }
         if isinstance(finding, Refusal):
             node = finding.node or finding.anchor
+            before = _REACHED[min(finding.depth, len(_REACHED) - 1)]
+            reached = f"{finding.anchor.op_type} {finding.anchor.name!r}, {before}"
             miss = f"{node.op_type} {node.name!r}: {finding.reason}"
-            return {
-                "layer": index,
-                "form": "",
-                "heads": "",
-                "R": kept,
-                "matched": "",
-                "nearest_miss": miss,
-            }
+            return {**row, "matched_up_to": reached, "stopped_by": miss}
+        parts = asdict(describe_parts(finding))
         heads = f"{finding.num_query_heads} query, {finding.num_kv_heads} KV, dim {finding.head_dim}"
-        matched = f"{finding.anchor.op_type} {finding.anchor.name!r}, scale {finding.scale:.6g}"
-        if finding.source_layer is not None:
-            matched += f", reads the cache of layer {finding.source_layer}"
-        return {
-            "layer": index,
-            "form": finding.form,
-            "heads": heads,
-            "R": kept,
-            "matched": matched,
-            "nearest_miss": "",
-        }
+        matched = (
+            f"{parts['attention']}; mask {parts['mask']}; RoPE {parts['rope']}; Q/K norm {parts['norm']}; "
+            f"Q/K weights {parts['weights']}; cache {parts['cache']}"
+        )
+        found = {"form": finding.form, "heads": heads, "matched": matched, "parts": parts}
+        return {**row, **found, "matched_up_to": "", "stopped_by": ""}

@@ -20,6 +20,8 @@ def to_float32(model: ir.Model) -> None:
         tensor = value.const_value
         if tensor is not None and tensor.dtype in _HALVES:
             value.const_value = ir.Tensor(np.asarray(tensor.numpy()).astype(np.float32), name=value.name)
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.release()  # the file's pages, which would otherwise stay mapped and resident
     for node in graph:
         for output in node.outputs:
             _retype(output)
@@ -33,6 +35,13 @@ def to_float32(model: ir.Model) -> None:
             if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in _HALVES:
                 array = np.asarray(attribute.as_tensor().numpy()).astype(np.float32)
                 node.attributes[name] = ir.AttrTensor(name, ir.Tensor(array))
+
+
+def float32_bytes(tensor: ir.TensorProtocol | None) -> int:
+    """Bytes of a weight once it is converted."""
+    if tensor is None:
+        return 0
+    return tensor.size * 4 if tensor.dtype in _HALVES else tensor.nbytes
 
 
 def _retype(value: ir.Value) -> None:

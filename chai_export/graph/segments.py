@@ -12,11 +12,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from chai_export.graph.evaluate import EvaluationError, forget_shapes
-from chai_export.graph.float32 import to_float32
+from chai_export.graph.float32 import float32_bytes, to_float32
 
 Array = NDArray[Any]
 
 SEGMENT_BYTES = 384 * 2**20
+"""Of weights as float32, in a piece."""
+_HANDED_OVER = 2**16
+"""Bytes from which on a weight is given to ONNX Runtime beside the model's bytes."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,14 @@ def run_in_segments(
         model: a graph in topological order whose external weights lie in ``directory``.
         directory: where external data is.
         cases: graph inputs by name.
-        limit: bytes of weights per piece (SEGMENT_BYTES by default); one node's weights are never split.
+        limit: bytes of weights per piece, as float32 (SEGMENT_BYTES by default); one node's weights are
+            never split.
 
     Raises:
         EvaluationError: ONNX Runtime cannot load or run a piece.
     """
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
-    options.enable_cpu_mem_arena = False
-    options.log_severity_level = 4
     live: list[dict[str, Array]] = [dict(case) for case in cases]
     segments = list(_split(model.graph, SEGMENT_BYTES if limit is None else limit))
     for index, segment in enumerate(segments):
@@ -68,6 +66,8 @@ def run_in_segments(
                 dtype = ir.DataType.from_numpy(live[0][str(value.name)].dtype)
                 value.type = ir.TensorType(dtype)
         to_float32(part)
+        options = _options(directory)
+        weights = _hand_over(part.graph, options)
         data = ir.serde.serialize_model(part).SerializeToString()
         try:
             session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
@@ -85,9 +85,47 @@ def run_in_segments(
             values.update(zip(names, results, strict=True))
             for name in [name for name in values if name not in later]:
                 del values[name]
-        del session
+        del session, weights, options, part, data  # before the next piece is converted
     wanted = [str(value.name) for value in model.graph.outputs]
     return [{name: np.asarray(values[name]) for name in wanted} for values in live]
+
+
+def _options(directory: Path) -> Any:
+    """Session options that copy no weights: no prepacking, no arena."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 4
+    return options
+
+
+def _hand_over(graph: ir.Graph, options: Any) -> list[Any]:
+    """Give ONNX Runtime the weights that were converted where they are; in the model's bytes they are copied.
+
+    Returns:
+        What must stay alive as long as the session.
+    """
+    import onnxruntime as ort
+
+    values: dict[str, Any] = {}
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) or tensor is None or tensor.nbytes < _HANDED_OVER:
+            continue
+        if tensor.dtype != ir.DataType.FLOAT:
+            continue
+        array = np.ascontiguousarray(tensor.numpy())
+        values[name] = ort.OrtValue.ortvalue_from_numpy(array)
+        shape = ir.Shape(array.shape)
+        value.const_value = ir.ExternalTensor(
+            "handed over", 0, array.nbytes, tensor.dtype, shape=shape, name=name
+        )
+    options.add_external_initializers(list(values), list(values.values()))
+    return list(values.values())
 
 
 def _split(graph: ir.Graph, limit: int) -> Iterator[_Segment]:
@@ -96,7 +134,7 @@ def _split(graph: ir.Graph, limit: int) -> Iterator[_Segment]:
     size = 0
     for node in graph:
         fresh = {v for v in node.inputs if v is not None and v.is_initializer()} - counted
-        added = sum(value.const_value.nbytes for value in fresh if value.const_value is not None)
+        added = sum(float32_bytes(value.const_value) for value in fresh)
         if groups[-1] and size + added > limit:
             groups.append([])
             counted, size = set(), 0

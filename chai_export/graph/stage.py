@@ -75,24 +75,32 @@ def rewrite(
 
 
 def explain(onnx_path: str | Path, clusters: Clusters | None = None) -> Explanation:
-    """Say what the rewrite would match in an ONNX file, and what stands in the way; writes nothing.
+    """Say what the rewrite would match in an ONNX file, what stands in the way, and what it would take.
+
+    Nothing is written, and no weights are read. ``clusters`` fill in the R of each layer and are checked.
 
     Raises:
         ChaiError: the file is missing or damaged.
     """
+    from chai_export.graph.draft import draft_manifest
+    from chai_export.graph.estimate import estimate
     from chai_export.graph.find import Survey, survey
     from chai_export.graph.load import find_onnx, load_graph
     from chai_export.graph.summary import count_ops
 
     path = find_onnx(Path(onnx_path))
     model = load_graph(path)
-    problem = None
+    found, problem = Survey((), None), None
     try:
         found = survey(model)
+        if found.sites and not found.refusals:
+            draft = draft_manifest(path, model, found.sites, 1)
+            if clusters is not None:
+                clusters.check(draft)
     except ChaiError as error:
-        found, problem = Survey((), None), str(error)
+        problem = str(error)
     kept = None if clusters is None else clusters.kept_heads
-    return Explanation(str(path), found, count_ops(path), problem, kept)
+    return Explanation(str(path), found, count_ops(path), estimate(model, path), problem, kept)
 
 
 def load_clusters(clusters: Clusters | str | Path) -> Clusters:
