@@ -16,14 +16,26 @@ from tests.graph import test_mutations as mutations
 from tests.graph.fixtures import ALL, REFUSED, REWRITTEN, Fixture
 
 MASK = {
+    "A": "causal with padding, in the scores",
+    "B": "causal with padding, in the scores",
+    "C": "causal with padding, as input",
+    "D": "causal with padding, as input",
     "E": "causal with padding, as input",
     "F": "causal with padding, in the scores",
     "G": "causal, inside the operator",
     "H": "causal, inside the operator",
     "I": "causal with padding, as input",
 }
-CACHE = {"E": "ScatterND", "F": "Concat on axis 2", "G": "inside the operator", "H": "inside the operator"}
-ROPE = {"E": "written out", "F": "written out", "G": "inside the operator", "K": "RotaryEmbedding"}
+CACHE = {
+    "E": "ScatterND",
+    **dict.fromkeys("ABCDF", "Concat on axis 2"),
+    **dict.fromkeys("GH", "inside the operator"),
+}
+ROPE = {
+    **dict.fromkeys("ABDEF", "written out"),
+    "G": "inside the operator",
+    **dict.fromkeys("CK", "RotaryEmbedding"),
+}
 
 
 @pytest.mark.parametrize("fixture", REWRITTEN, ids=lambda fixture: fixture.name)
