@@ -35,10 +35,13 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _print_texts(run: dict[str, Any]) -> None:
-    for every, chai in zip(run["all"]["results"], run["chai"]["results"], strict=True):
-        print(f"prompt: {every['prompt']!r}")
-        for label, generation in (("all heads", every), ("CHAI", chai)):
-            print(f"--- {label} ({generation['stop_reason']})\n{generation['text'].strip()}")
+    labels = {"all": "all heads", "chai": "CHAI"}
+    modes = [mode for mode in labels if mode in run]
+    for index, chai in enumerate(run["chai"]["results"]):
+        print(f"prompt: {chai['prompt']!r}")
+        for mode in modes:
+            generation = run[mode]["results"][index]
+            print(f"--- {labels[mode]} ({generation['stop_reason']})\n{generation['text'].strip()}")
         print()
 
 
@@ -51,9 +54,8 @@ def _print_figures(results: dict[str, Any]) -> None:
         rows.append(("perplexity", *(f"{results['eval'][h]['perplexity']:.3f}" for h in ("all", "chai"))))
     if "verify" in results:
         differences = results["verify"]["max_abs_logit_diff"]
-        rows.append(
-            ("largest logit difference to the reference", *(f"{differences[h]:.1e}" for h in ("all", "chai")))
-        )
+        shown = ("–" if differences[h] is None else f"{differences[h]:.1e}" for h in ("all", "chai"))
+        rows.append(("largest logit difference to the reference", *shown))
     if rows:
         print_table(["", "all heads", "CHAI"], rows)
     if "eval" in results:

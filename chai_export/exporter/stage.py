@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ def export(
     dtype: str = "float32",
     probe_tokens: int | None = None,
     membership: str = "online",
-    text: Text | None = None,
+    text: Text | Iterable[Text] | None = None,
     trust_remote_code: bool = False,
 ) -> Bundle:
     """Export a Hugging Face model to ONNX, rewrite its attention and write a bundle.
@@ -46,7 +47,7 @@ def export(
             calibrated with (5 where it does not say).
         membership: "online", head maps from each sequence's first tokens, or "static", maps fixed now on
             ``text`` and the projections of unused heads cut away.
-        text: calibration text for static membership.
+        text: calibration text for static membership, one or several.
         trust_remote_code: run Python code that the model brings along.
 
     Raises:

@@ -8,6 +8,7 @@ with first tokens that are no longer exact.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,7 @@ def _has_projections(module: nn.Module) -> bool:
 
 
 def choose_and_slice(
-    model: PreTrainedModel, clusters: Clusters, text: Text, tokenizer: Any | None
+    model: PreTrainedModel, clusters: Clusters, text: Text | Iterable[Text], tokenizer: Any | None
 ) -> StaticMembership:
     """Decide head maps on a text and cut ``model`` to them, in place.
 

@@ -17,8 +17,6 @@ from chai_export.recipe.recipe import Recipe, RunSettings
 
 Report = Callable[[str], None]
 
-HEADS = ("all", "chai")
-
 
 @dataclass
 class MakeResult:
@@ -66,6 +64,7 @@ class _Make:
         self._report = report
         self._cache = StageCache(output)
         self._clusters = output / "clusters.json"
+        self._static = recipe.export.membership == "static"
         self._result = MakeResult(output, output / "bundle")
 
     def run(self) -> MakeResult:
@@ -77,9 +76,8 @@ class _Make:
             "calibrate", calibrate, [*model, *recipe.calibrate.text], self._clusters.exists(), self._calibrate
         )
         export = {**common, **recipe.export.model_dump()}
-        exported = self._stage(
-            "export", export, [*model, self._clusters], (bundle / MANIFEST).exists(), self._export
-        )
+        needed = [*model, self._clusters, *(recipe.calibrate.text if self._static else [])]
+        exported = self._stage("export", export, needed, (bundle / MANIFEST).exists(), self._export)
         build = {**recipe.build.model_dump(), "export": exported}
         has_engine = recipe.build.backend in read_manifest(bundle).engines
         built = self._stage("build", build, [], has_engine, self._build)
@@ -158,6 +156,8 @@ class _Make:
             self._result.bundle,
             dtype=self._recipe.export.dtype,
             probe_tokens=self._recipe.probe_tokens,
+            membership=self._recipe.export.membership,
+            text=self._recipe.calibrate.text if self._static else None,
             trust_remote_code=self._recipe.trust_remote_code,
         )
 
@@ -203,6 +203,8 @@ class _Make:
             window=settings.window,
             prompts=settings.prompts,
             new_tokens=settings.new_tokens,
+            reference=self._recipe.model if self._static else None,
+            trust_remote_code=self._recipe.trust_remote_code,
         )
 
     def _run(self) -> dict[str, Any]:
@@ -210,8 +212,12 @@ class _Make:
         assert settings is not None
         manifest = read_manifest(self._result.bundle)
         return {
-            "kv_bytes_per_token": {heads: manifest.kv_bytes_per_token(heads) for heads in HEADS},
-            **{heads: self._generate(settings, heads) for heads in HEADS},
+            "kv_bytes_per_token": {heads: manifest.kv_bytes_per_token(heads) for heads in ("all", "chai")},
+            # Static membership has cut away the heads that it does not keep.
+            **{
+                heads: self._generate(settings, heads)
+                for heads in (("chai",) if self._static else ("all", "chai"))
+            },
         }
 
     def _generate(self, settings: RunSettings, heads: str) -> dict[str, Any]:

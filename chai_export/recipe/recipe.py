@@ -33,6 +33,7 @@ class ExportSettings(_Settings):
     """Settings of the export; see `chai-export export --help`."""
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    membership: Literal["online", "static"] = "online"  # static maps are decided on calibrate.text
 
 
 class BuildSettings(_Settings):

@@ -144,6 +144,28 @@ def test_static_bundles_are_verified_evaluated_and_reported(
     assert "static membership" in page.read_text(encoding="utf-8")
 
 
+def test_a_recipe_can_ask_for_static_membership(
+    command: Command, tmp_path: Path, tiny_model: Path, text: Path
+):
+    recipe = tmp_path / "static.yaml"
+    recipe.write_text(
+        f"model: {tiny_model}\n"
+        f"calibrate: {{text: [{text}], samples: 2, seq_len: 32, keep: '5,3'}}\n"
+        "export: {membership: static}\n"
+        f"eval: {{text: {text}, max_tokens: 64, window: 32}}\n"
+        "run: {prompts: [a b c], max_new_tokens: 4}\n"
+    )
+    outcome = command("make", recipe)
+    assert outcome.code == 0, outcome.err
+    assert "--- CHAI" in outcome.out
+    assert "--- all heads" not in outcome.out
+    made = command("make", recipe, "--json").json
+    assert set(made["stages"].values()) == {"up to date"}
+    assert made["verify"]["max_abs_logit_diff"]["all"] is None
+    assert made["eval"]["all"]["perplexity"] > 0
+    assert json.loads((tmp_path / "out" / "static" / "bundle" / "manifest.json").read_text())["static"]
+
+
 def test_report_names_a_file_of_the_wrong_kind(command: Command, tmp_path: Path, bundle: Path):
     (tmp_path / "eval.json").write_text("{}")
     outcome = command("report", bundle, "-o", tmp_path / "page.html", "--eval", tmp_path / "eval.json")
