@@ -87,6 +87,7 @@ def print_bundle(bundle: Bundle, *, as_json: bool) -> None:
                 "KV cache per token",
                 f"{bytes_text(cache)} (all heads: {bytes_text(full)}, saved {1 - cache / full:.1%})",
             ),
+            *([("proven", facts["proof"]["compared"])] if facts["proof"] else []),
             ("engines", ", ".join(facts["engines"]) or "none; `chai-export build` makes one"),
         ],
     )

@@ -51,7 +51,9 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """The numbers by name."""
-        return asdict(self)
+        facts = asdict(self)
+        facts["whole_model_proof"] = facts.pop("whole_model")
+        return facts
 
 
 def estimate(model: ir.Model, path: Path) -> Estimate:

@@ -54,7 +54,7 @@ def test_the_estimate_is_a_close_upper_bound(
     clusters.write_text(json.dumps({"format": "chai-clusters/1", "kept_heads": [4] * LAYERS}))
     assert main(["inspect", str(source), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)["estimate"]
-    assert said["whole_model"]
+    assert said["whole_model_proof"]
     tokenizer = REPOSITORY / "tests" / "fixtures" / "models" / "llama-gqa"
     command = [sys.executable, "-c", REWRITE, source, clusters, tmp_path / "bundle", tokenizer]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
