@@ -4,6 +4,7 @@ Writes benchmarks/results/generate-<name>.json. The model has 24 layers of 16 he
 float32; speed does not depend on what the weights are. onnxruntime-genai takes part where it is installed.
 
 Run it on a machine that does nothing else: python benchmarks/generate.py NAME [--work DIR]
+It takes half an hour; what the result file has already is not measured again, so that it may be interrupted.
 """
 
 from __future__ import annotations
@@ -44,23 +45,18 @@ def make_model(directory: Path, layers: int, hidden: int) -> None:
         shutil.copy(path, directory)
 
 
-def measure(work: Path, arguments: argparse.Namespace) -> list[dict[str, object]]:
+def measure(work: Path, arguments: argparse.Namespace, path: Path) -> None:
     model = work / "model"
     if not model.exists():
         make_model(model, arguments.layers, arguments.hidden)
-    results = []
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    done = {(result["pattern"], result["prompt_tokens"]) for result in results}
     for name, kept in PATTERNS.items():
-        bundle = work / name
-        if not bundle.exists():
-            clusters = work / f"{name}.json"
-            pattern = (
-                kept[: arguments.layers // 2] + kept[LAYERS - arguments.layers + arguments.layers // 2 :]
-            )
-            clusters.write_text(json.dumps({"format": "chai-clusters/1", "kept_heads": pattern}))
-            export(model, Clusters.load(clusters), bundle)
         for length in arguments.lengths:
+            if (name, length) in done:
+                continue
             result = bench_generate(
-                bundle,
+                make_bundle(work, name, kept, arguments.layers),
                 prompt_tokens=length,
                 new_tokens=arguments.new_tokens,
                 rounds=arguments.rounds if length <= 4096 else 1,
@@ -68,8 +64,19 @@ def measure(work: Path, arguments: argparse.Namespace) -> list[dict[str, object]
                 threads=arguments.threads,
             )
             results.append({"pattern": name, **result, "bundle": name})
-            print(json.dumps(results[-1]))
-    return results
+            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            print(json.dumps(results[-1]), flush=True)
+
+
+def make_bundle(work: Path, name: str, kept: list[int], layers: int) -> Path:
+    """The bundle of a pattern, made once; a model of fewer layers takes the pattern's ends."""
+    bundle = work / name
+    if not bundle.exists():
+        clusters = work / f"{name}.json"
+        pattern = kept[: layers // 2] + kept[LAYERS - layers + layers // 2 :]
+        clusters.write_text(json.dumps({"format": "chai-clusters/1", "kept_heads": pattern}))
+        export(work / "model", Clusters.load(clusters), bundle)
+    return bundle
 
 
 def main() -> None:
@@ -85,12 +92,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS, help="fewer, to try the script")
     parser.add_argument("--hidden", type=int, default=1024, help="smaller, to try the script")
     arguments = parser.parse_args()
+    path = REPOSITORY / "benchmarks" / "results" / f"generate-{arguments.name}.json"
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        results = measure(work, arguments)
-    path = REPOSITORY / "benchmarks" / "results" / f"generate-{arguments.name}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        measure(work, arguments, path)
     print(path)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
@@ -35,7 +37,7 @@ def describe() -> dict[str, str | int]:
     import onnxruntime
     import torch
 
-    return {
+    found: dict[str, str | int] = {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -45,6 +47,9 @@ def describe() -> dict[str, str | int]:
         "python": platform.python_version(),
         "idle_openmp_threads": os.environ.get(_WAIT_POLICY, "default").lower(),
     }
+    if importlib.util.find_spec("onnxruntime_genai") is not None:
+        found["onnxruntime_genai"] = importlib.metadata.version("onnxruntime-genai")
+    return found
 
 
 def _processor() -> str:
