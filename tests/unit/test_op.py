@@ -11,7 +11,7 @@ import onnx.reference
 import pytest
 from onnx import TensorProto, helper
 
-from chai_export.op.cases import CASES, Case, check
+from chai_export.op.cases import CASES, Case, check, check_output
 from chai_export.op.function import function_proto
 from chai_export.op.head_map import (
     choose_kv_heads,
@@ -38,6 +38,14 @@ def model_of(case: Case, dtype: str, **options: Any) -> onnx.ModelProto:
 def test_reference_in_float32_agrees_with_float64(case, dtype):
     inputs = case.inputs(dtype)
     check(case, inputs, case.reference(inputs, np.float32), dtype)
+
+
+def test_check_allows_rounding_where_values_cancel_out_and_no_more():
+    exact = np.full((1, 1, 1), -1.19e-4)
+    lengths = np.ones(1, np.int32)
+    check_output("cancelled", exact + 2.8e-8, exact, lengths, "float32")
+    with pytest.raises(AssertionError, match="differs by 1e-06"):
+        check_output("wrong", exact + 1e-6, exact, lengths, "float32")
 
 
 @every_case
