@@ -12,3 +12,14 @@ class ChaiError(Exception):
 
 class UsageError(ChaiError):
     """A command or call that was put together wrongly; the command line exits with 2."""
+
+
+def require_at_least_one(**values: int | None) -> None:
+    """Raise unless each value that is given is 1 or more; the names are those of command-line flags.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; give 1 or more")

@@ -20,7 +20,7 @@ from chai_export.bench.op_session import OpSession
 from chai_export.bench.peers import PEERS, SkippedError
 from chai_export.bench.problem import Problem, Shape
 from chai_export.bench.timing import Timing, interleaved
-from chai_export.errors import ChaiError
+from chai_export.errors import ChaiError, require_at_least_one
 from chai_export.progress import track
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
 
@@ -52,8 +52,10 @@ def bench_attention(
         min_seconds: time spent on each implementation of a case at least.
 
     Raises:
+        UsageError: fewer than one thread.
         ChaiError: the native library is not installed, or an implementation disagrees with the op.
     """
+    require_at_least_one(threads=threads)
     if find_library(ONNXRUNTIME_LIBRARY) is None:
         raise ChaiError("the native library is not installed; run `chai-export doctor` for what to install")
     machine.let_idle_threads_sleep()

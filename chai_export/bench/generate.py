@@ -22,7 +22,7 @@ from chai_export.bench.decoders import BundleDecoder, Decoder, GenaiDecoder, bui
 from chai_export.bench.timing import Timing, interleaved
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.manifest import Manifest
-from chai_export.errors import ChaiError, UsageError
+from chai_export.errors import ChaiError, UsageError, require_at_least_one
 
 ALL_HEADS = "chai_all_heads"
 GENAI = "onnxruntime_genai"
@@ -48,16 +48,10 @@ def bench_generate(
         threads: of every implementation; all cores that this process may use by default.
 
     Raises:
-        UsageError: a length is out of range.
+        UsageError: a length, the rounds or the threads are out of range.
         ChaiError: the bundle is not valid, or its caches do not fit in memory.
     """
-    for flag, value in (
-        ("--prompt-tokens", prompt_tokens),
-        ("--new-tokens", new_tokens),
-        ("--rounds", rounds),
-    ):
-        if value < 1:
-            raise UsageError(f"{flag} is {value}; give 1 or more")
+    require_at_least_one(prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, threads=threads)
     loaded = Bundle.load(bundle)
     manifest = loaded.manifest
     capacity = prompt_tokens + new_tokens + 1

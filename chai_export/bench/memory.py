@@ -13,7 +13,7 @@ import numpy as np
 
 from chai_export.bench import machine
 from chai_export.bundle.bundle import Bundle
-from chai_export.errors import ChaiError, UsageError
+from chai_export.errors import ChaiError, require_at_least_one
 
 MODES = ("chai", "all")
 
@@ -30,9 +30,7 @@ def bench_memory(bundle: str | Path, *, prompt_tokens: int = 1024, new_tokens: i
         UsageError: a length is out of range.
         ChaiError: the bundle is not valid or a run fails.
     """
-    for flag, value in (("--prompt-tokens", prompt_tokens), ("--new-tokens", new_tokens)):
-        if value < 1:
-            raise UsageError(f"{flag} is {value}; give 1 or more")
+    require_at_least_one(prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     manifest = Bundle.load(bundle).manifest
     return {
         "machine": machine.describe(),

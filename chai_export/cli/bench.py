@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chai_export.cli.output import bytes_text, note, print_json, print_table
-from chai_export.errors import UsageError
+from chai_export.errors import UsageError, require_at_least_one
 
 NAME = "bench"
 HELP = "Measure the op alone, a bundle's generation, or its memory."
@@ -70,6 +70,16 @@ def _add_attention(subparsers: Any) -> None:
 def _attention(arguments: argparse.Namespace) -> Mapping[str, Any]:
     from chai_export.bench.attention import bench_attention, default_cases
 
+    require_at_least_one(
+        length=min(arguments.length or [1]),
+        batch=min(arguments.batch or [1]),
+        heads=arguments.heads,
+        kv_heads=arguments.kv_heads,
+        kept=arguments.kept,
+        head_dim=arguments.head_dim,
+    )
+    if arguments.seconds < 0:
+        raise UsageError(f"--seconds is {arguments.seconds:g}; give 0 or more")
     shape_flags = ("phase", "length", "batch", "kv_heads", "kept")
     if all(getattr(arguments, flag) is None for flag in shape_flags) and arguments.heads == 32:
         cases = default_cases(dtype=arguments.dtype, head_dim=arguments.head_dim)
@@ -84,9 +94,6 @@ def _cases(arguments: argparse.Namespace) -> list[Any]:
     heads = arguments.heads
     kv_heads = arguments.kv_heads if arguments.kv_heads is not None else heads
     kept = arguments.kept if arguments.kept is not None else max(1, kv_heads // 4)
-    for flag, value in (("--heads", heads), ("--kv-heads", kv_heads), ("--kept", kept)):
-        if value < 1:
-            raise UsageError(f"{flag} is {value}; give 1 or more")
     if heads % kv_heads or kept > kv_heads:
         raise UsageError(
             f"--heads {heads} --kv-heads {kv_heads} --kept {kept} do not fit; heads must be a multiple of "

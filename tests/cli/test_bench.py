@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 
+from chai_export.bench import machine
 from chai_export.bench.problem import Problem, Shape, head_map
 from chai_export.bench.timing import interleaved
+from chai_export.bundle.bundle import Bundle
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
+from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
 needs_library = pytest.mark.skipif(
     find_library(ONNXRUNTIME_LIBRARY) is None, reason="libchai_onnxruntime.so was not built"
@@ -61,6 +67,59 @@ def test_attention_refuses_heads_that_do_not_fit(command, flags):
     outcome = command("bench", "attention", "--heads", 8, *flags)
     assert outcome.code == 2
     assert flags[0] in outcome.err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--length", 0),
+        ("--batch", 0),
+        ("--head-dim", 0),
+        ("--heads", 0),
+        ("--threads", 0),
+        ("--threads", -3),
+        ("--seconds", -1),
+    ],
+)
+def test_attention_refuses_sizes_that_make_no_sense(command, flags):
+    outcome = command("bench", "attention", "--phase", "decode", *flags)
+    assert outcome.code == 2
+    assert f"{flags[0]} is {flags[1]}" in outcome.err
+
+
+def test_generate_refuses_no_threads(command, bundle):
+    outcome = command("bench", "generate", bundle, "--threads", 0)
+    assert outcome.code == 2
+    assert "--threads is 0" in outcome.err
+
+
+def test_idle_threads_of_torch_sleep_unless_the_user_decides_otherwise(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # as good as unset, and put back afterwards
+    machine.let_idle_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    machine.let_idle_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_too_late_to_let_torchs_threads_sleep_is_said(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", object())
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
+    machine.let_idle_threads_sleep()
+    assert "OMP_WAIT_POLICY=PASSIVE" in capsys.readouterr().err
+    assert os.environ["OMP_WAIT_POLICY"] == ""
+
+
+def test_sessions_stop_spinning_after_their_turn_when_asked(bundle):
+    key = "session.force_spinning_stop"
+    quiet, usual = (
+        OnnxRuntimeSession(Bundle.load(bundle), spin_after=spin)._session.get_session_options()
+        for spin in (False, True)
+    )
+    assert quiet.get_session_config_entry(key) == "1"
+    with pytest.raises(RuntimeError, match=key):
+        usual.get_session_config_entry(key)
 
 
 def test_generate_times_both_modes_and_says_why_a_peer_is_missing(command, bundle):

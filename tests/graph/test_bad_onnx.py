@@ -66,7 +66,7 @@ def test_damaged_file(content: bytes, copy: Path, tmp_path: Path) -> None:
 
 def test_truncated_file(copy: Path, tmp_path: Path) -> None:
     copy.write_bytes(copy.read_bytes()[:-5000])
-    refuse(copy, tmp_path, "source")
+    refuse(copy, tmp_path, "is not a readable ONNX model")
 
 
 def test_missing_weights(copy: Path, tmp_path: Path) -> None:
