@@ -72,10 +72,10 @@ def calibrate(
             cannot be met.
         UsageError: a setting makes no sense.
     """
+    from chai_export.models.families import family_of
     from chai_export.models.kv_sources import describe_model
     from chai_export.models.loading import load_model
     from chai_export.models.oracle import probe_features, require_same_with_all_heads
-    from chai_export.models.support import TESTED_FAMILIES
 
     _check_settings(samples, seq_len, probe_tokens)
     rule = parse_keep(keep)
@@ -87,7 +87,7 @@ def calibrate(
         note(
             "calibrate: one KV head per layer (multi-query attention): nothing to share, each layer keeps it"
         )
-    if geometry.model_type not in TESTED_FAMILIES:
+    if not family_of(geometry.model_type).tested:
         require_same_with_all_heads(loaded)
     if tokenizer is None:
         tokenizer = _tokenizer_of(model)

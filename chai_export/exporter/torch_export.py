@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chai_export.errors import ChaiError
-from chai_export.models.support import OWN_ATTENTION
+from chai_export.models.families import Attention, family_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -66,7 +66,7 @@ def trace(model: PreTrainedModel, *, opset: int, attention: str) -> ir.Model:
     """
     import torch
 
-    from chai_export.exporter.families import FlatCacheDecoder, cache_shapes, takes_position_ids
+    from chai_export.exporter.flat_cache import FlatCacheDecoder, cache_shapes, takes_position_ids
 
     shapes = cache_shapes(model)
     dtype = model.dtype
@@ -142,7 +142,7 @@ def _traceable(model: PreTrainedModel, attention: str) -> Iterator[None]:
     """Trace with the given attention, and experts without data-dependent control; then restore the model."""
     before = model.config._attn_implementation
     experts = getattr(model.config, "_experts_implementation", None)
-    own = model.config.model_type in OWN_ATTENTION
+    own = family_of(model.config.model_type).attention is not Attention.INTERFACE
     if own:  # there is nothing to set but what their code reads
         model.config._attn_implementation = "eager"
     else:

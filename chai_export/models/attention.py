@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from chai_export.errors import ChaiError
+from chai_export.models.families import Attention, family_of
 from chai_export.models.own_attention import hides_the_future_only, redirected
 from chai_export.models.quiet import quiet
-from chai_export.models.support import OWN_ATTENTION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +56,8 @@ def attention_of(model: PreTrainedModel, function: LayerFunction) -> Iterator[No
     """
     run = _Run(function, model.config.num_hidden_layers)
     token = _ACTIVE.set(run)
-    way = redirected(model, _attend) if model.config.model_type in OWN_ATTENTION else _interface(model)
+    own = family_of(model.config.model_type).attention is not Attention.INTERFACE
+    way = redirected(model, _attend) if own else _interface(model)
     try:
         with way:
             yield

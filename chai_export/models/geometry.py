@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from chai_export.errors import ChaiError
+from chai_export.models.families import family_of
 from chai_export.op.kv_sharing import owners
-
-# Families with a table of one row per position, learned or of sines: past its end nothing can be looked up.
-POSITION_TABLES = frozenset({"biogpt", "codegen", "gpt-sw3", "gpt2", "gpt_bigcode", "gptj", "opt"})
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,8 @@ def describe(config: Any) -> Geometry:
     model_type = str(getattr(config, "model_type", "unknown"))
     heads = _size(config, model_type, "num_attention_heads")
     hidden = _size(config, model_type, "hidden_size")
-    kv_heads = _kv_heads(config, heads)
+    family = family_of(model_type)
+    kv_heads = family.kv_heads(config, heads)
     if heads % kv_heads:
         raise ChaiError(
             f"config.json of this {model_type} model has {heads} query heads for {kv_heads} KV heads, "
@@ -90,7 +89,7 @@ def describe(config: Any) -> Geometry:
         value_head_dim=value_head_dim,
         hidden_size=hidden,
         vocab_size=_size(config, model_type, "vocab_size"),
-        max_positions=int(context) if context and model_type in POSITION_TABLES else None,
+        max_positions=int(context) if context and family.position_table else None,
         context_length=int(context) if context else None,
     )
 
@@ -103,16 +102,6 @@ def _size(config: Any, model_type: str, name: str) -> int:
             "only decoder-only models with the same heads in every layer can be compiled"
         )
     return value
-
-
-def _kv_heads(config: Any, heads: int) -> int:
-    model_type = getattr(config, "model_type", "")
-    if model_type == "falcon" and config.new_decoder_architecture:
-        return heads  # transformers repeats the KV heads first and caches the repeated ones
-    if getattr(config, "multi_query", False) and model_type in ("falcon", "gpt_bigcode"):
-        return 1
-    value = getattr(config, "num_key_value_heads", None)
-    return heads if not isinstance(value, int) or value < 1 else value
 
 
 def _head_dims(config: Any, default: int) -> tuple[int, int]:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from chai_export.models.families import Attention, family_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -33,9 +35,8 @@ The mask [B,1,S,S] is None when the scores are plainly causal; else True or 0 wh
 
 @contextmanager
 def redirected(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
-    """Let a model of one of the families above compute its attention with ``attend`` inside the block."""
-    way = _replaced_method if model.config.model_type in ("codegen", "gptj") else _caught_call
-    with way(model, attend):
+    """Let a model of such a family compute its attention with ``attend`` inside the block."""
+    with _WAYS[family_of(model.config.model_type).attention](model, attend):
         yield
 
 
@@ -79,6 +80,9 @@ def _caught_call(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
             yield
     finally:
         model.config._attn_implementation = before
+
+
+_WAYS = {Attention.METHOD: _replaced_method, Attention.CALL: _caught_call}
 
 
 class _CatchProduct(TorchFunctionMode):

@@ -5,22 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from chai_export.errors import ChaiError
-
-# Built from a tiny random configuration each in the tests: calibration, export, rewrite and generation.
-TESTED_FAMILIES = frozenset(
-    {
-        "codegen", "falcon", "gemma", "gpt2", "gpt_neox", "gptj", "llama", "mistral", "mixtral", "olmo",
-        "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "stablelm",
-    }
-)  # fmt: skip
-
-# Outside transformers' attention interface; chai_export.models.own_attention knows a way in.
-OWN_ATTENTION = frozenset({"codegen", "falcon", "gptj"})
+from chai_export.models.families import Attention, covered_families, family_of
 
 # Attention layer kinds that are plain causal attention over a key cache.
 _PLAIN_LAYERS = frozenset({"full_attention"})
-_SINK_FAMILIES = frozenset({"flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash"})
-_ALIBI_FAMILIES = frozenset({"bloom"})
 _SOFTCAP_NAMES = ("attn_logit_softcapping", "attn_logit_softcap")
 
 
@@ -33,7 +21,7 @@ def unsupported_reasons(config: Any) -> list[str]:
     if whole:
         return whole
     layers = _num_layers(config)
-    reasons = [*_layer_kinds(config, layers), *_scores(config, layers), *_caches(config, layers)]
+    reasons = [*_layer_kinds(config, layers), *_scores(config, layers), *_weights(config)]
     # An unusual layer is the root cause; that the class has no attention interface is only its symptom.
     return reasons or _no_interface(config)
 
@@ -47,9 +35,10 @@ def require_supported(config: Any) -> None:
     reasons = unsupported_reasons(config)
     if reasons:
         family = getattr(config, "model_type", "unknown")
+        supported = ", ".join(each.model_type for each in covered_families())
         raise ChaiError(
             f"this {family} model cannot be compiled: {'; '.join(reasons)}; "
-            f"choose a decoder of a supported family ({', '.join(sorted(TESTED_FAMILIES))})"
+            f"choose a decoder of a supported family ({supported})"
         )
 
 
@@ -85,7 +74,7 @@ def _not_a_decoder(config: Any) -> list[str]:
     if getattr(config, "add_cross_attention", False):
         return ["it has cross-attention to an encoder"]
     # GPT-NeoX inherits a flag from its encoder past that says nothing about it.
-    encoder = getattr(config, "is_decoder", True) is False and not family.startswith("gpt_neox")
+    encoder = getattr(config, "is_decoder", True) is False and not family_of(family).tested
     if encoder or (_model_class(config) is None and not getattr(config, "auto_map", None)):
         return [f"{family} is not a decoder-only language model"]
     return []
@@ -119,30 +108,29 @@ def _layer_kinds(config: Any, layers: int) -> list[str]:
 def _scores(config: Any, layers: int) -> list[str]:
     """Terms added to or applied on the attention scores."""
     everywhere = layer_ranges(list(range(layers)))
-    family = getattr(config, "model_type", "")
     reasons = []
+    by_name = family_of(getattr(config, "model_type", "")).refused
+    if by_name:
+        reasons.append(f"{everywhere}: {by_name}")
     nested = getattr(config, "attn_config", None)
     nested_alibi = nested.get("alibi") if isinstance(nested, dict) else getattr(nested, "alibi", False)
-    if family in _ALIBI_FAMILIES or getattr(config, "alibi", False) or nested_alibi:
+    if getattr(config, "alibi", False) or nested_alibi:
         reasons.append(f"{everywhere}: ALiBi adds a bias of its own per head to the scores")
     for name in _SOFTCAP_NAMES:
         if getattr(config, name, None):
             reasons.append(f"{everywhere}: the scores are soft-capped ({name} = {getattr(config, name)})")
-    if family in _SINK_FAMILIES:
-        reasons.append(f"{everywhere}: attention sinks take part in the softmax")
     return reasons
 
 
-def _caches(config: Any, layers: int) -> list[str]:
-    """Caches that are not one K and one V tensor per layer, and weights that cannot be exported."""
-    reasons = []
-    if getattr(config, "quantization_config", None) is not None:
-        reasons.append("its weights are quantised; use the original float checkpoint")
-    return reasons
+def _weights(config: Any) -> list[str]:
+    """Weights that cannot be exported."""
+    if getattr(config, "quantization_config", None) is None:
+        return []
+    return ["its weights are quantised; use the original float checkpoint"]
 
 
 def _no_interface(config: Any) -> list[str]:
-    if config.model_type in OWN_ATTENTION:
+    if family_of(config.model_type).attention is not Attention.INTERFACE:
         return []
     model_class = _model_class(config)
     # transformers itself decides this way whether a class follows its attention interface.

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from chai_export.errors import ChaiError, UsageError
+from chai_export.models.families import FAMILIES as KNOWN
+from chai_export.models.families import covered_families
 from chai_export.models.geometry import describe
 from chai_export.models.loading import load_model, load_tokenizer
 from chai_export.models.oracle import require_same_with_all_heads
-from chai_export.models.support import TESTED_FAMILIES, layer_ranges, unsupported_reasons
+from chai_export.models.support import layer_ranges, unsupported_reasons
 from tests.families import FAMILIES, family_config, family_model
 
 
@@ -36,8 +40,36 @@ def test_every_family_is_supported_and_described(name):
     assert geometry.max_positions == (128 if name in ("opt", "gpt2", "gptj", "codegen") else None)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_position_table_ends_where_the_model_does(name):
+    """A model with a table fails beyond it; one without, whose positions are computed, does not."""
+    model = family_model(name)
+    tokens = torch.arange(129)[None] % 96
+    if describe(model.config).max_positions is None:
+        assert model(input_ids=tokens).logits.isfinite().all()
+    else:
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=tokens)
+        assert model(input_ids=tokens[:, 1:]).logits.isfinite().all()
+
+
 def test_the_families_said_to_be_tested_are_those_built_here():
-    assert {model_type for model_type, _ in FAMILIES.values()} == TESTED_FAMILIES
+    said = {name: family.model_type for family in KNOWN.values() for name in family.tested}
+    assert said == {name: model_type for name, (model_type, _) in FAMILIES.items()}
+
+
+def test_the_readme_names_the_covered_families():
+    text = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
+    assert f": {', '.join(family.name for family in covered_families())}. " in text
+
+
+def test_every_family_in_the_table_is_one_that_transformers_has():
+    assert set(KNOWN) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+@pytest.mark.parametrize("name", [family.model_type for family in KNOWN.values() if family.refused])
+def test_a_family_refused_by_name_is_refused_with_its_reason(name):
+    assert f": {KNOWN[name].refused}" in "; ".join(unsupported_reasons(of_type(name)))
 
 
 def test_bytes_saved_count_the_key_cache_only():
