@@ -12,24 +12,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from chai_export.clustering.clusters import Clusters
 from chai_export.clustering.curves import ErrorCurves
 from chai_export.clustering.keep import Budget, KeepRule, parse_keep
 from chai_export.clustering.measured_budget import measure_damage, spend
 from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.clustering.state import load_state, save_state, state_key
-from chai_export.errors import ChaiError, UsageError
+from chai_export.errors import UsageError
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
+from chai_export.models.windows import spread_windows, start_windows
 from chai_export.progress import note, track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WINDOWS_PER_SAMPLE = 8
-_MOST_TOKENS = 1 << 24
 _SAMPLES_PER_SAVE = 8
 _DAMAGE_SEQUENCES = 8
 
@@ -91,9 +88,9 @@ def calibrate(
         require_same_with_all_heads(loaded)
     if tokenizer is None:
         tokenizer = _tokenizer_of(model)
-    tokens = read_tokens(texts, tokenizer, _MOST_TOKENS)
+    tokens = read_tokens(texts, tokenizer)
     leading = leading_special_tokens(tokenizer)
-    cut = _sample_windows(tokens, leading, samples, seq_len, probe_tokens)
+    cut = start_windows(tokens, leading, samples, seq_len, WINDOWS_PER_SAMPLE, probe_tokens)
 
     curves = ErrorCurves(geometry.num_layers, geometry.num_kv_heads, geometry.num_query_heads, probe_tokens)
     progress = _Progress(state, state_key(loaded, cut, {"probe_tokens": probe_tokens}), curves)
@@ -104,7 +101,7 @@ def calibrate(
     error_curves = curves.normalised()
     damage: tuple[tuple[float, ...], ...] = ()
     if measure == "kl" and isinstance(rule, Budget):
-        sequences = _damage_sequences(tokens, leading, seq_len)
+        sequences = spread_windows(tokens, leading[: seq_len - 1], _DAMAGE_SEQUENCES, seq_len)
         damage = measure_damage(
             loaded, sequences, error_curves, probe_tokens=probe_tokens, sources=geometry.kv_source_layers
         )
@@ -163,36 +160,6 @@ def _check_measure(measure: str, rule: KeepRule, keep: str) -> None:
         raise UsageError(f"--measure {measure}: choose error or kl")
     if measure == "kl" and not isinstance(rule, Budget):
         raise UsageError(f"--measure kl needs a budget to spend, not --keep {keep}; use --keep budget:SHARE")
-
-
-def _damage_sequences(tokens: NDArray[np.int32], leading: list[int], seq_len: int) -> NDArray[np.int32]:
-    """int32 [≤ 8, seq_len]: whole sequences, spread evenly over the text."""
-    leading = leading[: seq_len - 1]
-    fresh = seq_len - len(leading)
-    available = len(tokens) // fresh
-    starts = np.linspace(0, available - 1, min(_DAMAGE_SEQUENCES, available)).round().astype(int) * fresh
-    return np.stack([np.concatenate([np.asarray(leading, np.int32), tokens[s : s + fresh]]) for s in starts])
-
-
-def _sample_windows(
-    tokens: NDArray[np.int32], leading: list[int], samples: int, seq_len: int, probe_tokens: int
-) -> NDArray[np.int32]:
-    """int32 [samples, windows, P]: the starts of sequences, cut from evenly spread samples."""
-    available = len(tokens) // seq_len
-    if available == 0:
-        raise ChaiError(
-            f"the text has {len(tokens)} tokens, a sample needs {seq_len}; give more text or lower --seq-len"
-        )
-    count = min(samples, available)
-    starts = np.linspace(0, available - 1, count).round().astype(int) * seq_len
-    leading = leading[:probe_tokens]
-    taken = probe_tokens - len(leading)
-    windows = min(WINDOWS_PER_SAMPLE, max(1, seq_len // max(1, taken)))
-    offsets = np.linspace(0, seq_len - max(1, taken), windows).astype(int)
-    cut = np.empty((count, windows, probe_tokens), dtype=np.int32)
-    cut[:, :, : len(leading)] = leading
-    cut[:, :, len(leading) :] = tokens[starts[:, None, None] + offsets[None, :, None] + np.arange(taken)]
-    return cut
 
 
 def _tokenizer_of(model: str | Path | PreTrainedModel) -> PreTrainedTokenizerBase | None:

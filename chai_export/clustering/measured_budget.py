@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from chai_export.clustering.keep import Budget, elbow
 from chai_export.models.geometry import Geometry
+from chai_export.models.logits import total_kl
 from chai_export.op.kv_sharing import for_each_layer, readers
 from chai_export.progress import track
 
@@ -107,7 +108,7 @@ def measure_damage(
         for layers, by_kept in zip(caches, sums, strict=True):
             for kept in by_kept:
                 kept_heads = [kept if layer in layers else groups for layer in range(len(error_curves))]
-                by_kept[kept] += _total_kl(every, Oracle(model, kept_heads, probe_tokens).logits(window))
+                by_kept[kept] += total_kl(every, Oracle(model, kept_heads, probe_tokens).logits(window))
     positions = max(1, windows.size)
     of_caches = [
         _filled({kept: total / positions for kept, total in by_kept.items()}, curve)
@@ -135,14 +136,6 @@ def heads_to_try(curve: Sequence[float], count: int) -> list[int]:
 def predicted(costs: Sequence[Sequence[float]], kept_heads: Sequence[int]) -> float:
     """What the sum of the layers' costs predicts for an allocation, nats per token."""
     return float(sum(row[kept - 1] for row, kept in zip(costs, kept_heads, strict=True)))
-
-
-def _total_kl(every: NDArray[np.float32], shared: NDArray[np.float32]) -> float:
-    """Sum over positions of KL(every || shared), from logits [T, V]."""
-    import torch
-
-    log_p, log_q = (torch.log_softmax(torch.from_numpy(x), dim=-1) for x in (every, shared))
-    return max(0.0, float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)))
 
 
 def _filled(measured: dict[int, float], curve: Sequence[float]) -> tuple[float, ...]:

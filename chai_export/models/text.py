@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Text = str | Path | Sequence[int] | NDArray[Any]
 """A file (Path, or a str that names an existing file), a text, or token ids already."""
 
+MOST_TOKENS = 1 << 24
+"""Tokens read of a text unless a smaller number is asked for."""
+
 _PIECE_CHARACTERS = 1 << 20
 _LONGEST_PATH = 1024
 
@@ -33,7 +36,7 @@ def as_list(texts: Text | Iterable[Text]) -> list[Text]:
 
 
 def read_tokens(
-    texts: Text | Iterable[Text], tokenizer: PreTrainedTokenizerBase | None, limit: int
+    texts: Text | Iterable[Text], tokenizer: PreTrainedTokenizerBase | None, limit: int = MOST_TOKENS
 ) -> NDArray[np.int32]:
     """The first ``limit`` tokens of the texts, one after the other, without special tokens: int32 [N].
 

@@ -9,10 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chai_export.quality.compare import kl_divergence, log_probabilities
-
-_ROWS = 128
-"""Positions compared at a time: with a vocabulary of 128 k, 128 rows are 130 MB a copy in float64."""
+from chai_export.models.logits import kl_divergence, log_probabilities, row_parts
 
 _RANGES = 32
 """Ranges of positions, each twice as long as the one before: enough for any sequence."""
@@ -63,8 +60,7 @@ class Divergence:
             targets: the T tokens that follow; row i predicts ``targets[i]``.
             first_position: position of row 0 in its sequence, for figures by position.
         """
-        for start in range(0, len(targets), _ROWS):
-            part = slice(start, min(start + _ROWS, len(targets)))
+        for part in row_parts(len(targets)):
             log_all, log_shared = log_probabilities(every[part]), log_probabilities(shared[part])
             kl = kl_divergence(log_all, log_shared)
             rows = np.arange(len(kl))
@@ -72,7 +68,9 @@ class Divergence:
             self._nll -= float(log_shared[rows, targets[part]].sum())
             self._agreed += int((log_all.argmax(axis=-1) == log_shared.argmax(axis=-1)).sum())
             self._kl += float(kl.sum())
-            places = np.frexp(rows + (first_position + start))[1]  # the number of bits, which names the range
+            places = np.frexp(rows + (first_position + part.start))[
+                1
+            ]  # the number of bits, which names the range
             self._range_kl += np.bincount(places, weights=kl, minlength=_RANGES)
             self._range_counts += np.bincount(places, minlength=_RANGES)
         self.tokens += len(targets)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from chai_export.errors import ChaiError, UsageError
-from chai_export.models.text import Text, leading_special_tokens, read_tokens
+from chai_export.models.text import MOST_TOKENS, Text, leading_special_tokens, read_tokens
+from chai_export.models.windows import consecutive_windows
 from chai_export.progress import track
 from chai_export.quality.divergence import Divergence
 from chai_export.quality.generation import GreedyDivergence, greedy_divergence
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from chai_export.runtime.runner import Runner
 
-_MOST_TOKENS = 1 << 24
 _MOST_NATS = 700.0
 """Where exp() nears the end of float64."""
 
@@ -88,8 +87,8 @@ def evaluate(
     if window <= len(leading) + 1:
         raise UsageError(f"--window {window} leaves no room beside the special tokens; raise it")
     every = _all_heads(chai, reference, trust_remote_code=trust_remote_code)
-    tokens = read_tokens(text, tokenizer, min(max_tokens or _MOST_TOKENS, _MOST_TOKENS))
-    sequences = cut_windows(tokens, leading, window)
+    tokens = read_tokens(text, tokenizer, min(max_tokens or MOST_TOKENS, MOST_TOKENS))
+    sequences = consecutive_windows(tokens, leading, window)
     if not sequences:
         raise ChaiError(f"the text has {len(tokens)} tokens, too few to predict one; give more text")
     sums = Divergence()
@@ -99,16 +98,6 @@ def evaluate(
         sums.add(every(sequence)[skip:-1], chai.logits(sequence)[skip:-1], targets, first_position=skip)
     texts = greedy_divergence(chai, every, _prompts(sequences, len(leading), prompts), new_tokens)
     return _result(sums, texts)
-
-
-def cut_windows(tokens: NDArray[np.int32], leading: list[int], window: int) -> list[list[int]]:
-    """Consecutive sequences of ``window`` tokens, each with the leading special tokens; the last is shorter.
-
-    A sequence in which nothing could be predicted is left out.
-    """
-    fresh = window - len(leading)
-    cut = [leading + tokens[start : start + fresh].tolist() for start in range(0, len(tokens), fresh)]
-    return [sequence for sequence in cut if len(sequence) >= max(2, len(leading) + 1)]
 
 
 def _prompts(sequences: Sequence[list[int]], leading: int, count: int) -> list[list[int]]:

@@ -12,8 +12,9 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from chai_export.models.logits import log_probabilities
+from chai_export.models.windows import consecutive_windows
 from chai_export.progress import track
-from chai_export.quality.compare import log_probabilities
 from chai_export.quality.reference import Logits
 
 
@@ -71,10 +72,8 @@ class LogitsLM(LM):  # type: ignore[misc]
 
     def _rolling(self, text: str) -> float:
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        room = self._max_tokens - len(self._prefix)
-        return sum(
-            self._score(self._prefix, ids[start : start + room])[0] for start in range(0, len(ids), room)
-        )
+        windows = consecutive_windows(ids, self._prefix, self._max_tokens)
+        return sum(self._score(self._prefix, window[len(self._prefix) :])[0] for window in windows)
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
         until = settings.get("until") or []

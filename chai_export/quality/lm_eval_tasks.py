@@ -1,4 +1,4 @@
-"""lm-eval tasks on a bundle, with all heads and with CHAI: the paper's five, or a task file of one's own."""
+"""lm-eval tasks on a bundle, with all heads and with CHAI: lm-eval's own, or a task file of one's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from chai_export.quality.reference import Logits, load_reference, reference_logi
 if TYPE_CHECKING:
     from chai_export.runtime.runner import Runner
 
-PAPER_TASKS = ("piqa", "hellaswag", "arc_challenge", "arc_easy", "boolq")
 _MOST_TOKENS = 2048
 
 

@@ -20,6 +20,7 @@ from chai_export.clustering.static_maps import static_head_maps
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.geometry import Geometry
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
+from chai_export.models.windows import spread_windows
 from chai_export.progress import track
 from chai_export.quality.clustered_run import fixed_maps, logits_with_maps, method_maps
 from chai_export.quality.divergence import Divergence
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PAPER_BUDGET = "budget:0.214"
-_MOST_TOKENS = 1 << 24
 _STATIC_WINDOWS, _STATIC_TOKENS = 32, 64
 
 
@@ -158,11 +158,11 @@ def compare(
     if tokenizer is None:
         source = str(loaded.config.name_or_path) if not isinstance(model, (str, Path)) else model
         tokenizer = load_tokenizer(source) if source else None
-    tokens = read_tokens(text, tokenizer, _MOST_TOKENS)
+    tokens = read_tokens(text, tokenizer)
     if calibration is None:
         known, measured = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
     else:
-        known, measured = read_tokens(calibration, tokenizer, _MOST_TOKENS), tokens
+        known, measured = read_tokens(calibration, tokenizer), tokens
     leading = leading_special_tokens(tokenizer)
     sequences = spread_windows(measured, leading, windows, seq_len)
     allocations = _allocations(loaded, geometry, clusters, known, tokenizer, keep, probe_tokens)
@@ -242,27 +242,6 @@ class _Setup:
 
 def _standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def spread_windows(
-    tokens: NDArray[np.int32], leading: Sequence[int], count: int, length: int
-) -> NDArray[np.int32]:
-    """Sequences spread evenly over a text: int32 [≤ count, length], special tokens first.
-
-    Raises:
-        ChaiError: the text is shorter than one sequence.
-    """
-    fresh = length - len(leading)
-    available = len(tokens) // fresh
-    if available == 0:
-        raise ChaiError(
-            f"the text has {len(tokens)} tokens, one window needs {fresh}; give more text or lower --seq-len"
-        )
-    taken = np.linspace(0, available - 1, min(count, available)).round().astype(int)
-    cut = np.empty((len(taken), length), dtype=np.int32)
-    cut[:, : len(leading)] = leading
-    cut[:, len(leading) :] = tokens[taken[:, None] * fresh + np.arange(fresh)]
-    return cut
 
 
 def _allocations(

@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.errors import ChaiError
+from chai_export.models.logits import largest_difference
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
 from chai_export.progress import track
-from chai_export.quality.compare import largest_difference
 from chai_export.quality.limits import position_limit
 from chai_export.quality.reference import fixed_maps, load_reference, oracle_of
 

@@ -14,8 +14,8 @@ from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError, UsageError
 from chai_export.exporter.stage import export
 from chai_export.exporter.static_membership import SlicedProjection, slice_projections
+from chai_export.models.logits import log_probabilities
 from chai_export.models.oracle import Oracle, model_logits
-from chai_export.quality.compare import log_probabilities
 from chai_export.quality.evaluate import evaluate
 from chai_export.quality.verify import verify
 from chai_export.runtime.runner import load

@@ -131,7 +131,7 @@ def test_text_that_cannot_be_used_is_named(tmp_path):
     with pytest.raises(ChaiError, match=r"text\.txt is empty"):
         calibrate(model, [text])
     text.write_text("a few words")
-    with pytest.raises(ChaiError, match="a sample needs 256; give more text or lower --seq-len"):
+    with pytest.raises(ChaiError, match="a sequence takes 256; give more text or lower --seq-len"):
         calibrate(model, [text])
     text.write_bytes(b"\xff\xfe\x00bad")
     with pytest.raises(ChaiError, match=r"text\.txt is not UTF-8"):

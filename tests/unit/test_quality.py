@@ -11,9 +11,10 @@ import pytest
 
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.geometry import describe
+from chai_export.models.logits import kl_divergence, largest_difference, log_probabilities, total_kl
 from chai_export.models.oracle import Oracle, model_logits
-from chai_export.quality.compare import kl_divergence, largest_difference, log_probabilities
-from chai_export.quality.evaluate import cut_windows, evaluate
+from chai_export.models.windows import consecutive_windows, spread_windows, start_windows
+from chai_export.quality.evaluate import evaluate
 from chai_export.quality.verify import verify
 from tests.families import family_model
 
@@ -224,8 +225,12 @@ def test_equal_engines_agree_entirely(engine):
 
 def test_windows_start_as_sequences_do():
     tokens = np.arange(10, 21, dtype=np.int32)
-    assert cut_windows(tokens, [1], 5) == [[1, 10, 11, 12, 13], [1, 14, 15, 16, 17], [1, 18, 19, 20]]
-    assert cut_windows(tokens[:9], [], 4) == [[10, 11, 12, 13], [14, 15, 16, 17]]
+    assert consecutive_windows(tokens, [1], 5) == [[1, 10, 11, 12, 13], [1, 14, 15, 16, 17], [1, 18, 19, 20]]
+    assert consecutive_windows(tokens[:9], [], 4) == [[10, 11, 12, 13], [14, 15, 16, 17]]
+    assert spread_windows(tokens, [1], 2, 4).tolist() == [[1, 10, 11, 12], [1, 16, 17, 18]]
+    starts = start_windows(tokens, [1], 1, 8, 3, 3).tolist()
+    assert starts == [[[1, 10, 11], [1, 13, 14], [1, 16, 17]]]
+    assert start_windows(tokens, [1, 2, 3], 9, 3, 8, 2).tolist() == [[[1, 2]] * 3] * 3
 
 
 def test_settings_and_texts_that_make_no_sense(engine):
@@ -246,4 +251,8 @@ def test_kl_is_zero_only_for_equal_distributions():
     np.testing.assert_allclose(log_probabilities(logits + 3), log_p, atol=1e-6)
     assert kl_divergence(log_p, log_p).max() == 0.0
     assert kl_divergence(log_p, log_p[::-1]).min() > 0.0
+    many, other = rng.standard_normal((2, 300, 9)).astype(np.float32)
+    expected = kl_divergence(log_probabilities(many), log_probabilities(other)).sum()
+    assert total_kl(many, other) == pytest.approx(float(expected), rel=1e-12)
+    assert total_kl(many, many) == 0.0
     assert largest_difference(logits, logits * np.float32(np.inf)) == math.inf
