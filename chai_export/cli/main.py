@@ -2,77 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 
-import chai_export
-from chai_export.cli import (
-    bench,
-    calibrate,
-    compare,
-    doctor,
-    evaluate,
-    export,
-    inspect,
-    make,
-    package,
-    report,
-    rewrite,
-    run,
-    verify,
-)
-from chai_export.cli import build as build_command
+from chai_export.cli import signals
 from chai_export.errors import ChaiError, UsageError
 
 DEBUG_VARIABLE = "CHAI_EXPORT_DEBUG"
 
-_COMMANDS = (
-    calibrate,
-    export,
-    rewrite,
-    build_command,
-    run,
-    verify,
-    evaluate,
-    compare,
-    report,
-    inspect,
-    bench,
-    package,
-    make,
-    doctor,
-)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The whole command line, one subparser a command."""
-    root = argparse.ArgumentParser(
-        prog="chai-export",
-        description="Compile decoder-only language models for Clustered Head Attention (CHAI).",
-        epilog="`chai-export COMMAND --help` shows a command's options and an example.",
-    )
-    root.add_argument("--version", action="version", version=f"chai-export {chai_export.__version__}")
-    commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in _COMMANDS:
-        command = commands.add_parser(
-            module.NAME,
-            help=module.HELP,
-            description=module.HELP,
-            epilog=f"example:\n  {module.EXAMPLE}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(command)
-        command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-        command.set_defaults(execute=module.execute)
-    return root
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 on failure, 2 on wrong usage, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 1 on failure, 2 on wrong usage, 128 + n after signal n."""
+    with signals.unwinding() as received:
+        try:
+            return _run(argv)
+        except (Exception, KeyboardInterrupt) as error:
+            signals.ignore()
+            if os.environ.get(DEBUG_VARIABLE):
+                import traceback
+
+                traceback.print_exc()
+            code, message = _explain(signals.Interrupted(received[0]) if received else error)
+            print("error:", " ".join(message.split()), file=sys.stderr)
+            return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    from chai_export.cli.parser import parser
+
     arguments = parser().parse_args(argv)
     _quiet_libraries()
     try:
@@ -81,11 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone; nothing is left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except (Exception, KeyboardInterrupt) as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            traceback.print_exc()
-        code, message = _explain(error)
-        print("error:", " ".join(message.split()), file=sys.stderr)
     return code
 
 
@@ -94,7 +47,9 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, ChaiError):
         return (2 if isinstance(error, UsageError) else 1), str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; finished stages are kept, run the same command again to go on"
+        by = f" by {error}" if isinstance(error, signals.Interrupted) else ""
+        again = "finished stages are kept, run the same command again to go on"
+        return signals.exit_code(error), f"interrupted{by}; {again}"
     if isinstance(error, MemoryError):
         return 1, "out of memory; use a smaller --samples, --seq-len or --max-seq, or a machine with more"
     if isinstance(error, OSError):
@@ -106,6 +61,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
 
 def _quiet_libraries() -> None:
     """Keep progress and advice of the libraries below off the user's screen; ours goes to stderr."""
+    import logging
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -117,4 +73,6 @@ def _quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from chai_export.__main__ import run
+
+    sys.exit(run())

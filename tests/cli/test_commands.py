@@ -33,7 +33,7 @@ def test_help_shows_an_example_and_json(command: Command, name):
 def test_help_lists_every_command_and_needs_no_heavy_library():
     program = (
         "import sys\n"
-        "from chai_export.cli.main import parser\n"
+        "from chai_export.cli.parser import parser\n"
         "print(parser().format_help())\n"
         "heavy = {'torch', 'transformers', 'onnxruntime', 'onnx'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
