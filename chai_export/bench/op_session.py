@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from chai_export.bench.tensors import ort_value
 from chai_export.op.model import node_model
 from chai_export.op.reference import AttentionResult
-from chai_export.op.schema import INPUT_NAMES, OUTPUT_NAMES
+from chai_export.op.schema import signature
 
 Tensor = NDArray[Any]
 CACHES = ("key", "value")
@@ -74,10 +74,10 @@ class BoundOp:
         self._session = session
         self._inputs = dict(inputs)  # the arrays must outlive the binding
         self._binding = session.io_binding()
-        values = {name: ort_value(inputs[name]) for name in INPUT_NAMES}
+        values = {name: ort_value(inputs[name]) for name in signature().input_names}
         for name, value in values.items():
             self._binding.bind_ortvalue_input(name, value)
-        for name in OUTPUT_NAMES:
+        for name in signature().output_names:
             past = name.replace("present", "past")
             shared = in_place and name in ("present_key", "present_value")
             value = values[past] if shared else ort_value(getattr(self.result, name))

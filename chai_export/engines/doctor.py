@@ -106,7 +106,7 @@ def _known_answer(*, native: bool) -> str:
     from chai_export.op.cases import CASES, check
     from chai_export.op.model import node_model
     from chai_export.op.reference import AttentionResult
-    from chai_export.op.schema import OUTPUT_NAMES
+    from chai_export.op.schema import signature
     from chai_export.runtime.native import find_library
 
     case = next(case for case in CASES if case.name == KNOWN_ANSWER_CASE)
@@ -118,7 +118,7 @@ def _known_answer(*, native: bool) -> str:
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     inputs = case.inputs()
-    check(case, inputs, AttentionResult(*session.run(list(OUTPUT_NAMES), inputs)))
+    check(case, inputs, AttentionResult(*session.run(list(signature().output_names), inputs)))
     return f"onnxruntime {onnxruntime.__version__} gives the known answer"
 
 

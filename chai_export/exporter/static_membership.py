@@ -173,8 +173,9 @@ def fix_head_maps(path: Path, head_maps: NDArray[np.int32]) -> None:
     import onnx
     from onnx import helper, numpy_helper
 
-    from chai_export.op.schema import DOMAIN, INPUT_NAMES, OP_TYPE
+    from chai_export.op.schema import DOMAIN, OP_TYPE, signature
 
+    names = signature().input_names
     model = onnx.load(str(path), load_external_data=False)
     graph = model.graph
     nodes: list[Any] = []
@@ -183,16 +184,16 @@ def fix_head_maps(path: Path, head_maps: NDArray[np.int32]) -> None:
     )
     for node in graph.node:
         if (node.domain, node.op_type) == (DOMAIN, OP_TYPE):
-            layer = int(node.input[INPUT_NAMES.index("past_key")].rsplit(".", 1)[1])
+            layer = int(node.input[names.index("past_key")].rsplit(".", 1)[1])
             name = f"static_head_map.{layer}"
             graph.initializer.append(numpy_helper.from_array(head_maps[layer][None], name))
-            lengths = node.input[INPUT_NAMES.index("past_lengths")]
+            lengths = node.input[names.index("past_lengths")]
             nodes += [
                 helper.make_node("Shape", [lengths], [f"{name}.batch"]),
                 helper.make_node("Concat", [f"{name}.batch", "static_heads"], [f"{name}.shape"], axis=0),
                 helper.make_node("Expand", [name, f"{name}.shape"], [f"{name}.rows"]),
             ]
-            node.input[INPUT_NAMES.index("past_head_map")] = f"{name}.rows"
+            node.input[names.index("past_head_map")] = f"{name}.rows"
             next(attribute for attribute in node.attribute if attribute.name == "online").i = 0
         nodes.append(node)
     needed = {output.name for output in graph.output}

@@ -20,7 +20,7 @@ from chai_export.graph.evaluate import Array, EvaluationError, cut, session
 from chai_export.graph.roles import Roles, Sizes
 from chai_export.graph.site import AttentionSite
 from chai_export.op.model import node_model
-from chai_export.op.schema import OP_TYPE, SHARED_OP_TYPE, SIGNATURES
+from chai_export.op.schema import OP_TYPE, SHARED_OP_TYPE, signature
 
 TOLERANCE = 2e-5
 """Of outputs that are averages of standard normal numbers, in float32."""
@@ -144,7 +144,7 @@ def _op_inputs(
         "past_lengths": np.full(sizes.batch, sizes.past, np.int32),
         "lengths": lengths,
     }
-    return {name: values[name] for name in SIGNATURES[_op_type(site)][0]}
+    return {name: values[name] for name in signature(_op_type(site)).input_names}
 
 
 def _appended(cache: Array, new: Array, sizes: Sizes, lengths: Array) -> Array:

@@ -12,7 +12,7 @@ import onnx
 import onnx.parser
 
 from chai_export.op import function_text as text
-from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE, SIGNATURES
+from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE, signature
 
 MIN_OPSET = 18
 """ReduceMin and ReduceMax take today's form, axes as an input, from opset 18."""
@@ -31,10 +31,11 @@ def function_proto(opset: int, op_type: str = OP_TYPE) -> onnx.FunctionProto:
     """
     if opset < MIN_OPSET:
         raise ValueError(f"the function body needs opset {MIN_OPSET} or newer, got {opset}")
-    inputs, outputs = (", ".join(names) for names in SIGNATURES[op_type])
+    of = signature(op_type)
+    inputs, outputs, attributes = map(", ".join, (of.input_names, of.output_names, of.attribute_names))
     header = (
         f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">\n'
-        f"{op_type} <scale, probe_tokens, online> ({inputs}) => ({outputs})\n"
+        f"{op_type} <{attributes}> ({inputs}) => ({outputs})\n"
     )
     return onnx.parser.parse_function(header + "{\n" + _BODIES[op_type] + "}\n")
 

@@ -1,59 +1,88 @@
-"""ONNX schemas of the ops of domain chai, version 1, with type and shape inference."""
+"""The signatures of the ops of domain chai, and their ONNX schemas with type and shape inference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import onnx
 from onnx.defs import OpSchema, has, register_schema
+
+from chai_export.op.signature import Attribute, Parameter, Signature
 
 DOMAIN = "chai"
 OP_TYPE = "ClusteredHeadAttention"
 SHARED_OP_TYPE = "SharedClusteredHeadAttention"
 VERSION = 1
+"""The version that bundles carry."""
 
 DEFAULT_PROBE_TOKENS = 5
 
-Parameters = tuple[tuple[str, str, str], ...]
-"""Name, type variable and meaning of each input or output."""
-
-_INPUTS = (
-    ("query", "T", "[B,H,S,D]: queries after RoPE."),
-    ("key", "T", "[B,G,S,D]: keys of the new tokens, all KV heads, after RoPE."),
-    ("value", "T", "[B,G,S,Dv]: values of the new tokens."),
-    ("past_key", "T", "[B,R,C,D]: compact K cache; undefined at or past past_lengths and in unused slots."),
-    ("past_value", "T", "[B,G,C,Dv]: full V cache; undefined at or past past_lengths."),
-    ("past_head_map", "M", "[B,H]: query head to representative; read for rows that are not fresh."),
-    ("past_lengths", "M", "[B]: tokens already in the cache."),
-    ("lengths", "M", "[B]: valid new tokens, 0 … S; 0 is an inactive row."),
-)
-_OUTPUTS = (
-    ("output", "T", "[B,S,H*Dv]: attended values; zero where the token index is at or past lengths."),
-    ("present_key", "T", "[B,R,C,D]: past_key with the new rows of the kept heads appended."),
-    ("present_value", "T", "[B,G,C,Dv]: past_value with the new rows appended."),
-    ("present_head_map", "M", "[B,H]: the map used; an inactive row's map is passed through."),
-)
-_SHARED_INPUTS = (
-    ("query", "T", "[B,H,S,D]: queries after RoPE."),
-    ("key", "T", "[B,G,S,D]: the producer's new keys after RoPE; only the probe of a fresh row reads them."),
-    ("key_cache", "T", "[B,R,C,D]: the producer's present_key."),
-    ("value_cache", "T", "[B,G,C,Dv]: the producer's present_value."),
-    ("kept_head_map", "M", "[B,H]: the producer's present_head_map, which names the kept KV heads."),
-    ("past_head_map", "M", "[B,H]: query head to representative; read for rows that are not fresh."),
-    ("past_lengths", "M", "[B]: tokens in the cache before this call."),
-    ("lengths", "M", "[B]: valid new tokens, 0 … S; 0 is an inactive row."),
-)
-_SHARED_OUTPUTS = (_OUTPUTS[0], _OUTPUTS[3])
-
-INPUT_NAMES = tuple(name for name, _, _ in _INPUTS)
-OUTPUT_NAMES = tuple(name for name, _, _ in _OUTPUTS)
-SHARED_INPUT_NAMES = tuple(name for name, _, _ in _SHARED_INPUTS)
-SHARED_OUTPUT_NAMES = tuple(name for name, _, _ in _SHARED_OUTPUTS)
-SIGNATURES = {
-    OP_TYPE: (INPUT_NAMES, OUTPUT_NAMES),
-    SHARED_OP_TYPE: (SHARED_INPUT_NAMES, SHARED_OUTPUT_NAMES),
+_FLOATS = ("float", "float16", "bfloat16")
+_TYPES = {"T": _FLOATS, "M": ("int32",)}
+_STORED_TYPES = {
+    **_TYPES,
+    "K": (*_FLOATS, "int8", "uint8"),
+    "V": (*_FLOATS, "int8", "uint8"),
+    "F": ("float16",),
+    "A": ("float",),
 }
-"""Names of inputs and of outputs of each op."""
+
+
+def _of(name: str, type_: str, dims: str, meaning: str, *, optional: bool = False) -> Parameter:
+    return Parameter(name, type_, tuple(dims.split()), meaning, optional)
+
+
+def _continued(source: Parameter, meaning: str, name: str = "") -> Parameter:
+    """The output that continues an input: ``past_x`` becomes ``present_x``, ``x`` too."""
+    name = name or "present_" + source.name.removeprefix("past_")
+    return Parameter(name, source.type, source.dims, meaning, source.optional, source.name)
+
+
+_QUERY = _of("query", "T", "B H S D", "queries after RoPE.")
+_KEY = _of("key", "T", "B G S D", "keys of the new tokens, all KV heads, after RoPE.")
+_VALUE = _of("value", "T", "B G S Dv", "values of the new tokens.")
+_PAST_KEY = _of(
+    "past_key", "T", "B R C D", "compact K cache; undefined at or past past_lengths and in unused slots."
+)
+_PAST_VALUE = _of("past_value", "T", "B G C Dv", "full V cache; undefined at or past past_lengths.")
+_PAST_HEAD_MAP = _of(
+    "past_head_map", "M", "B H", "query head to representative; read for rows that are not fresh."
+)
+_PAST_LENGTHS = _of("past_lengths", "M", "B", "tokens already in the cache.")
+_LENGTHS = _of("lengths", "M", "B", "valid new tokens, 0 … S; 0 is an inactive row.")
+_OUTPUT = _of("output", "T", "B S H*Dv", "attended values; zero where the token index is at or past lengths.")
+_MAP = _continued(_PAST_HEAD_MAP, "the map used; an inactive row's map is passed through.")
+_PRODUCERS_KEY = _of(
+    "key", "T", "B G S D", "the producer's new keys after RoPE; only the probe of a fresh row reads them."
+)
+_KEPT_HEAD_MAP = _of(
+    "kept_head_map", "M", "B H", "the producer's present_head_map, which names the kept KV heads."
+)
+
+_KEY_CACHE = _of("key_cache", "K", "N R L Dk", "pool of pages of the compact K cache.")
+_VALUE_CACHE = _of("value_cache", "V", "N G L Dw", "pool of pages of the full V cache.")
+_KEY_SCALES = _of(
+    "key_scales", "F", "N R L Sk", "scales (4 bits: and minima) of quantised keys.", optional=True
+)
+_VALUE_SCALES = _of("value_scales", "F", "N G L Sv", "likewise of quantised values.", optional=True)
+_CACHES = (_KEY_CACHE, _VALUE_CACHE, _KEY_SCALES, _VALUE_SCALES)
+_PAGE_TABLE = _of("page_table", "M", "B M", "page of positions j*L … j*L+L-1 of a row; -1: none.")
+_TERMS = (
+    _of("sinks", "T", "H", "a logit in the denominator of each softmax.", optional=True),
+    _of("alibi_slopes", "A", "H", "bias per head and distance of the scores.", optional=True),
+)
+
+_ATTRIBUTES = (
+    Attribute("scale", 0.0, "Score factor; 0 means 1/sqrt(D)."),
+    Attribute("probe_tokens", DEFAULT_PROBE_TOKENS, "Tokens whose probabilities decide the head map."),
+    Attribute("online", 1, "1: cluster fresh rows."),
+)
+_STORAGE_ATTRIBUTES = (
+    *_ATTRIBUTES,
+    Attribute("key_bits", 0, "Storage of keys: 0 is T, 16 float16, 8 int8, 4 two codes a byte."),
+    Attribute("value_bits", 0, "Storage of values, likewise."),
+    Attribute("group", 32, "Elements along the head dim that share a scale."),
+    Attribute("window", 0, "Each token sees so many positions, itself included; 0: all."),
+    Attribute("softcap", 0.0, "c of c*tanh(score/c); 0: none."),
+)
 
 _DOC = """Causal attention in which only representative heads compute scores (CHAI, arXiv 2403.08058).
 
@@ -70,6 +99,93 @@ It has no keys, values or caches of its own. The KV heads that the producer kept
 query heads represents each head is decided from its own queries.
 """
 
+SIGNATURES: dict[tuple[str, int], Signature] = {
+    (signature.op_type, signature.version): signature
+    for signature in (
+        Signature(
+            OP_TYPE,
+            1,
+            _DOC,
+            (_QUERY, _KEY, _VALUE, _PAST_KEY, _PAST_VALUE, _PAST_HEAD_MAP, _PAST_LENGTHS, _LENGTHS),
+            (
+                _OUTPUT,
+                _continued(_PAST_KEY, "past_key with the new rows of the kept heads appended."),
+                _continued(_PAST_VALUE, "past_value with the new rows appended."),
+                _MAP,
+            ),
+            _ATTRIBUTES,
+            _TYPES,
+        ),
+        Signature(
+            SHARED_OP_TYPE,
+            1,
+            _SHARED_DOC,
+            (
+                _QUERY,
+                _PRODUCERS_KEY,
+                _of("key_cache", "T", "B R C D", "the producer's present_key."),
+                _of("value_cache", "T", "B G C Dv", "the producer's present_value."),
+                _KEPT_HEAD_MAP,
+                _PAST_HEAD_MAP,
+                _PAST_LENGTHS,
+                _LENGTHS,
+            ),
+            (_OUTPUT, _MAP),
+            _ATTRIBUTES,
+            _TYPES,
+        ),
+        Signature(
+            OP_TYPE,
+            2,
+            _DOC + "\nThe caches are pools of pages, stored in T, float16, 8 or 4 bits.\n",
+            (
+                _QUERY,
+                _KEY,
+                _VALUE,
+                *_CACHES,
+                _PAGE_TABLE,
+                _PAST_HEAD_MAP,
+                _PAST_LENGTHS,
+                _LENGTHS,
+                *_TERMS,
+            ),
+            (
+                _OUTPUT,
+                *(_continued(cache, f"{cache.name} with the new rows.") for cache in _CACHES),
+                _MAP,
+            ),
+            _STORAGE_ATTRIBUTES,
+            _STORED_TYPES,
+        ),
+        Signature(
+            SHARED_OP_TYPE,
+            2,
+            _SHARED_DOC,
+            (
+                _QUERY,
+                _PRODUCERS_KEY,
+                _of("value", "T", "B G S Dv", "the producer's new values, likewise."),
+                *_CACHES,
+                _PAGE_TABLE,
+                _KEPT_HEAD_MAP,
+                _PAST_HEAD_MAP,
+                _PAST_LENGTHS,
+                _LENGTHS,
+                *_TERMS,
+            ),
+            (_OUTPUT, _MAP),
+            _STORAGE_ATTRIBUTES,
+            _STORED_TYPES,
+        ),
+    )
+}
+"""Every op of every version, by op type and version."""
+
+
+def signature(op_type: str = OP_TYPE, version: int = VERSION) -> Signature:
+    """The signature of an op."""
+    return SIGNATURES[op_type, version]
+
 
 def register_schema_once() -> None:
     """Register the schemas with ``onnx``, so that its checker and shape inference know the ops.
@@ -77,69 +193,80 @@ def register_schema_once() -> None:
     Calling it again does nothing.
     """
     if not has(OP_TYPE, VERSION, DOMAIN):
-        register_schema(_schema(OP_TYPE, _DOC, _INPUTS, _OUTPUTS, _infer))
-        register_schema(_schema(SHARED_OP_TYPE, _SHARED_DOC, _SHARED_INPUTS, _SHARED_OUTPUTS, _infer_shared))
+        for each in SIGNATURES.values():
+            register_schema(_schema(each))
 
 
-def _schema(
-    op_type: str,
-    doc: str,
-    inputs: Parameters,
-    outputs: Parameters,
-    infer: Callable[[onnx.shape_inference.InferenceContext], None],
-) -> OpSchema:
-    attribute = OpSchema.Attribute
+def _schema(of: Signature) -> OpSchema:
+    def formal(parameter: Parameter) -> OpSchema.FormalParameter:
+        kind = OpSchema.FormalParameterOption
+        option = kind.Optional if parameter.optional else kind.Single
+        return OpSchema.FormalParameter(parameter.name, parameter.type, parameter.text, param_option=option)
+
+    used = dict.fromkeys(parameter.type for parameter in (*of.inputs, *of.outputs))
     schema = OpSchema(
-        op_type,
+        of.op_type,
         DOMAIN,
-        VERSION,
-        doc=doc,
-        inputs=[OpSchema.FormalParameter(*parameter) for parameter in inputs],
-        outputs=[OpSchema.FormalParameter(*parameter) for parameter in outputs],
-        type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "Activations and caches."),
-            ("M", ["tensor(int32)"], "Maps and lengths."),
-        ],
+        of.version,
+        doc=of.doc,
+        inputs=[formal(parameter) for parameter in of.inputs],
+        outputs=[formal(parameter) for parameter in of.outputs],
+        type_constraints=[(name, [f"tensor({each})" for each in of.types[name]], "") for name in used],
         attributes=[
-            attribute("scale", onnx.helper.make_attribute("scale", 0.0), "Score factor; 0 means 1/sqrt(D)."),
-            attribute(
-                "probe_tokens",
-                onnx.helper.make_attribute("probe_tokens", DEFAULT_PROBE_TOKENS),
-                "Tokens whose probabilities decide the head map.",
-            ),
-            attribute("online", onnx.helper.make_attribute("online", 1), "1: cluster fresh rows."),
+            OpSchema.Attribute(each.name, onnx.helper.make_attribute(each.name, each.default), each.meaning)
+            for each in of.attributes
         ],
     )
-    schema.set_type_and_shape_inference_function(infer)
+    schema.set_type_and_shape_inference_function(lambda context: _infer(context, of))
     return schema
 
 
-def _infer(context: onnx.shape_inference.InferenceContext) -> None:
-    """Outputs 1 … 3 have their pasts' types; output 0 is [B, S, H*Dv]."""
-    for output, past in ((1, "past_key"), (2, "past_value"), (3, "past_head_map")):
-        context.set_output_type(output, context.get_input_type(INPUT_NAMES.index(past)))
-    _infer_output(context, INPUT_NAMES.index("value"))
+def _infer(context: onnx.shape_inference.InferenceContext, of: Signature) -> None:
+    """An output that follows an input has its type; others get their sizes from the inputs' sizes."""
+    known = _sizes(context, of)
+    for index, parameter in enumerate(of.outputs[: context.get_num_outputs()]):
+        if parameter.follows is not None:
+            source = of.input_names.index(parameter.follows)
+            if source < context.get_num_inputs() and context.get_input_type(source) is not None:
+                context.set_output_type(index, context.get_input_type(source))
+            continue
+        type_ = onnx.TypeProto()
+        same = next(i for i, each in enumerate(of.inputs) if each.type == parameter.type)
+        type_.tensor_type.elem_type = context.get_input_type(same).tensor_type.elem_type
+        if known:
+            for name in parameter.dims:
+                _set_dim(type_.tensor_type.shape.dim.add(), name, known)
+        context.set_output_type(index, type_)
 
 
-def _infer_shared(context: onnx.shape_inference.InferenceContext) -> None:
-    """Output 1 has its past's type; output 0 is [B, S, H*Dv]."""
-    context.set_output_type(1, context.get_input_type(SHARED_INPUT_NAMES.index("past_head_map")))
-    _infer_output(context, SHARED_INPUT_NAMES.index("value_cache"))
+Dim = onnx.TensorShapeProto.Dimension
 
 
-def _infer_output(context: onnx.shape_inference.InferenceContext, value_index: int) -> None:
-    query = context.get_input_type(0).tensor_type
-    value = context.get_input_type(value_index).tensor_type
-    output_type = onnx.TypeProto()
-    output_type.tensor_type.elem_type = query.elem_type
-    if query.HasField("shape") and value.HasField("shape"):
-        if len(query.shape.dim) != 4 or len(value.shape.dim) != 4:
-            raise onnx.shape_inference.InferenceError("queries and values must have rank 4")
-        heads, width = query.shape.dim[1], value.shape.dim[3]
-        dims = output_type.tensor_type.shape.dim
-        dims.add().CopyFrom(query.shape.dim[0])
-        dims.add().CopyFrom(query.shape.dim[2])
-        columns = dims.add()
-        if heads.HasField("dim_value") and width.HasField("dim_value"):
-            columns.dim_value = heads.dim_value * width.dim_value
-    context.set_output_type(0, output_type)
+def _sizes(context: onnx.shape_inference.InferenceContext, of: Signature) -> dict[str, Dim]:
+    """What each symbol is, from the first input that has it; empty unless every needed input has a shape."""
+    known: dict[str, Dim] = {}
+    for index, parameter in enumerate(of.inputs[: context.get_num_inputs()]):
+        type_ = context.get_input_type(index)
+        if type_ is None or not type_.tensor_type.HasField("shape"):
+            continue
+        dims = type_.tensor_type.shape.dim
+        if len(dims) != len(parameter.dims):
+            raise onnx.shape_inference.InferenceError(
+                f"{parameter.name} must have rank {len(parameter.dims)}, got {len(dims)}"
+            )
+        for name, dim in zip(parameter.dims, dims, strict=True):
+            known.setdefault(name, dim)
+    return known
+
+
+def _set_dim(dim: Dim, name: str, known: dict[str, Dim]) -> None:
+    """The size that a product of symbols has, where all of them are numbers or there is only one."""
+    factors = [known.get(each) for each in name.split("*")]
+    if len(factors) == 1 and factors[0] is not None:
+        dim.CopyFrom(factors[0])
+    elif all(each is not None and each.HasField("dim_value") for each in factors):
+        product = 1
+        for each in factors:
+            assert each is not None
+            product *= each.dim_value
+        dim.dim_value = product

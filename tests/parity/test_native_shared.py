@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from chai_export.bench.tensors import ort_value
 from chai_export.op.cases import Case
 from chai_export.op.model import node_model
-from chai_export.op.schema import SHARED_OP_TYPE, SHARED_OUTPUT_NAMES
+from chai_export.op.schema import SHARED_OP_TYPE, signature
 from chai_export.op.shared_cases import SHARED_CASES, SharedCase, check_shared
 from chai_export.op.shared_reference import SharedAttentionResult
 from tests.parity.test_native import DTYPES, LIBRARY, calls, instruction_sets
@@ -42,7 +42,7 @@ def run(case: SharedCase, inputs: dict[str, np.ndarray], dtype: str, threads: in
     batch, heads, tokens, _ = inputs["query"].shape
     width = heads * inputs["value_cache"].shape[3]
     outputs = [np.empty((batch, tokens, width), inputs["query"].dtype), np.empty((batch, heads), np.int32)]
-    for name, array in zip(SHARED_OUTPUT_NAMES, outputs, strict=True):
+    for name, array in zip(signature(SHARED_OP_TYPE).output_names, outputs, strict=True):
         binding.bind_ortvalue_output(name, ort_value(array))
     before = {name: array.copy() for name, array in inputs.items()}
     session.run_with_iobinding(binding)

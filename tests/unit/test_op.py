@@ -23,7 +23,7 @@ from chai_export.op.head_map import (
 )
 from chai_export.op.model import node_model
 from chai_export.op.reference import AttentionResult, clustered_head_attention
-from chai_export.op.schema import OUTPUT_NAMES, register_schema_once
+from chai_export.op.schema import register_schema_once, signature
 
 by_name = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -57,7 +57,7 @@ def test_function_body_in_onnxruntime_agrees_with_reference(case, dtype):
     session = onnxruntime.InferenceSession(
         model_of(case, dtype).SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    check(case, inputs, AttentionResult(*session.run(list(OUTPUT_NAMES), inputs)), dtype)
+    check(case, inputs, AttentionResult(*session.run(list(signature().output_names), inputs)), dtype)
 
 
 @pytest.mark.parametrize("name", ["mixed_phases", "h8_g2_r1", "twins_exact_ties", "offline", "right_padding"])
@@ -65,7 +65,7 @@ def test_function_body_in_onnx_reference_agrees_with_reference(name):
     case = by_name[name]
     inputs = case.inputs()
     evaluator = onnx.reference.ReferenceEvaluator(model_of(case, "float32"))
-    check(case, inputs, AttentionResult(*evaluator.run(list(OUTPUT_NAMES), inputs)))
+    check(case, inputs, AttentionResult(*evaluator.run(list(signature().output_names), inputs)))
 
 
 @pytest.mark.parametrize("opset", [18, 20, 23, 24])
@@ -77,7 +77,7 @@ def test_function_body_passes_the_checker_and_runs_in_every_opset(opset):
     onnx.checker.check_model(model, full_check=True)
     inputs = case.inputs()
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    check(case, inputs, AttentionResult(*session.run(list(OUTPUT_NAMES), inputs)))
+    check(case, inputs, AttentionResult(*session.run(list(signature().output_names), inputs)))
 
 
 def test_function_body_refuses_an_opset_it_was_not_written_for():

@@ -15,7 +15,7 @@ from chai_export.op.cases import widen
 from chai_export.op.function import function_proto
 from chai_export.op.model import node_model
 from chai_export.op.reference import clustered_head_attention
-from chai_export.op.schema import SHARED_OP_TYPE, SHARED_OUTPUT_NAMES, register_schema_once
+from chai_export.op.schema import SHARED_OP_TYPE, register_schema_once, signature
 from chai_export.op.shared_cases import SHARED_CASES, SharedCase, check_shared
 from chai_export.op.shared_reference import SharedAttentionResult, shared_clustered_head_attention
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
@@ -40,7 +40,7 @@ def run_in_onnxruntime(
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    return SharedAttentionResult(*session.run(list(SHARED_OUTPUT_NAMES), inputs))
+    return SharedAttentionResult(*session.run(list(signature(SHARED_OP_TYPE).output_names), inputs))
 
 
 @every_case
@@ -72,7 +72,7 @@ def test_function_body_in_onnx_reference_agrees_with_reference(name):
     case = by_name[name]
     inputs = case.inputs()
     evaluator = onnx.reference.ReferenceEvaluator(model_of(case, "float32"))
-    result = SharedAttentionResult(*evaluator.run(list(SHARED_OUTPUT_NAMES), inputs))
+    result = SharedAttentionResult(*evaluator.run(list(signature(SHARED_OP_TYPE).output_names), inputs))
     check_shared(case, inputs, result)
 
 

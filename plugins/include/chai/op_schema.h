@@ -1,0 +1,285 @@
+// Generated from chai_export/op/schema.py by `python -m chai_export.op.cpp_header`: do not edit.
+// The ops of domain "chai" as every implementation sees them; docs/op.md says what they mean.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// clang-format off
+namespace chai::schema {
+
+inline constexpr char kDomain[] = "chai";
+
+// The version that bundles carry.
+inline constexpr std::int64_t kBundleVersion = 1;
+
+// Type variables: T activations, M maps and lengths, K and V storage of keys and values, F scales, A slopes.
+enum class Type { T, M, K, V, F, A };
+
+struct Parameter {
+  const char* name;
+  Type type;
+  std::size_t rank;
+  bool optional;
+};
+
+namespace clustered_head_attention_v1 {
+
+inline constexpr char kOpType[] = "ClusteredHeadAttention";
+inline constexpr std::int64_t kVersion = 1;
+
+enum Input : std::size_t {
+  kQuery,
+  kKey,
+  kValue,
+  kPastKey,
+  kPastValue,
+  kPastHeadMap,
+  kPastLengths,
+  kLengths,
+};
+
+inline constexpr Parameter kInputs[] = {
+    {"query", Type::T, 4, false},  // [B,H,S,D]
+    {"key", Type::T, 4, false},  // [B,G,S,D]
+    {"value", Type::T, 4, false},  // [B,G,S,Dv]
+    {"past_key", Type::T, 4, false},  // [B,R,C,D]
+    {"past_value", Type::T, 4, false},  // [B,G,C,Dv]
+    {"past_head_map", Type::M, 2, false},  // [B,H]
+    {"past_lengths", Type::M, 1, false},  // [B]
+    {"lengths", Type::M, 1, false},  // [B]
+};
+
+enum Output : std::size_t {
+  kOutput,
+  kPresentKey,
+  kPresentValue,
+  kPresentHeadMap,
+};
+
+inline constexpr Parameter kOutputs[] = {
+    {"output", Type::T, 3, false},  // [B,S,H*Dv]
+    {"present_key", Type::T, 4, false},  // [B,R,C,D]
+    {"present_value", Type::T, 4, false},  // [B,G,C,Dv]
+    {"present_head_map", Type::M, 2, false},  // [B,H]
+};
+
+struct Attributes {
+  float scale = 0.0F;
+  std::int64_t probe_tokens = 5;
+  std::int64_t online = 1;
+};
+
+inline constexpr const char* kAttributeNames[] = {
+    "scale",
+    "probe_tokens",
+    "online",
+};
+
+}  // namespace clustered_head_attention_v1
+
+namespace shared_clustered_head_attention_v1 {
+
+inline constexpr char kOpType[] = "SharedClusteredHeadAttention";
+inline constexpr std::int64_t kVersion = 1;
+
+enum Input : std::size_t {
+  kQuery,
+  kKey,
+  kKeyCache,
+  kValueCache,
+  kKeptHeadMap,
+  kPastHeadMap,
+  kPastLengths,
+  kLengths,
+};
+
+inline constexpr Parameter kInputs[] = {
+    {"query", Type::T, 4, false},  // [B,H,S,D]
+    {"key", Type::T, 4, false},  // [B,G,S,D]
+    {"key_cache", Type::T, 4, false},  // [B,R,C,D]
+    {"value_cache", Type::T, 4, false},  // [B,G,C,Dv]
+    {"kept_head_map", Type::M, 2, false},  // [B,H]
+    {"past_head_map", Type::M, 2, false},  // [B,H]
+    {"past_lengths", Type::M, 1, false},  // [B]
+    {"lengths", Type::M, 1, false},  // [B]
+};
+
+enum Output : std::size_t {
+  kOutput,
+  kPresentHeadMap,
+};
+
+inline constexpr Parameter kOutputs[] = {
+    {"output", Type::T, 3, false},  // [B,S,H*Dv]
+    {"present_head_map", Type::M, 2, false},  // [B,H]
+};
+
+struct Attributes {
+  float scale = 0.0F;
+  std::int64_t probe_tokens = 5;
+  std::int64_t online = 1;
+};
+
+inline constexpr const char* kAttributeNames[] = {
+    "scale",
+    "probe_tokens",
+    "online",
+};
+
+}  // namespace shared_clustered_head_attention_v1
+
+namespace clustered_head_attention_v2 {
+
+inline constexpr char kOpType[] = "ClusteredHeadAttention";
+inline constexpr std::int64_t kVersion = 2;
+
+enum Input : std::size_t {
+  kQuery,
+  kKey,
+  kValue,
+  kKeyCache,
+  kValueCache,
+  kKeyScales,
+  kValueScales,
+  kPageTable,
+  kPastHeadMap,
+  kPastLengths,
+  kLengths,
+  kSinks,
+  kAlibiSlopes,
+};
+
+inline constexpr Parameter kInputs[] = {
+    {"query", Type::T, 4, false},  // [B,H,S,D]
+    {"key", Type::T, 4, false},  // [B,G,S,D]
+    {"value", Type::T, 4, false},  // [B,G,S,Dv]
+    {"key_cache", Type::K, 4, false},  // [N,R,L,Dk]
+    {"value_cache", Type::V, 4, false},  // [N,G,L,Dw]
+    {"key_scales", Type::F, 4, true},  // [N,R,L,Sk]
+    {"value_scales", Type::F, 4, true},  // [N,G,L,Sv]
+    {"page_table", Type::M, 2, false},  // [B,M]
+    {"past_head_map", Type::M, 2, false},  // [B,H]
+    {"past_lengths", Type::M, 1, false},  // [B]
+    {"lengths", Type::M, 1, false},  // [B]
+    {"sinks", Type::T, 1, true},  // [H]
+    {"alibi_slopes", Type::A, 1, true},  // [H]
+};
+
+enum Output : std::size_t {
+  kOutput,
+  kPresentKeyCache,
+  kPresentValueCache,
+  kPresentKeyScales,
+  kPresentValueScales,
+  kPresentHeadMap,
+};
+
+inline constexpr Parameter kOutputs[] = {
+    {"output", Type::T, 3, false},  // [B,S,H*Dv]
+    {"present_key_cache", Type::K, 4, false},  // [N,R,L,Dk]
+    {"present_value_cache", Type::V, 4, false},  // [N,G,L,Dw]
+    {"present_key_scales", Type::F, 4, true},  // [N,R,L,Sk]
+    {"present_value_scales", Type::F, 4, true},  // [N,G,L,Sv]
+    {"present_head_map", Type::M, 2, false},  // [B,H]
+};
+
+struct Attributes {
+  float scale = 0.0F;
+  std::int64_t probe_tokens = 5;
+  std::int64_t online = 1;
+  std::int64_t key_bits = 0;
+  std::int64_t value_bits = 0;
+  std::int64_t group = 32;
+  std::int64_t window = 0;
+  float softcap = 0.0F;
+};
+
+inline constexpr const char* kAttributeNames[] = {
+    "scale",
+    "probe_tokens",
+    "online",
+    "key_bits",
+    "value_bits",
+    "group",
+    "window",
+    "softcap",
+};
+
+}  // namespace clustered_head_attention_v2
+
+namespace shared_clustered_head_attention_v2 {
+
+inline constexpr char kOpType[] = "SharedClusteredHeadAttention";
+inline constexpr std::int64_t kVersion = 2;
+
+enum Input : std::size_t {
+  kQuery,
+  kKey,
+  kValue,
+  kKeyCache,
+  kValueCache,
+  kKeyScales,
+  kValueScales,
+  kPageTable,
+  kKeptHeadMap,
+  kPastHeadMap,
+  kPastLengths,
+  kLengths,
+  kSinks,
+  kAlibiSlopes,
+};
+
+inline constexpr Parameter kInputs[] = {
+    {"query", Type::T, 4, false},  // [B,H,S,D]
+    {"key", Type::T, 4, false},  // [B,G,S,D]
+    {"value", Type::T, 4, false},  // [B,G,S,Dv]
+    {"key_cache", Type::K, 4, false},  // [N,R,L,Dk]
+    {"value_cache", Type::V, 4, false},  // [N,G,L,Dw]
+    {"key_scales", Type::F, 4, true},  // [N,R,L,Sk]
+    {"value_scales", Type::F, 4, true},  // [N,G,L,Sv]
+    {"page_table", Type::M, 2, false},  // [B,M]
+    {"kept_head_map", Type::M, 2, false},  // [B,H]
+    {"past_head_map", Type::M, 2, false},  // [B,H]
+    {"past_lengths", Type::M, 1, false},  // [B]
+    {"lengths", Type::M, 1, false},  // [B]
+    {"sinks", Type::T, 1, true},  // [H]
+    {"alibi_slopes", Type::A, 1, true},  // [H]
+};
+
+enum Output : std::size_t {
+  kOutput,
+  kPresentHeadMap,
+};
+
+inline constexpr Parameter kOutputs[] = {
+    {"output", Type::T, 3, false},  // [B,S,H*Dv]
+    {"present_head_map", Type::M, 2, false},  // [B,H]
+};
+
+struct Attributes {
+  float scale = 0.0F;
+  std::int64_t probe_tokens = 5;
+  std::int64_t online = 1;
+  std::int64_t key_bits = 0;
+  std::int64_t value_bits = 0;
+  std::int64_t group = 32;
+  std::int64_t window = 0;
+  float softcap = 0.0F;
+};
+
+inline constexpr const char* kAttributeNames[] = {
+    "scale",
+    "probe_tokens",
+    "online",
+    "key_bits",
+    "value_bits",
+    "group",
+    "window",
+    "softcap",
+};
+
+}  // namespace shared_clustered_head_attention_v2
+
+}  // namespace chai::schema
+// clang-format on
