@@ -1,0 +1,252 @@
+"""The op's version 2 in NumPy: its table of cases, and what follows from the specification."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from chai_export.op import cases as version_1
+from chai_export.op.v2 import pages
+from chai_export.op.v2.attributes import Attributes
+from chai_export.op.v2.cases import CACHES, CASES, TERM_CASES, Case, check
+from chai_export.op.v2.storage import Storage
+
+EVERY = (*CASES, *TERM_CASES)
+by_name = {case.name: case for case in EVERY}
+every_case = pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
+UNQUANTISED = Attributes()
+
+
+def assert_same(actual, expected, atol=0.0):
+    np.testing.assert_allclose(actual.output, expected.output, rtol=0, atol=atol)
+    np.testing.assert_array_equal(actual.present_head_map, expected.present_head_map)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_reference_in_float32_agrees_with_float64(case, dtype):
+    inputs = case.inputs(dtype)
+    check(case, inputs, case.reference(inputs, np.float32), dtype)
+
+
+@pytest.mark.parametrize(
+    "name", ["mixed_phases", "twins_exact_ties", "decode_batch", "scale_given", "offline"]
+)
+def test_one_page_per_row_is_version_1(name):
+    case = next(case for case in version_1.CASES if case.name == name)
+    old = case.inputs()
+    batch = len(case.rows)
+    expected = case.reference(old)
+    new = replace(by_name[name], page=case.capacity)
+    actual = new.reference(
+        {
+            **{
+                each: old[each]
+                for each in ("query", "key", "value", "past_head_map", "past_lengths", "lengths")
+            },
+            "key_cache": old["past_key"],
+            "value_cache": old["past_value"],
+            "page_table": np.arange(batch, dtype=np.int32)[:, None],
+        }
+    )
+    assert_same(actual, expected)
+    np.testing.assert_array_equal(actual.key_cache, expected.present_key)
+    np.testing.assert_array_equal(actual.value_cache, expected.present_value)
+
+
+@every_case
+def test_any_permutation_of_pages_gives_the_same_bytes(case):
+    inputs = case.inputs()
+    expected = case.reference(inputs, np.float32)
+    order = np.random.default_rng(5).permutation(len(inputs["key_cache"]))
+    place = np.argsort(order)
+    table = inputs["page_table"]
+    moved = {**inputs, **{name: inputs[name][order] for name in CACHES if name in inputs}}
+    known = (table >= 0) & (table < len(order))
+    moved["page_table"] = np.where(known, place[np.where(known, table, 0)], table).astype(np.int32)
+    actual = case.reference(moved, np.float32)
+    assert_same(actual, expected)
+    for name in CACHES:
+        if name in inputs:
+            np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name)[order])
+
+
+@pytest.mark.parametrize("bits", [(0, 0), (8, 4)])
+def test_a_page_of_two_rows_gives_what_two_copies_give(bits):
+    shared = by_name["shared_prefix"]
+    shared = replace(shared, attributes=replace(UNQUANTISED, key_bits=bits[0], value_bits=bits[1], group=8))
+    inputs = shared.inputs()
+    table = inputs["page_table"].copy()
+    spare = sorted(set(range(len(inputs["key_cache"]))) - set(table.ravel().tolist()))[:2]
+    copied = {name: value.copy() for name, value in inputs.items()}
+    for index, page in enumerate(spare):
+        for name in CACHES:
+            if name in copied:
+                copied[name][page] = copied[name][table[1, index]]
+        copied["page_table"][1, index] = page
+    assert_same(shared.reference(copied), shared.reference(inputs))
+
+
+def repaged(case: Case, inputs: dict[str, np.ndarray], page: int) -> dict[str, np.ndarray]:
+    """The same rows in pages of another size."""
+    rows, per_row = len(case.rows), -(-case.capacity // page)
+    table = np.random.default_rng(3).permutation(rows * per_row).reshape(rows, per_row).astype(np.int32)
+    result = {**inputs, "page_table": table}
+    for name in CACHES:
+        if name in inputs:
+            _, heads, _, columns = inputs[name].shape
+            result[name] = np.zeros((rows * per_row, heads, page, columns), inputs[name].dtype)
+            for b, (past, new) in enumerate(case.rows):
+                start = case.attributes.first_visible(past)
+                if new and past > start:
+                    content = pages.read(inputs[name], inputs["page_table"][b], start, past)
+                    pages.write(result[name], table[b], start, content, slice(None))
+    return result
+
+
+@pytest.mark.parametrize("page", [1, 3, 24])
+@pytest.mark.parametrize("name", ["mixed_phases", "mixed_phases_k8v4", "mixed_phases_everything_k8v4"])
+def test_the_size_of_a_page_changes_nothing(name, page):
+    case = by_name[name]
+    inputs = case.inputs()
+    assert_same(case.reference(repaged(case, inputs, page)), case.reference(inputs))
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if Storage(case.attributes.key_bits, 8, 8).bits], ids=str
+)
+def test_a_quantised_cache_equals_the_exact_op_on_dequantised_rows(case):
+    inputs = case.inputs()
+    inputs["lengths"] = np.minimum(inputs["lengths"], 1) * (
+        inputs["past_lengths"] > 0
+    )  # decode: no exact probe
+    actual = case.reference(inputs)
+    exact = {name: value for name, value in inputs.items() if not name.endswith("_scales")}
+    exact["key_cache"] = case.storage_k.load(inputs["key_cache"], inputs.get("key_scales"), np.float32)
+    exact["value_cache"] = case.storage_v.load(inputs["value_cache"], inputs.get("value_scales"), np.float32)
+    for name, storage in (("key", case.storage_k), ("value", case.storage_v)):
+        exact[name] = storage.load(*storage.store(np.nan_to_num(inputs[name])), np.float32)
+    plain = replace(case, attributes=replace(case.attributes, key_bits=0, value_bits=0))
+    assert_same(actual, plain.reference(exact), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mixed_phases", "mixed_phases_k8v4", "long_prefill"])
+def test_terms_that_say_nothing_change_nothing(name):
+    case = by_name[name]
+    inputs = case.inputs()
+    expected = case.reference(inputs)
+    heads = case.heads
+    wide = replace(case, attributes=replace(case.attributes, window=1 << 20))
+    assert_same(wide.reference(inputs), expected)
+    assert_same(case.reference({**inputs, "sinks": np.full(heads, -np.inf, np.float32)}), expected)
+    assert_same(case.reference({**inputs, "alibi_slopes": np.zeros(heads, np.float32)}), expected)
+
+
+@pytest.mark.parametrize("bits", [(0, 0), (8, 8), (8, 4)])
+def test_a_prompt_in_chunks_gives_what_it_gives_at_once(bits):
+    """The exact probe ends with the first chunk, so that the first chunk is the probe."""
+    attributes = Attributes(key_bits=bits[0], value_bits=bits[1], group=8, probe_tokens=5)
+    case = Case("chunks", 8, 4, 2, ((0, 20),), attributes=attributes)
+    inputs = case.inputs()
+    whole = case.reference(inputs)
+    state = {**inputs}
+    pieces = []
+    for start, stop in ((0, 5), (5, 6), (6, 20)):
+        for name in ("query", "key", "value"):
+            state[name] = inputs[name][:, :, start:stop]
+        state["past_lengths"], state["lengths"] = (np.array([n], np.int32) for n in (start, stop - start))
+        result = case.reference(state)
+        pieces.append(result.output)
+        state |= {name: getattr(result, name) for name in CACHES if name in state}
+        state["past_head_map"] = result.present_head_map
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole.output, rtol=0, atol=1e-12)
+    for name in CACHES:
+        if name in inputs:
+            np.testing.assert_array_equal(state[name], getattr(whole, name))
+
+
+def refused(case: Case, inputs: dict[str, np.ndarray], message: str) -> None:
+    before = {name: value.copy() for name, value in inputs.items()}
+    with pytest.raises(ValueError, match=message):
+        case.reference(inputs)
+    for name, value in before.items():
+        np.testing.assert_array_equal(inputs[name], value)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([[0, -1, 9], [4, 5, 6]], "row 0: page_table entry 1 is -1, the pool has 9 pages"),
+        ([[0, 9, 9], [4, 5, 6]], "row 0: page_table entry 1 is 9"),
+        ([[0, 1, -1], [4, 1, 6]], "row 0: page 1 is written to and stands in this call twice"),
+        ([[1, 1, -1], [4, 5, 6]], "row 0: page 1 is written to and stands in this call twice"),
+    ],
+)
+def test_bad_page_tables_are_refused(table, message):
+    case = Case("bad_table", 4, 4, 2, ((9, 7), (9, 1)))
+    inputs = case.inputs()
+    inputs["page_table"] = np.array(table, np.int32)
+    refused(case, inputs, message)
+
+
+@pytest.mark.parametrize(
+    ("bits", "width", "group", "message"),
+    [
+        (8, 20, 8, "group must divide the head dim 20, got 8"),
+        (4, 9, 3, "4 bits need an even head dim, got 9"),
+        (8, 16, 0, "group must divide"),
+        (3, 16, 8, "bits must be one of 0, 16, 8, 4, got 3"),
+    ],
+)
+def test_storage_that_does_not_fit_is_refused(bits, width, group, message):
+    with pytest.raises(ValueError, match=message):
+        Storage(bits, width, group)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"probe_tokens": 0}, "probe_tokens"),
+        ({"window": -1}, "window"),
+        ({"softcap": float("nan")}, "softcap"),
+    ],
+)
+def test_bad_attributes_are_refused(change, message):
+    case = replace(by_name["mixed_phases"], attributes=replace(UNQUANTISED, **change))
+    inputs = by_name["mixed_phases"].inputs()
+    refused(case, inputs, message)
+
+
+@pytest.mark.parametrize(("bits", "steps"), [(8, 254), (4, 15)])
+def test_an_element_is_off_by_half_a_step_of_its_group_at_most(bits, steps):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((200, 64)).astype(np.float32) * np.exp(rng.uniform(-6, 6, (200, 1))).astype(
+        np.float32
+    )
+    storage = Storage(bits, 64, 32)
+    error = np.abs(storage.load(*storage.store(x), np.float32) - x).reshape(200, 2, 32)
+    grouped = x.reshape(200, 2, 32)
+    spread = 2 * np.abs(grouped).max(2) if bits == 8 else grouped.max(2) - grouped.min(2)
+    # float16 scales and minima add a 2048th of themselves.
+    assert (error.max(2) <= spread / steps / 2 + np.abs(grouped).max(2) * steps / 2**11 / 8).all()
+
+
+def test_two_codes_of_4_bits_share_a_byte_the_even_one_low():
+    storage = Storage(4, 4, 4)
+    stored, scales = storage.store(np.array([[0.0, 15.0, 3.0, 7.0]], np.float32))
+    assert stored.tolist() == [[0xF0, 0x73]]
+    assert scales.tolist() == [[1.0, 0.0]]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_equal_elements_and_zeros_are_stored_exactly(bits):
+    storage = Storage(bits, 8, 4)
+    for value in (0.0, 0.5, -2.0):
+        x = np.full((1, 8), value, np.float32)
+        np.testing.assert_allclose(storage.load(*storage.store(x), np.float32), x, rtol=2**-11)
+
+
+def test_bytes_of_a_row_count_codes_and_scales():
+    assert [Storage(bits, 64, 32).row_bytes(4) for bits in (0, 16, 8, 4)] == [256, 128, 68, 40]
