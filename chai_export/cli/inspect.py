@@ -11,7 +11,7 @@ from chai_export.cli.output import bytes_text, print_json, print_table
 
 if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle
-    from chai_export.graph.explain import Explanation
+    from chai_export.graph.explain.explanation import Explanation
 
 NAME = "inspect"
 HELP = "Show what is inside a bundle or an ONNX file: layers, kept heads, ops, cache bytes, files."
@@ -40,7 +40,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:
     """JSON object of ``inspect --json`` for a bundle; byte counts are for one token of one row."""
-    from chai_export.graph.summary import count_ops
+    from chai_export.graph.explain.count_ops import count_ops
 
     manifest = bundle.manifest
     return {
@@ -114,4 +114,6 @@ def print_explanation(explanation: Explanation, *, as_json: bool) -> int:
         print_table(explanation.columns, explanation.rows())
         print(explanation.verdict)
         print(explanation.needs.describe())
+        for letter, description in explanation.forms.items():
+            print(f"form {letter}: {description}")
     return 0 if explanation.rewritable else 1

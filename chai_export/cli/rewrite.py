@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Rewrite, or explain."""
-    from chai_export.graph.stage import explain, load_clusters, rewrite
+    from chai_export.clustering.clusters import load_clusters
+    from chai_export.graph.stage import explain, rewrite
 
     if arguments.explain:
         chosen = None if arguments.clusters is None else load_clusters(arguments.clusters)

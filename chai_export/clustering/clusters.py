@@ -143,6 +143,15 @@ class Clusters:
                 raise ChaiError(f"{self.origin}: {error}; correct it or calibrate this model") from None
 
 
+def load_clusters(clusters: Clusters | str | Path) -> Clusters:
+    """The typed form of clusters given as such or as a path.
+
+    Raises:
+        ChaiError: the file is missing or malformed.
+    """
+    return clusters if isinstance(clusters, Clusters) else Clusters.load(clusters)
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 

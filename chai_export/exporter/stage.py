@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
     from chai_export.bundle.bundle import Bundle
     from chai_export.bundle.manifest import Source
+    from chai_export.bundle.write import Surroundings
     from chai_export.clustering.clusters import Clusters
-    from chai_export.graph.stage import Surroundings
     from chai_export.models.text import Text
 
 _WORK = ".source"
@@ -57,9 +58,12 @@ def export(
     """
     from chai_export.bundle.atomic import atomic_directory
     from chai_export.bundle.bundle import MODEL_FILE, Bundle, finalise
+    from chai_export.bundle.write import write_bundle
+    from chai_export.clustering.clusters import load_clusters
+    from chai_export.clustering.probe import probe_length
     from chai_export.exporter.static_membership import choose_and_slice, fix_head_maps
     from chai_export.exporter.torch_export import export_onnx
-    from chai_export.graph.stage import load_clusters, write_bundle
+    from chai_export.graph.pipeline import rewrite_model
     from chai_export.models.kv_sources import kv_source_layers
     from chai_export.models.loading import load_model
 
@@ -68,6 +72,7 @@ def export(
     if membership == "static" and text is None:
         raise UsageError("--membership static decides the head maps now; give calibration text with --text")
     chosen = load_clusters(clusters)
+    probe = probe_length(probe_tokens, chosen)
     loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     source, surroundings = _describe(model, loaded, chosen)
     static = None
@@ -88,10 +93,9 @@ def export(
         # The torch weights are on disk now; the rewrite must not pay for them in memory.
         del loaded
         gc.collect()
-        manifest = write_bundle(
-            path, chosen, directory, source=source, surroundings=surroundings, probe_tokens=probe_tokens,
-            remove=work,
-        )  # fmt: skip
+        draft = rewrite_model(path, chosen, directory, probe, take=True)
+        shutil.rmtree(work)
+        manifest = write_bundle(directory, draft, chosen, source, surroundings)
         if static is not None:
             fix_head_maps(directory / MODEL_FILE, np.array(static.head_maps, np.int32))
             finalise(directory, manifest.model_copy(update={"static": static}))
@@ -107,7 +111,7 @@ def _describe(
         ChaiError: clusters do not fit the model, or its tokenizer is damaged.
     """
     from chai_export.bundle.manifest import Source
-    from chai_export.graph.stage import Surroundings
+    from chai_export.bundle.write import Surroundings
     from chai_export.models.kv_sources import describe_model
     from chai_export.models.loading import load_tokenizer
 

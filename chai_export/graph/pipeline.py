@@ -7,16 +7,17 @@ from pathlib import Path
 from chai_export.bundle.bundle import MODEL_FILE
 from chai_export.bundle.manifest import Manifest, Proof
 from chai_export.clustering.clusters import Clusters
-from chai_export.graph.cleanup import check_result
-from chai_export.graph.draft import draft_manifest, require_opset
-from chai_export.graph.estimate import estimate
-from chai_export.graph.find import require_sites, survey, survey_again
-from chai_export.graph.load import load_graph, read_model
-from chai_export.graph.positions import position_limit
-from chai_export.graph.prove_model import RELATIVE_TOLERANCE, prove_model
-from chai_export.graph.prove_sites import TOLERANCE, SiteProver
-from chai_export.graph.transform import transform
-from chai_export.graph.weights import write_model
+from chai_export.graph.explain.estimate import estimate
+from chai_export.graph.match.find import require_sites
+from chai_export.graph.prove.attentions import TOLERANCE, SiteProver
+from chai_export.graph.prove.survey import survey, survey_again
+from chai_export.graph.prove.whole_model import RELATIVE_TOLERANCE, prove_model
+from chai_export.graph.read.load import load_graph, read_model
+from chai_export.graph.rewrite.cleanup import check_result
+from chai_export.graph.rewrite.draft import draft_manifest, require_opset
+from chai_export.graph.rewrite.position_limit import position_limit
+from chai_export.graph.rewrite.transform import transform
+from chai_export.graph.rewrite.weights import write_model
 from chai_export.progress import note
 
 _LARGE = 10**9

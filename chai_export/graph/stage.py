@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chai_export.errors import ChaiError
-from chai_export.graph.explain import Explanation
+from chai_export.graph.explain.explanation import Explanation
 
 if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle
-    from chai_export.bundle.manifest import Manifest, Source
+    from chai_export.bundle.write import Surroundings
     from chai_export.clustering.clusters import Clusters
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What comes with a model besides its graph; each part may be missing.
-
-    ``tokenizer`` is a transformers tokenizer; ``config`` and ``generation_config`` are those of transformers
-    or plain dictionaries.
-    """
-
-    tokenizer: Any | None = None
-    config: Any | None = None
-    generation_config: Any | None = None
-    max_positions: int | None = None
-    context_length: int | None = None
 
 
 def rewrite(
@@ -60,17 +43,21 @@ def rewrite(
     from chai_export.bundle.atomic import atomic_directory
     from chai_export.bundle.bundle import Bundle
     from chai_export.bundle.manifest import Source
-    from chai_export.graph.load import find_onnx
+    from chai_export.bundle.write import write_bundle
+    from chai_export.clustering.clusters import load_clusters
+    from chai_export.clustering.probe import probe_length
+    from chai_export.graph.pipeline import rewrite_model
+    from chai_export.graph.read.load import find_onnx
 
     path = find_onnx(Path(onnx_path))
     chosen = load_clusters(clusters)
     surroundings = _surroundings(tokenizer, path.parent)
     model_type = (surroundings.config or {}).get("model_type")
     source = Source(kind="onnx", name=path.name, model_type=model_type)
+    probe = probe_length(probe_tokens, chosen)
     with atomic_directory(out_dir) as directory:
-        write_bundle(
-            path, chosen, directory, source=source, surroundings=surroundings, probe_tokens=probe_tokens
-        )
+        draft = rewrite_model(path, chosen, directory, probe)
+        write_bundle(directory, draft, chosen, source, surroundings)
     return Bundle.load(out_dir)
 
 
@@ -82,11 +69,12 @@ def explain(onnx_path: str | Path, clusters: Clusters | None = None) -> Explanat
     Raises:
         ChaiError: the file is missing or damaged.
     """
-    from chai_export.graph.draft import draft_manifest
-    from chai_export.graph.estimate import estimate
-    from chai_export.graph.find import Survey, survey
-    from chai_export.graph.load import find_onnx, load_graph
-    from chai_export.graph.summary import count_ops
+    from chai_export.graph.explain.count_ops import count_ops
+    from chai_export.graph.explain.estimate import estimate
+    from chai_export.graph.match.find import Survey
+    from chai_export.graph.prove.survey import survey
+    from chai_export.graph.read.load import find_onnx, load_graph
+    from chai_export.graph.rewrite.draft import draft_manifest
 
     path = find_onnx(Path(onnx_path))
     model = load_graph(path)
@@ -103,67 +91,9 @@ def explain(onnx_path: str | Path, clusters: Clusters | None = None) -> Explanat
     return Explanation(str(path), found, count_ops(path), estimate(model, path), problem, kept)
 
 
-def load_clusters(clusters: Clusters | str | Path) -> Clusters:
-    """The typed form of clusters given as such or as a path.
-
-    Raises:
-        ChaiError: the file is missing or malformed.
-    """
-    from chai_export.clustering.clusters import Clusters
-
-    return clusters if isinstance(clusters, Clusters) else Clusters.load(clusters)
-
-
-def write_bundle(
-    path: Path,
-    clusters: Clusters,
-    directory: Path,
-    *,
-    source: Source,
-    surroundings: Surroundings,
-    probe_tokens: int | None,
-    remove: Path | None = None,
-) -> Manifest:
-    """Rewrite ``path`` into ``directory``, prove it, and write manifest.json as the last file.
-
-    ``remove`` is a directory of intermediate files, ``path`` among them, to delete before the bundle's files
-    are hashed; the weights are moved out of it.
-
-    The caller makes ``directory`` appear in one step (:func:`~chai_export.bundle.atomic.atomic_directory`).
-
-    Raises:
-        ChaiError: as :func:`rewrite`.
-    """
-    from chai_export.bundle.bundle import CLUSTERS_FILE, finalise
-    from chai_export.bundle.environment import save_environment
-    from chai_export.clustering.probe import probe_length
-    from chai_export.graph.pipeline import rewrite_model
-
-    probe = probe_length(probe_tokens, clusters)
-    draft = rewrite_model(path, clusters, directory, probe, take=remove is not None)
-    if remove is not None:
-        shutil.rmtree(remove)
-    clusters.save(directory / CLUSTERS_FILE)
-    generation = save_environment(
-        directory,
-        tokenizer=surroundings.tokenizer,
-        config=surroundings.config,
-        generation_config=surroundings.generation_config,
-    )
-    limits = [n for n in (surroundings.max_positions, draft.max_positions) if n is not None]
-    manifest = draft.model_copy(
-        update={
-            "source": source,
-            "generation": generation,
-            "max_positions": min(limits, default=None),
-            "context_length": surroundings.context_length,
-        }
-    )
-    return finalise(directory, manifest)
-
-
 def _surroundings(tokenizer: str | Path | None, beside: Path) -> Surroundings:
     """Tokenizer and configurations from ``tokenizer``, or configurations from beside the ONNX file."""
+    from chai_export.bundle.write import Surroundings
     from chai_export.models.loading import load_tokenizer
 
     loaded = None

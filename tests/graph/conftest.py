@@ -7,7 +7,7 @@ import pytest
 from chai_export.bundle.bundle import Bundle
 from chai_export.clustering.clusters import Clusters
 from chai_export.graph.stage import rewrite
-from tests.graph.fixtures import Fixture
+from tests.helpers.onnx_fixtures import Fixture
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ from onnx import TensorProto, helper
 
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
+from chai_export.graph.explain.count_ops import count_ops
 from chai_export.graph.stage import explain, rewrite
-from chai_export.graph.summary import count_ops
-from tests.exported import exported, kept_of
+from tests.helpers.exported import exported, kept_of
 
 NAME = "llama-gqa"
 

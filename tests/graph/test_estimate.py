@@ -72,7 +72,7 @@ def test_a_model_too_large_for_the_whole_proof_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from chai_export.cli.main import main
-    from chai_export.graph import estimate
+    from chai_export.graph.explain import estimate
 
     monkeypatch.setattr(estimate, "WHOLE_MODEL_BYTES", 10**8)
     write_source(tmp_path, "float16", monkeypatch)

@@ -10,10 +10,10 @@ import pytest
 
 from chai_export.cli.main import main
 from chai_export.clustering.clusters import Clusters
-from chai_export.graph import draft
+from chai_export.graph.rewrite import draft
 from chai_export.graph.stage import explain
 from tests.graph import test_mutations as mutations
-from tests.graph.fixtures import ALL, REFUSED, REWRITTEN, Fixture
+from tests.helpers.onnx_fixtures import ALL, REFUSED, REWRITTEN, Fixture
 
 MASK = {
     "A": "causal with padding, in the scores",

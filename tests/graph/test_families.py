@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from chai_export.models.oracle import Oracle
-from tests.exported import bundle_of, kept_of, model_of
 from tests.families import FAMILIES
-from tests.graph_runner import GraphRunner
+from tests.helpers.exported import bundle_of, kept_of, model_of
+from tests.helpers.graph_runner import GraphRunner
 
 PROMPTS = ([5, 11, 7, 90, 3, 3, 64, 21, 8], [17, 2, 40, 33, 9, 71], [80, 12])
 TOLERANCE = 1e-4

@@ -11,9 +11,9 @@ import pytest
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
 from chai_export.graph.stage import explain, rewrite
-from tests.graph.fixtures import REWRITTEN, Fixture
-from tests.graph.mutate import CHANGING, PRESERVING
-from tests.graph.source_runner import SourceRunner
+from tests.helpers.mutate import CHANGING, PRESERVING
+from tests.helpers.onnx_fixtures import REWRITTEN, Fixture
+from tests.helpers.source_runner import SourceRunner
 
 FEW, MANY = range(1), range(1, 31)
 # QK-norm inside the operator has no CPU kernel, so a changed source cannot be run for comparison.

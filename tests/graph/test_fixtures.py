@@ -13,7 +13,7 @@ from chai_export.graph.stage import explain, rewrite
 from chai_export.models.loading import load_model
 from chai_export.models.oracle import Oracle
 from chai_export.runtime.runner import load
-from tests.graph.fixtures import REFUSED, REWRITTEN, Fixture
+from tests.helpers.onnx_fixtures import REFUSED, REWRITTEN, Fixture
 
 each_rewritten = pytest.mark.parametrize("fixture", REWRITTEN, ids=lambda fixture: fixture.name)
 GONE = {"Softmax", "Attention", "TensorScatter", "ScatterND"}
@@ -56,7 +56,7 @@ def test_fewer_heads_give_the_logits_of_the_torch_oracle(fixture: Fixture, rewri
 
 @each_rewritten
 def test_nothing_of_the_old_attention_is_left(fixture: Fixture, rewritten) -> None:
-    from chai_export.graph.load import read_model
+    from chai_export.graph.read.load import read_model
 
     bundle = rewritten(fixture, fixture.kv_heads)
     graph = read_model(bundle.model_path).graph

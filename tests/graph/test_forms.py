@@ -12,12 +12,12 @@ import pytest
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.clustering.clusters import Clusters
-from chai_export.graph import segments
+from chai_export.graph.explain.count_ops import count_ops
+from chai_export.graph.prove import segments
 from chai_export.graph.stage import explain, rewrite
-from chai_export.graph.summary import count_ops
 from chai_export.op.schema import signature
-from tests.exported import bundle_of, exported, kept_of, model_of
-from tests.graph_runner import GraphRunner
+from tests.helpers.exported import bundle_of, exported, kept_of, model_of
+from tests.helpers.graph_runner import GraphRunner
 
 FORMS = {"A": (18, "sdpa"), "B": (18, "eager"), "C": (23, "sdpa"), "D": (24, "sdpa")}
 CASES = [(form, name) for form in FORMS for name in ("llama-mha", "llama-gqa")]

@@ -19,7 +19,7 @@ from chai_export.cli.main import main
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
 from chai_export.exporter.torch_export import export_onnx
-from chai_export.graph import replace
+from chai_export.graph.rewrite import replace
 from chai_export.graph.stage import explain
 from chai_export.models.kv_sources import kv_source_layers
 from chai_export.models.loading import load_model
@@ -28,7 +28,7 @@ from chai_export.quality.method_comparison import compare
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, SWITCH, find_library
 from tests.cla.modeling_cla import ClaConfig, ClaForCausalLM
 from tests.families import family_model
-from tests.graph_runner import GraphRunner
+from tests.helpers.graph_runner import GraphRunner
 
 SOURCES = [0, 0, 2, 2]
 KEPT = (3, 3, 2, 2)

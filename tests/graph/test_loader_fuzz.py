@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from chai_export.errors import ChaiError
 from chai_export.graph.stage import explain
-from tests.graph.fixtures import ROOT
+from tests.helpers.onnx_fixtures import ROOT
 
 SOURCES = [
     (ROOT / "onnx" / name / "model.onnx").read_bytes()

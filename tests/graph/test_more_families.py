@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
 from chai_export.exporter.stage import export
-from chai_export.graph.load import read_model
+from chai_export.graph.read.load import read_model
 from chai_export.graph.stage import explain
-from tests.exported import bundle_of, exported
+from tests.helpers.exported import bundle_of, exported
 
 REWRITTEN = {"gptj": 8, "codegen": 8, "falcon-gqa": 8, "falcon-mqa": 1}
 """KV heads in the cache: Falcon's newer architecture caches repeated ones."""

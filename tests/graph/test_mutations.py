@@ -14,7 +14,7 @@ from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
 from chai_export.graph import pipeline
 from chai_export.graph.stage import rewrite
-from tests.exported import exported, kept_of
+from tests.helpers.exported import exported, kept_of
 
 NAME = "llama-gqa"
 Mutation = Callable[[onnx.GraphProto], None]

@@ -12,8 +12,8 @@ from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
 from chai_export.exporter import stage
 from chai_export.exporter.stage import export
-from tests.exported import model_of
-from tests.graph_runner import GraphRunner
+from tests.helpers.exported import model_of
+from tests.helpers.graph_runner import GraphRunner
 
 NAME = "qwen2-gqa"
 
@@ -51,7 +51,7 @@ def test_nothing_is_left_of_an_interrupted_export(tmp_path: Path, monkeypatch: p
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("chai_export.graph.stage.write_bundle", interrupted)
+    monkeypatch.setattr("chai_export.graph.pipeline.rewrite_model", interrupted)
     monkeypatch.setattr(
         "chai_export.exporter.torch_export.export_onnx", lambda model, where: where / "x.onnx"
     )

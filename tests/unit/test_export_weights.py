@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from chai_export.graph.weights import write_model
+from chai_export.graph.rewrite.weights import write_model
 
 
 def model_with(directory: Path, *sizes: int, used: int | None = None, files: int = 1) -> ir.Model:

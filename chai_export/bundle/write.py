@@ -1,0 +1,72 @@
+"""Make a rewritten graph a bundle: what comes with the model, then manifest.json as the last file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from chai_export.bundle.bundle import CLUSTERS_FILE, finalise
+from chai_export.bundle.environment import save_environment
+from chai_export.bundle.manifest import Manifest, Source
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What comes with a model besides its graph; each part may be missing.
+
+    ``tokenizer`` is a transformers tokenizer; ``config`` and ``generation_config`` are those of transformers
+    or plain dictionaries.
+    """
+
+    tokenizer: Any | None = None
+    config: Any | None = None
+    generation_config: Any | None = None
+    max_positions: int | None = None
+    context_length: int | None = None
+
+
+class ClustersFile(Protocol):
+    """What knows how to write clusters.json (:class:`chai_export.clustering.clusters.Clusters`)."""
+
+    def save(self, path: str | Path) -> None:
+        """Write it."""
+
+
+def write_bundle(
+    directory: Path, draft: Manifest, clusters: ClustersFile, source: Source, surroundings: Surroundings
+) -> Manifest:
+    """Complete the bundle in ``directory``, which holds the rewritten graph and its weights.
+
+    The caller makes ``directory`` appear in one step (:func:`~chai_export.bundle.atomic.atomic_directory`).
+
+    Args:
+        directory: where model.onnx is; every file in it becomes part of the bundle.
+        draft: what is known from the graph.
+        clusters: what the bundle is made with.
+        source: where the model came from.
+        surroundings: what comes with it.
+
+    Returns:
+        The manifest as it was written.
+
+    Raises:
+        ChaiError: the directory cannot be written.
+    """
+    clusters.save(directory / CLUSTERS_FILE)
+    generation = save_environment(
+        directory,
+        tokenizer=surroundings.tokenizer,
+        config=surroundings.config,
+        generation_config=surroundings.generation_config,
+    )
+    limits = [n for n in (surroundings.max_positions, draft.max_positions) if n is not None]
+    manifest = draft.model_copy(
+        update={
+            "source": source,
+            "generation": generation,
+            "max_positions": min(limits, default=None),
+            "context_length": surroundings.context_length,
+        }
+    )
+    return finalise(directory, manifest)

@@ -1,0 +1,123 @@
+"""Forms G and H: onnxruntime's ``GroupQueryAttention``, after :mod:`chai_export.graph.read.unfuse`.
+
+1. No soft cap, window, sinks, bias, smooth softmax, quantised cache or extra output: refused by name (J).
+2. Query, key and value have been split into heads in front of the node, RoPE stands before it; both caches
+   are graph inputs, the presents the node's own outputs.
+3. The operator is causal by definition. Which keys are padding it reads off ``seqlens_k``, and that this is
+   right is left to the numerical proof, which feeds an attention mask.
+
+``PagedAttention`` and ``SparseAttention`` are anchors too, only to be refused with a reason. Form G has
+fused RoPE in the file, form H separate nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from chai_export.graph.match.form import Form
+from chai_export.graph.match.geometry import site_geometry
+from chai_export.graph.match.miss import NoMatch, Reached
+from chai_export.graph.match.site import AttentionSite, CachedHeads, ScoreChain
+from chai_export.graph.read.unfuse import MICROSOFT, by_head, output_by_head
+
+_REFUSED = {
+    "PagedAttention": "the cache is paged (PagedAttention)",
+    "SparseAttention": "attention is block-sparse (SparseAttention)",
+    "LinearAttention": "attention is linear (LinearAttention), there is no KV cache",
+    "Attention": "the fused Attention operator keeps keys and values in one cache",
+    "DecoderMaskedMultiHeadAttention": "DecoderMaskedMultiHeadAttention is not supported",
+    "DecoderMaskedSelfAttention": "DecoderMaskedSelfAttention is not supported",
+}
+_INPUTS = {
+    10: "a bias is added to the scores (attention_bias)",
+    11: "the softmax has attention sinks (head_sink)",
+}
+_SCALES = (12, 13)
+_NORMS = (14, 15)
+
+
+def is_anchor(node: ir.Node) -> bool:
+    """Whether ``node`` is one of onnxruntime's decoder attentions."""
+    return node.domain == MICROSOFT and (node.op_type == "GroupQueryAttention" or node.op_type in _REFUSED)
+
+
+def match(node: ir.Node, opset: int) -> AttentionSite:
+    """Match one node.
+
+    Raises:
+        NoMatch: with the node and the reason.
+    """
+    del opset
+    if node.op_type in _REFUSED:
+        raise NoMatch(node, _REFUSED[node.op_type])
+    _plain(node)
+    query, key, value = (by_head(item) for item in node.inputs[:3])
+    output = output_by_head(node)
+    if query is None or key is None or value is None or output is None:
+        raise NoMatch(node, "the graph does not state the width of query, key and value", Reached.SCORES)
+    past_key, past_value = node.inputs[3:5]
+    caches = []
+    for what, past, new, present in (
+        ("key", past_key, key, node.outputs[1]),
+        ("value", past_value, value, node.outputs[2]),
+    ):
+        if past is None or not past.is_graph_input():
+            raise NoMatch(node, f"the past {what} is no graph input, so there is no cache", Reached.OPERANDS)
+        caches.append(CachedHeads(past, new, present))
+    sizes = site_geometry(node, query, *caches)
+    given = node.attributes.get("scale")
+    scale = given.as_float() if given is not None else 0.0
+    rotated = query.producer()
+    fused = rotated is not None and rotated.op_type == "RotaryEmbedding"
+    return AttentionSite(
+        form=Form.G if fused else Form.H,
+        anchor=node,
+        query=query,
+        key=caches[0],
+        value=caches[1],
+        output=output,
+        chain=ScoreChain(causal=True),
+        scale=scale or 1.0 / math.sqrt(sizes.head_dim),
+        num_query_heads=sizes.query_heads,
+        num_kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        value_head_dim=sizes.value_head_dim,
+        right_padding="fresh",
+    )
+
+
+def _plain(node: ir.Node) -> None:
+    """Rule 1; all reasons are given at once."""
+    reasons = list(_reasons(node))
+    if reasons:
+        raise NoMatch(node, "; ".join(reasons))
+
+
+def _reasons(node: ir.Node) -> Iterator[str]:
+    softcap = node.attributes.get("softcap")
+    if softcap is not None and softcap.as_float() != 0.0:
+        yield f"the scores are soft-capped at {softcap.as_float():g} (softcap)"
+    window = node.attributes.get("local_window_size")
+    if window is not None and window.as_int() > 0:
+        yield f"a sliding window of {window.as_int()} tokens hides earlier ones"
+    kinds = (node.attributes.get(name) for name in ("k_quant_type", "v_quant_type"))
+    quantised = any(kind is not None and kind.as_string() not in ("", "NONE") for kind in kinds)
+    if quantised or any(_input(node, index) is not None for index in _SCALES):
+        yield "the KV cache is quantised"
+    for index, reason in _INPUTS.items():
+        if _input(node, index) is not None:
+            yield reason
+    smooth = node.attributes.get("smooth_softmax")
+    if smooth is not None and smooth.as_int() == 1:
+        yield "the softmax is smoothed (smooth_softmax, an attention sink)"
+    if any(_input(node, index) is not None for index in _NORMS):
+        yield "query and key norms inside the operator could not be taken out"
+    if len(node.outputs) > 3 and (node.outputs[3].uses() or node.outputs[3].is_graph_output()):
+        yield "its scores are used as an output"
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None

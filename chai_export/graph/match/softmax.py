@@ -1,0 +1,167 @@
+"""Forms A, B and F: a Softmax between two products, with the cache concatenated before.
+
+1. The anchor is a Softmax over the last axis whose result, through NaN guards and casts only, is the first
+   operand of a MatMul.
+2. Upwards from the Softmax, through element-wise arithmetic only, stands one MatMul of two computed values:
+   query and key. A Tanh on the way is a soft cap, a Concat an attention sink: both are refused by name.
+3. Query: constant factors are taken off it. Key and value go back to a Concat of a cache and new rows
+   (:mod:`~chai_export.graph.match.trace_cache`); factors on the key are taken off too.
+4. Everything between the two products is left to the mask proof, and which way the key was transposed to
+   the numerical proof.
+
+Form A (torch's scaled_dot_product_attention, opset 18 to 22) has the square root of the scale on query and
+key, and so has form F (TorchScript, as optimum exports it); form B (transformers' eager attention) scales the
+scores. One set of rules covers all three.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from chai_export.graph.match.form import Form
+from chai_export.graph.match.geometry import site_geometry
+from chai_export.graph.match.miss import NoMatch, Reached
+from chai_export.graph.match.site import AttentionSite, CachedHeads, ScoreChain
+from chai_export.graph.match.trace_cache import strip_scale, trace_cache
+from chai_export.graph.read.constants import constant, rank
+
+_GUARDS = frozenset({"Where", "IsNaN", "Cast", "Identity", "Dropout", "Reshape"})
+_ARITHMETIC = frozenset(
+    {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Max", "Min", "Clip", "Identity", "Reshape"}
+)
+_NAMED = {
+    "Tanh": "the scores are soft-capped (Tanh before the softmax)",
+    "Concat": "something is appended to the scores before the softmax (attention sinks)",
+}
+
+
+def is_anchor(node: ir.Node) -> bool:
+    """Whether ``node`` is a Softmax that leads into a MatMul or a cut of its last axis: attention-like."""
+    if node.op_type != "Softmax" or node.domain != "":
+        return False
+    return any(
+        follower.op_type == "MatMul" for follower in _consumers_through(node.outputs[0], _GUARDS | {"Slice"})
+    )
+
+
+def match(node: ir.Node, opset: int) -> AttentionSite:
+    """Match one Softmax.
+
+    Raises:
+        NoMatch: with the node and the reason.
+    """
+    del opset
+    axis = node.attributes.get("axis")
+    last = (rank(node.inputs[0]) or 4) - 1
+    if axis is not None and axis.as_int() not in (-1, last):
+        raise NoMatch(node, f"the softmax runs over axis {axis.as_int()}, not the last one")
+    product = _score_product(node)
+    after = _value_product(node)
+    query, key = product.inputs
+    assert query is not None
+    assert key is not None
+    if rank(query) not in (None, 4):
+        reason = f"the query has rank {rank(query)} instead of 4 [B, H, S, D]"
+        chain = ScoreChain(scores=product.outputs[0], logits=node.inputs[0])
+        raise NoMatch(product, reason, Reached.SCORES, chain)
+    keys = trace_cache(key, "the key")
+    value = after.inputs[1]
+    assert value is not None
+    values = trace_cache(value, "the value")
+    if not math.isclose(values.scale, 1.0):
+        raise NoMatch(after, f"the value is multiplied by {values.scale:g} after the cache", Reached.CACHE)
+    source, query_scale = strip_scale(query)
+    geometry = site_geometry(product, source, keys, values)
+    logits = node.inputs[0]
+    return AttentionSite(
+        form=_form(node, keys),
+        anchor=node,
+        query=source,
+        key=keys,
+        value=values,
+        output=after.outputs[0],
+        chain=ScoreChain(scores=product.outputs[0], logits=logits),
+        scale=query_scale * keys.scale,
+        num_query_heads=geometry.query_heads,
+        num_kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+        value_head_dim=geometry.value_head_dim,
+    )
+
+
+def _form(node: ir.Node, keys: CachedHeads) -> Form:
+    if keys.scale == 1.0:
+        return Form.B
+    # TorchScript names nodes by the path of their module, the dynamo exporter by kind and number.
+    return Form.F if (node.name or "").startswith("/") else Form.A
+
+
+def _score_product(softmax: ir.Node) -> ir.Node:
+    """Rule 2: the one MatMul of two computed values above the softmax."""
+    found: list[ir.Node] = []
+    blocked: list[ir.Node] = []
+    seen: set[ir.Node] = set()
+    stack = [softmax.inputs[0]]
+    while stack:
+        value = stack.pop()
+        node = value.producer() if value is not None else None
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.op_type == "MatMul" and node.domain == "":
+            if all(constant(item) is None and not _is_weight(item) for item in node.inputs):
+                found.append(node)
+        elif node.op_type in _ARITHMETIC and node.domain == "":
+            stack.extend(node.inputs)
+        else:
+            blocked.append(node)
+    if len(found) == 1:
+        return found[0]
+    for node in blocked:
+        if node.op_type in _NAMED and _has_product_above(node):
+            raise NoMatch(node, _NAMED[node.op_type], Reached.SCORES)
+    if found:
+        raise NoMatch(softmax, f"{len(found)} products meet in the scores", Reached.SCORES)
+    nearest = next((node for node in blocked if _has_product_above(node)), blocked[0] if blocked else None)
+    raise NoMatch(
+        nearest or softmax, "no product of query and key stands above the softmax", Reached.OPERATOR
+    )
+
+
+def _value_product(softmax: ir.Node) -> ir.Node:
+    """Rule 1: the MatMul that weighs the values."""
+    for node in _consumers_through(softmax.outputs[0], _GUARDS):
+        if node.op_type == "MatMul" and node.domain == "":
+            return node
+        if node.op_type == "Slice":
+            raise NoMatch(
+                node, "probabilities are cut off after the softmax (attention sinks)", Reached.SCORES
+            )
+    raise NoMatch(softmax, "the probabilities do not meet values", Reached.SCORES)
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer()
+
+
+def _has_product_above(node: ir.Node, depth: int = 6) -> bool:
+    if depth == 0:
+        return False
+    for value in node.inputs:
+        above = value.producer() if value is not None else None
+        if above is not None and (above.op_type == "MatMul" or _has_product_above(above, depth - 1)):
+            return True
+    return False
+
+
+def _consumers_through(value: ir.Value, passed: frozenset[str]) -> Iterator[ir.Node]:
+    """Nodes reached downwards from ``value``, going on through operators in ``passed``."""
+    stack = [value]
+    while stack:
+        for node in stack.pop().consumers():
+            yield node
+            if node.op_type in passed and node.domain == "":
+                stack.extend(node.outputs)

@@ -1,0 +1,1 @@
+"""Run parts of a graph, or all of it, and compare: nothing is believed for its shape."""

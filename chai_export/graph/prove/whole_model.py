@@ -1,0 +1,168 @@
+"""Proof of the whole model: the finished bundle graph at R = G against the source graph, in float32.
+
+Both graphs run piece by piece, so this takes the memory of a piece and not of the model. It covers what the
+single attentions cannot: positions, the order of caches and outputs, and the gather of hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from chai_export.errors import ChaiError
+from chai_export.graph.match.roles import Roles, Sizes
+from chai_export.graph.match.site import AttentionSite, with_cache
+from chai_export.graph.prove.evaluate import EvaluationError
+from chai_export.graph.prove.segments import Array, run_in_segments
+
+RELATIVE_TOLERANCE = 1e-4
+"""Of the largest logit (or 1 if that is smaller), in float32."""
+
+_CASES = ((Sizes(2, 5, 0), 2), (Sizes(2, 3, 4), 1))
+"""Sizes, and how many tokens of the last row are padding."""
+
+
+def prove_model(
+    source: ir.Model,
+    source_directory: Path,
+    roles: Roles,
+    sites: list[AttentionSite],
+    bundle: ir.Model,
+    bundle_directory: Path,
+) -> float:
+    """Compare logits and presents of both graphs on random tokens and caches; return the largest difference.
+
+    Raises:
+        ChaiError: they differ by more than the tolerance.
+    """
+    vocabulary = _vocabulary(source)
+    generator = np.random.default_rng(0)
+    data = [_case(sizes, padded, sites, vocabulary, generator) for sizes, padded in _cases(sites)]
+    rows = [(case, row) for case in data for row in range(case.sizes.batch)]
+    try:
+        sources: list[Mapping[str, Array]] = [_source_inputs(*each, roles, sites) for each in rows]
+        theirs = iter(run_in_segments(source, source_directory, sources))
+    except EvaluationError as error:
+        raise ChaiError(
+            f"the source model cannot be run by ONNX Runtime ({error}), so the rewrite cannot be proven; "
+            "export it again with another opset"
+        ) from error
+    try:
+        mine = run_in_segments(bundle, bundle_directory, [_bundle_inputs(case, sites) for case in data])
+    except EvaluationError as error:
+        raise ChaiError(
+            f"the rewritten model differs from the source: ONNX Runtime cannot run it ({error}); "
+            "nothing was written; report this model"
+        ) from error
+    worst, tolerance = 0.0, RELATIVE_TOLERANCE
+    logits_name = next(str(v.name) for v in source.graph.outputs if not _is_present(v, sites))
+    for case, my in zip(data, mine, strict=True):
+        for row, valid in enumerate(case.lengths):
+            their = next(theirs)
+            tolerance = RELATIVE_TOLERANCE * max(1.0, float(np.abs(their[logits_name]).max()))
+            end = case.sizes.past + int(valid)
+            pairs = [("the logits", their[logits_name][0, :valid], my["logits"][row, :valid])]
+            for site in with_cache(sites):
+                keys = their[str(site.key.present.name)][0, :, :end]
+                values = their[str(site.value.present.name)][0, :, :end]
+                pairs.append(
+                    (f"the keys of layer {site.layer}", keys, my[f"present_key.{site.layer}"][row, :, :end])
+                )
+                pairs.append(
+                    (
+                        f"the values of layer {site.layer}",
+                        values,
+                        my[f"present_value.{site.layer}"][row, :, :end],
+                    )
+                )
+            for what, a, b in pairs:
+                difference = float(np.max(np.abs(a - b), initial=0.0)) if a.shape == b.shape else float("inf")
+                if not difference <= tolerance:
+                    raise ChaiError(
+                        f"the rewritten model differs from the source: {what} by {difference:.3g} (tolerance "
+                        f"{tolerance:.3g}); nothing was written; report this model"
+                    )
+                worst = max(worst, difference)
+    return worst
+
+
+def _cases(sites: list[AttentionSite]) -> list[tuple[Sizes, int]]:
+    """Sizes that the source can run: one token after a past where it does not take several."""
+    return [
+        (sizes, padded) if sites[0].chunks or not sizes.past else (Sizes(sizes.batch, 1, sizes.past), 0)
+        for sizes, padded in _CASES
+    ]
+
+
+class _Case:
+    def __init__(
+        self, sizes: Sizes, lengths: Array, tokens: Array, caches: list[tuple[Array, Array]]
+    ) -> None:
+        self.sizes = sizes
+        self.lengths = lengths
+        self.tokens = tokens
+        self.caches = caches
+
+
+def _case(
+    sizes: Sizes, padded: int, sites: list[AttentionSite], vocabulary: int, generator: np.random.Generator
+) -> _Case:
+    lengths = np.full(sizes.batch, sizes.tokens, np.int32)
+    lengths[-1] -= padded
+    tokens = generator.integers(0, vocabulary, (sizes.batch, sizes.tokens)).astype(np.int64)
+    caches = []
+    for site in with_cache(sites):
+        shape = (sizes.batch, site.num_kv_heads, sizes.past)
+        key = generator.standard_normal((*shape, site.head_dim), np.float32)
+        caches.append((key, generator.standard_normal((*shape, site.value_head_dim), np.float32)))
+    return _Case(sizes, lengths, tokens, caches)
+
+
+def _source_inputs(case: _Case, row: int, roles: Roles, sites: list[AttentionSite]) -> dict[str, Array]:
+    """One row by itself, without padding: not every exported graph is right for more than one row."""
+    sizes = Sizes(1, int(case.lengths[row]), case.sizes.past)
+    values = roles.feeds(sizes, np.ones((1, sizes.total), np.int64))
+    values[roles.input_ids] = case.tokens[row : row + 1, : sizes.tokens]
+    for site, (key, value) in zip(with_cache(sites), case.caches, strict=True):
+        values[site.key.past] = roles.cache_array(site.key.past, sizes, key[row : row + 1])
+        values[site.value.past] = roles.cache_array(site.value.past, sizes, value[row : row + 1])
+    numpy_types = {ir.DataType.INT32: np.int32, ir.DataType.INT64: np.int64}
+    return {
+        str(value.name): array.astype(
+            numpy_types.get(value.dtype or ir.DataType.FLOAT, array.dtype), copy=False
+        )
+        for value, array in values.items()
+    }
+
+
+def _bundle_inputs(case: _Case, sites: list[AttentionSite]) -> dict[str, Array]:
+    sizes = case.sizes
+    heads = np.arange(sites[0].num_query_heads, dtype=np.int32)
+    positions = np.broadcast_to(np.arange(sizes.tokens, dtype=np.int64), case.tokens.shape)
+    inputs: dict[str, Array] = {
+        "input_ids": case.tokens,
+        "lengths": case.lengths,
+        "past_lengths": np.full(sizes.batch, sizes.past, np.int32),
+        "output_positions": positions.copy(),
+        "head_map": np.broadcast_to(heads, (len(sites), sizes.batch, heads.size)).copy(),
+    }
+    room = ((0, 0), (0, 0), (0, sizes.tokens), (0, 0))
+    for site, (key, value) in zip(with_cache(sites), case.caches, strict=True):
+        inputs[f"past_key.{site.layer}"] = np.pad(key, room, constant_values=np.nan)
+        inputs[f"past_value.{site.layer}"] = np.pad(value, room, constant_values=np.nan)
+    return inputs
+
+
+def _vocabulary(source: ir.Model) -> int:
+    """A number of token ids that surely exist: the first 64 of any vocabulary, or its size if known."""
+    for value in source.graph.outputs:
+        if value.name == "logits" and value.shape is not None and isinstance(value.shape[2], int):
+            return int(value.shape[2])
+    return 64
+
+
+def _is_present(value: ir.Value, sites: list[AttentionSite]) -> bool:
+    return any(value is cache.present for site in sites for cache in (site.key, site.value))

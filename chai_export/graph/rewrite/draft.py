@@ -1,0 +1,103 @@
+"""The part of a manifest that a source graph decides, and the graphs for which there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from chai_export.bundle.manifest import Dtype, Manifest, Source
+from chai_export.errors import ChaiError
+from chai_export.graph.match.site import AttentionSite, kv_sources
+from chai_export.op.function import MIN_OPSET
+from chai_export.op.schema import VERSION
+
+_DTYPES: dict[ir.DataType | None, Dtype] = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+}
+
+
+def draft_manifest(path: Path, source: ir.Model, sites: list[AttentionSite], probe_tokens: int) -> Manifest:
+    """What the bundle of ``source``, read from ``path``, would be, with all heads kept and nothing proven.
+
+    Raises:
+        ChaiError: the opset is too old, layers differ in their heads, the caches are no floats, or the
+            vocabulary size is not stated.
+    """
+    opset = require_opset(path, source)
+    shape = _common_geometry(sites)
+    return Manifest(
+        op_version=VERSION,
+        dtype=_dtype(sites),
+        num_layers=len(sites),
+        num_query_heads=shape.num_query_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        value_head_dim=shape.value_head_dim,
+        vocab_size=_vocabulary(source),
+        kept_heads=[shape.num_kv_heads] * len(sites),
+        kv_source_layers=kv_sources(sites),
+        probe_tokens=probe_tokens,
+        opset=opset,
+        source=Source(kind="onnx", name=path.name),
+        created_with=_created_with(),
+    )
+
+
+def require_opset(path: Path, source: ir.Model) -> int:
+    """The opset of a graph that the op's function body can stand in.
+
+    Raises:
+        ChaiError: it is too old.
+    """
+    opset = source.opset_imports.get("", 0)
+    if opset < MIN_OPSET:
+        raise ChaiError(f"{path} uses opset {opset}; export it again with opset {MIN_OPSET} or newer")
+    return opset
+
+
+def _common_geometry(sites: list[AttentionSite]) -> AttentionSite:
+    """The sizes that all layers share.
+
+    Raises:
+        ChaiError: a layer has other sizes than the first.
+    """
+    first = sites[0]
+    names = ("num_query_heads", "num_kv_heads", "head_dim", "value_head_dim")
+    for site in sites:
+        different = [name for name in names if getattr(site, name) != getattr(first, name)]
+        if different:
+            name = different[0]
+            raise ChaiError(
+                f"layer {site.layer} has {name} {getattr(site, name)}, layer 0 has {getattr(first, name)}; "
+                "choose a model whose layers have equal heads"
+            )
+    return first
+
+
+def _dtype(sites: list[AttentionSite]) -> Dtype:
+    dtypes = {cache.past.dtype for site in sites for cache in (site.key, site.value)}
+    known = [_DTYPES[dtype] for dtype in dtypes if dtype in _DTYPES]
+    if len(dtypes) != 1 or not known:
+        found = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise ChaiError(f"the caches have type {found}; export with float32, float16 or bfloat16 caches")
+    return known[0]
+
+
+def _vocabulary(model: ir.Model) -> int:
+    logits = next((v for v in model.graph.outputs if v.name == "logits"), model.graph.outputs[0])
+    size = logits.shape[-1] if logits.shape is not None and len(logits.shape) else None
+    if not isinstance(size, int):
+        raise ChaiError(
+            f"the graph does not state the vocabulary size of output {logits.name}; "
+            "run onnx shape inference on it first"
+        )
+    return size
+
+
+def _created_with() -> str:
+    from chai_export import __version__
+
+    return f"chai_export {__version__}"

@@ -1,0 +1,145 @@
+"""Put a node of one of the ops in the place of each attention site and connect caches and maps."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from chai_export.graph.match.site import AttentionSite, with_cache
+from chai_export.graph.read.builder import Builder
+from chai_export.graph.rewrite.interface import Interface
+from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE
+
+_TO_TOKENS = [0, 2, 1, 3]
+
+
+def replace_sites(
+    builder: Builder, sites: list[AttentionSite], interface: Interface, probe_tokens: int
+) -> list[ir.Value]:
+    """Replace every site's output; return the new graph outputs that follow the logits.
+
+    A site that reads an earlier layer's cache becomes a SharedClusteredHeadAttention.
+
+    Returns:
+        present_head_map int32 [L,B,H], then present_key.i and present_value.i of each layer with a cache.
+    """
+    nodes: list[ir.Node] = []
+    for site in sites:
+        i = site.layer
+        past_map = builder.op("Gather", interface.head_map, builder.integer(i), axis=0, name=f"head_map.{i}")
+        if site.source_layer is None:
+            node = _own(builder, site, interface, past_map, probe_tokens)
+        else:
+            node = _shared(builder, site, nodes[site.source_layer], interface, past_map, probe_tokens)
+        nodes.append(node)
+        attended = node.outputs[0]
+        attended.type = ir.TensorType(site.key.past.dtype or ir.DataType.FLOAT)
+        _connect(builder, site, attended)
+    caches = [present for site in with_cache(sites) for present in nodes[site.layer].outputs[1:3]]
+    maps = [builder.op("Unsqueeze", node.outputs[-1], builder.integers(0)) for node in nodes]
+    head_map = builder.op("Concat", *maps, axis=0, name="present_head_map")
+    head_map.type, head_map.shape = interface.head_map.type, interface.head_map.shape
+    return [head_map, *caches]
+
+
+def _own(
+    builder: Builder, site: AttentionSite, interface: Interface, past_map: ir.Value, probe_tokens: int
+) -> ir.Node:
+    """A node with a cache."""
+    i = site.layer
+    pasts = (interface.past_keys[i], interface.past_values[i])
+    node = _node(
+        builder,
+        site,
+        OP_TYPE,
+        (site.query, site.key.new, site.value.new, *pasts, past_map),
+        (f"attention.{i}", f"present_key.{i}", f"present_value.{i}", f"present_head_map.{i}"),
+        interface,
+        probe_tokens,
+    )
+    for present, past in zip(node.outputs[1:3], pasts, strict=True):
+        present.type = past.type
+        present.shape = past.shape.copy() if past.shape is not None else None
+    return node
+
+
+def _shared(
+    builder: Builder,
+    site: AttentionSite,
+    producer: ir.Node,
+    interface: Interface,
+    past_map: ir.Value,
+    probe_tokens: int,
+) -> ir.Node:
+    """A node that reads what ``producer`` gives."""
+    i = site.layer
+    _, present_key, present_value, kept_map = producer.outputs
+    return _node(
+        builder,
+        site,
+        SHARED_OP_TYPE,
+        (site.query, site.key.new, present_key, present_value, kept_map, past_map),
+        (f"attention.{i}", f"present_head_map.{i}"),
+        interface,
+        probe_tokens,
+    )
+
+
+def _node(
+    builder: Builder,
+    site: AttentionSite,
+    op_type: str,
+    inputs: tuple[ir.Value, ...],
+    outputs: tuple[str, ...],
+    interface: Interface,
+    probe_tokens: int,
+) -> ir.Node:
+    first = builder.op(
+        op_type,
+        *inputs,
+        interface.past_lengths,
+        interface.lengths,
+        domain=DOMAIN,
+        name=f"attention.{site.layer}",
+        outputs=outputs,
+        scale=float(site.scale),
+        probe_tokens=probe_tokens,
+        online=1,
+    )
+    node = first.producer()
+    assert node is not None
+    return node
+
+
+def _connect(builder: Builder, site: AttentionSite, attended: ir.Value) -> None:
+    """Let the readers of the site's output [B,H,S,Dv] read the op's [B,S,H*Dv] instead.
+
+    Exporters move the heads back with Transpose and Reshape, which the op has done already.
+    """
+    width = site.num_query_heads * site.value_head_dim
+    for node in list(site.output.consumers()):
+        perm = node.attributes.get("perm")
+        if node.op_type != "Transpose" or perm is None or list(perm.as_ints()) != _TO_TOKENS:
+            continue
+        moved = node.outputs[0]
+        readers = list(moved.consumers())
+        if moved.is_graph_output() or not all(_is_reshape_of(reader, moved) for reader in readers):
+            continue
+        for reader in readers:
+            reshaped = reader.outputs[0]
+            if _is_by_token(reshaped, width) and not reshaped.is_graph_output():
+                ir.convenience.replace_all_uses_with(reshaped, attended)
+            else:
+                reader.replace_input_with(0, attended)
+    if site.output.uses():
+        by_head = builder.integers(0, 0, site.num_query_heads, site.value_head_dim)
+        split = builder.op("Reshape", attended, by_head)
+        ir.convenience.replace_all_uses_with(site.output, builder.op("Transpose", split, perm=_TO_TOKENS))
+
+
+def _is_reshape_of(node: ir.Node, value: ir.Value) -> bool:
+    return node.op_type == "Reshape" and node.domain == "" and node.inputs[0] is value
+
+
+def _is_by_token(value: ir.Value, width: int) -> bool:
+    """Whether a reshaped output is [B, S, H*Dv]: rank 3 with that last dim, which fixes the other two."""
+    return value.shape is not None and len(value.shape) == 3 and value.shape[2] == width

@@ -1,0 +1,95 @@
+"""The rewrite of one graph in memory: from an exported decoder to the graph of a bundle."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from chai_export.errors import ChaiError
+from chai_export.graph.match.roles import Roles
+from chai_export.graph.match.site import AttentionSite
+from chai_export.graph.read.builder import Builder
+from chai_export.graph.rewrite.cleanup import (
+    drop_dead_nodes,
+    replace_cache_shapes,
+    replace_position_shapes,
+    require_no_uses,
+    state_shapes,
+    tidy,
+)
+from chai_export.graph.rewrite.interface import make_interface, token_positions
+from chai_export.graph.rewrite.positions import replace_derived_positions
+from chai_export.graph.rewrite.replace import replace_sites
+from chai_export.graph.rewrite.select_outputs import select_outputs
+from chai_export.op.function import function_proto
+from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE, VERSION
+
+
+def transform(model: ir.Model, sites: list[AttentionSite], roles: Roles, probe_tokens: int) -> None:
+    """Replace attention, caches, mask and positions of a normalised model, in place.
+
+    Afterwards the graph has the inputs and outputs of docs/how-it-works.md and carries the bodies of its ops.
+
+    Raises:
+        ChaiError: old inputs are used for something the rewrite does not know.
+    """
+    graph = model.graph
+    opset = model.opset_imports[""]
+    builder = Builder(graph)
+    interface = make_interface(roles.input_ids, sites)
+    logits = _logits(graph, sites)
+    presents = replace_sites(builder, sites, interface, probe_tokens)
+    selected = select_outputs(builder, logits, interface.output_positions)
+    graph.outputs.clear()
+    graph.outputs.extend([selected, *presents])
+    _describe_logits(selected, logits)
+    if roles.position_ids is not None:
+        ir.convenience.replace_all_uses_with(roles.position_ids, token_positions(builder, interface))
+    drop_dead_nodes(model)
+    replace_cache_shapes(builder, sites, roles.input_ids)
+    replace_position_shapes(builder, roles.cache_position, roles.input_ids)
+    drop_dead_nodes(model)
+    if roles.position_ids is None:
+        replace_derived_positions(builder, roles, token_positions(builder, interface))
+        drop_dead_nodes(model)
+    old = [value for value in graph.inputs if value is not roles.input_ids]
+    require_no_uses(old)
+    graph.inputs.clear()
+    graph.inputs.extend(interface.inputs)
+    op_types = {OP_TYPE if site.source_layer is None else SHARED_OP_TYPE for site in sites}
+    for op_type in sorted(op_types):
+        function = ir.serde.deserialize_function(function_proto(opset, op_type))
+        model.functions[function.identifier()] = function
+    model.opset_imports[DOMAIN] = VERSION
+    graph.opset_imports[DOMAIN] = VERSION
+    tidy(model)
+    # Positions that the graph derived itself had one row for the whole batch; ours differ by row.
+    state_shapes(model, forget=roles.position_ids is None)
+
+
+def _logits(graph: ir.Graph, sites: list[AttentionSite]) -> ir.Value:
+    """The one output that is not a cache.
+
+    Raises:
+        ChaiError: there is none, or there are several.
+    """
+    presents = {id(cache.present) for site in sites for cache in (site.key, site.value)}
+    rest = [value for value in graph.outputs if id(value) not in presents]
+    named = [value for value in rest if value.name == "logits"]
+    if named:
+        rest = named
+    if len(rest) != 1:
+        names = ", ".join(str(value.name) for value in rest) or "none"
+        raise ChaiError(
+            f"besides the caches the graph must have one output, the logits, and has {names}; "
+            "export a causal language model with its head"
+        )
+    return rest[0]
+
+
+def _describe_logits(selected: ir.Value, logits: ir.Value) -> None:
+    vocabulary = logits.shape[2] if logits.shape is not None else None
+    selected.type = logits.type
+    selected.shape = ir.Shape(["batch", "outputs", vocabulary])
+    if selected is not logits:
+        logits.name = f"{logits.name}_of_all_tokens"
+    selected.name = "logits"
