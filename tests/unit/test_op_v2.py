@@ -15,6 +15,7 @@ from chai_export.op.v2.storage import Storage
 
 EVERY = (*CASES, *TERM_CASES)
 by_name = {case.name: case for case in EVERY}
+QUANTISED = [case for case in CASES if case.attributes.key_bits or case.attributes.value_bits]
 every_case = pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
 UNQUANTISED = Attributes()
 
@@ -114,9 +115,7 @@ def test_the_size_of_a_page_changes_nothing(name, page):
     assert_same(case.reference(repaged(case, inputs, page)), case.reference(inputs))
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if Storage(case.attributes.key_bits, 8, 8).bits], ids=str
-)
+@pytest.mark.parametrize("case", QUANTISED, ids=lambda case: case.name)
 def test_a_quantised_cache_equals_the_exact_op_on_dequantised_rows(case):
     inputs = case.inputs()
     inputs["lengths"] = np.minimum(inputs["lengths"], 1) * (
