@@ -9,8 +9,8 @@ from onnx import helper
 
 from chai_export.op.cases import numpy_dtype
 from chai_export.op.function import function_proto
-from chai_export.op.schema import DOMAIN, OP_TYPE, VERSION, signature
-from chai_export.op.signature import Parameter
+from chai_export.op.schema import DOMAIN, OP_TYPE, signature
+from chai_export.op.signature import Parameter, Signature
 
 _FIXED_TYPES = {"M": "int32", "F": "float16", "A": "float32"}
 
@@ -22,24 +22,40 @@ def node_model(
     opset: int = 18,
     with_function: bool = True,
     op_type: str = OP_TYPE,
-    version: int = VERSION,
-    stored: Mapping[str, str] | None = None,
-    absent: Collection[str] = (),
 ) -> onnx.ModelProto:
     """A model whose graph is one node of an op, ClusteredHeadAttention by default.
 
     Args:
-        attributes: all attributes of the node.
-        dtype: T, the type of the float inputs and outputs: float32, float16 or bfloat16.
+        attributes: ``scale``, ``probe_tokens`` and ``online``.
+        dtype: of the float inputs and outputs: float32, float16 or bfloat16.
         opset: of the default domain.
         with_function: put the function body in; without it a library must provide the op.
         op_type: which op.
-        version: of the op.
-        stored: dtypes of the type variables of caches ("K", "V"), T where they are not named.
+    """
+    function = function_proto(opset, op_type) if with_function else None
+    return one_node_model(signature(op_type), attributes, {"T": dtype}, opset=opset, function=function)
+
+
+def one_node_model(
+    of: Signature,
+    attributes: Mapping[str, float | int],
+    types: Mapping[str, str],
+    *,
+    opset: int = 18,
+    function: onnx.FunctionProto | None = None,
+    absent: Collection[str] = (),
+) -> onnx.ModelProto:
+    """A model whose graph is one node of a signature.
+
+    Args:
+        of: the signature.
+        attributes: all attributes of the node.
+        types: dtype of each type variable that has a choice.
+        opset: of the default domain.
+        function: the body; without it a library must provide the op.
         absent: optional inputs and outputs that the node does not have.
     """
-    of = signature(op_type, version)
-    types = {"T": dtype, "K": dtype, "V": dtype, **_FIXED_TYPES, **(stored or {})}
+    types = {**_FIXED_TYPES, **types}
 
     def named(parameters: Collection[Parameter]) -> list[str]:
         return ["" if parameter.name in absent else parameter.name for parameter in parameters]
@@ -55,12 +71,14 @@ def node_model(
             if parameter.name not in absent
         ]
 
-    node = helper.make_node(op_type, named(of.inputs), named(of.outputs), domain=DOMAIN)
+    node = helper.make_node(of.op_type, named(of.inputs), named(of.outputs), domain=DOMAIN)
     node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+    if function is not None:
+        node.overload = function.overload
     graph = helper.make_graph([node], "clustered_head_attention", infos(of.inputs), infos(of.outputs))
     return helper.make_model(
         graph,
-        functions=[function_proto(opset, op_type)] if with_function else [],
-        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, version)],
+        functions=[] if function is None else [function],
+        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, of.version)],
         ir_version=10,
     )

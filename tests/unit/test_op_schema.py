@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto
 
 from chai_export.op.cpp_header import header
-from chai_export.op.model import node_model
+from chai_export.op.model import node_model, one_node_model
 from chai_export.op.schema import DOMAIN, OP_TYPE, SIGNATURES, register_schema_once, signature
 
 HEADER = Path(__file__).parents[2] / "plugins/include/chai/op_schema.h"
@@ -45,11 +45,13 @@ def test_outputs_continue_inputs_of_the_same_type_and_shape(of):
             assert output.optional == inputs[output.follows].optional
 
 
-def inferred(version: int, sizes: dict[str, int], **options) -> dict[str, onnx.TypeProto.Tensor]:
+def inferred(version: int, sizes: dict[str, int], *, types=(), absent=()) -> dict[str, onnx.TypeProto.Tensor]:
     """Types of the outputs of one node whose inputs have the given sizes and whose outputs have none."""
     register_schema_once()
-    attributes = {each.name: each.default for each in signature(OP_TYPE, version).attributes}
-    model = node_model(attributes, "float16", version=version, with_function=False, **options)
+    of = signature(OP_TYPE, version)
+    attributes = {each.name: each.default for each in of.attributes}
+    known = {"T": "float16", "K": "float16", "V": "float16", **dict(types)}
+    model = one_node_model(of, attributes, known, absent=absent)
     for value in model.graph.input:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in sizes:
@@ -74,7 +76,7 @@ def test_shape_inference_multiplies_heads_and_width_and_keeps_symbols():
 
 def test_shape_inference_of_version_2_with_quantised_and_absent_caches():
     absent = ("value_scales", "present_value_scales", "sinks", "alibi_slopes")
-    types = inferred(2, {"H": 8, "Dv": 16}, stored={"K": "int8"}, absent=absent)
+    types = inferred(2, {"H": 8, "Dv": 16}, types={"K": "int8"}, absent=absent)
     assert dims(types["output"]) == ["B", "S", 128]
     assert types["present_key_cache"].elem_type == TensorProto.INT8
     assert dims(types["present_key_scales"]) == ["N", "R", "L", "Sk"]

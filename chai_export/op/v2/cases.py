@@ -185,7 +185,7 @@ def check(case: Case, inputs: Mapping[str, Tensor], result: AttentionResult, dty
         wanted = getattr(expected, name)
         if wanted is not None:
             _check_bits(f"{case.name}: {name}", np.asarray(getattr(result, name)), wanted)
-    exact = case.reference({name: _widen(name, value) for name, value in inputs.items()})
+    exact = case.reference(widened(inputs))
     check_output(case.name, result.output, exact.output, inputs["lengths"], dtype)
 
 
@@ -199,9 +199,12 @@ def _check_bits(what: str, actual: Tensor, wanted: Tensor) -> None:
     )
 
 
-def _widen(name: str, value: Tensor) -> Tensor:
+def widened(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """float64 for what is of type T; scales, and caches in float16 or codes, are what they are."""
-    return value if name in CACHES and value.dtype == np.float16 else widen(value)
+    return {
+        name: value if name in CACHES and value.dtype == np.float16 else widen(value)
+        for name, value in inputs.items()
+    }
 
 
 def _make_inputs(case: Case, dtype: np.dtype[Any]) -> dict[str, Tensor]:

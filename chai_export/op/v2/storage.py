@@ -18,7 +18,9 @@ Tensor = NDArray[Any]
 BITS = (0, 16, 8, 4)
 """0 is storage in T, whatever T is."""
 
-_SCALES_PER_GROUP = {8: 1, 4: 2}
+SCALES_PER_GROUP = {8: 1, 4: 2}
+"""float16 numbers per group of elements, for bits that have codes."""
+
 _STORED: dict[int, np.dtype[Any]] = {16: np.dtype("f2"), 8: np.dtype("i1"), 4: np.dtype("u1")}
 _LARGEST_8 = 127
 _LARGEST_4 = 15
@@ -43,7 +45,7 @@ class Storage:
     @property
     def quantised(self) -> bool:
         """Whether rows are codes with scales."""
-        return self.bits in _SCALES_PER_GROUP
+        return self.bits in SCALES_PER_GROUP
 
     @property
     def columns(self) -> int:
@@ -53,7 +55,7 @@ class Storage:
     @property
     def scale_columns(self) -> int:
         """float16 numbers per row beside the codes: scales, then (4 bits) minima; 0 where there are none."""
-        return self.width // self.group * _SCALES_PER_GROUP[self.bits] if self.quantised else 0
+        return self.width // self.group * SCALES_PER_GROUP[self.bits] if self.quantised else 0
 
     def row_bytes(self, item_size: int) -> int:
         """Bytes of one row with its scales; ``item_size`` is that of T."""
