@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import psutil
 
+from chai_export.arguments import require_at_least_one
 from chai_export.bench import machine
 from chai_export.bench.op_session import OpSession
 from chai_export.bench.peers import PEERS, SkippedError
 from chai_export.bench.problem import Problem, Shape
 from chai_export.bench.timing import Timing, interleaved
-from chai_export.errors import ChaiError, require_at_least_one
+from chai_export.errors import ChaiError, reason
 from chai_export.progress import track
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
 
@@ -94,8 +95,8 @@ def _implementations(problem: Problem, threads: int) -> tuple[dict[str, Callable
         try:
             run = build(problem, threads)
             output = run()
-        except (SkippedError, MemoryError, RuntimeError) as reason:
-            skipped[name] = str(reason).splitlines()[0]
+        except (SkippedError, MemoryError, RuntimeError) as error:
+            skipped[name] = reason(error)
             continue
         difference = float(np.abs(output.astype(np.float32) - expected).max())
         if difference > AGREEMENT[case.dtype]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
-from chai_export.errors import ChaiError
+from chai_export.errors import ChaiError, last_line
 from chai_export.runtime.scheduler import chunk_length
 from chai_export.runtime.session import open_session
 
@@ -115,8 +115,10 @@ def build_genai(model: Path, directory: Path, dtype: str, threads: int) -> None:
     words += ["-p", precision, "-e", "cpu", "-c", str(directory / "cache")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        reason = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise ChaiError(f"onnxruntime-genai cannot build {model} ({reason}); leave --model out to go without")
+        raise ChaiError(
+            f"onnxruntime-genai cannot build {model} ({last_line(done.stderr)}); "
+            "leave --model out to go without"
+        )
     path = directory / "genai_config.json"
     config = json.loads(path.read_text())
     options = config["model"]["decoder"]["session_options"]

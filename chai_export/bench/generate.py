@@ -17,12 +17,13 @@ import numpy as np
 import onnx
 import psutil
 
+from chai_export.arguments import require_at_least_one
 from chai_export.bench import machine
 from chai_export.bench.decoders import BundleDecoder, Decoder, GenaiDecoder, build_genai, genai_is_installed
 from chai_export.bench.timing import Timing, interleaved
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.manifest import Manifest
-from chai_export.errors import ChaiError, UsageError, require_at_least_one
+from chai_export.errors import ChaiError, UsageError
 
 ALL_HEADS = "chai_all_heads"
 GENAI = "onnxruntime_genai"

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from chai_export.arguments import require_at_least_one
 from chai_export.bench import machine
 from chai_export.bundle.bundle import Bundle
-from chai_export.errors import ChaiError, require_at_least_one
+from chai_export.errors import ChaiError, last_line
 
 MODES = ("chai", "all")
 
@@ -47,7 +48,7 @@ def _in_own_process(bundle: str | Path, mode: str, prompt_tokens: int, new_token
     words = [sys.executable, "-m", __name__, str(bundle), mode, str(prompt_tokens), str(new_tokens)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        reason = last_line(done.stderr, f"exit status {done.returncode}")
         raise ChaiError(f"the run with heads={mode} failed ({reason}); try a shorter --prompt-tokens")
     result: dict[str, int] = json.loads(done.stdout)
     return result

@@ -18,6 +18,7 @@ from onnx import helper
 
 from chai_export.bench.problem import Problem
 from chai_export.bench.tensors import ONNX_TYPES, ort_value
+from chai_export.errors import reason
 
 Tensor = NDArray[Any]
 Run = Callable[[], Tensor]
@@ -125,7 +126,7 @@ def _bound(
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
     except Exception as error:
-        raise SkippedError(str(error).splitlines()[0]) from error
+        raise SkippedError(reason(error)) from error
     values = {id(array): ort_value(array) for array in (*inputs.values(), *outputs.values())}
     binding = session.io_binding()
     for name, array in inputs.items():

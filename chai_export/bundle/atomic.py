@@ -57,6 +57,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     target = _target(path)
     if target.is_dir():
         raise ChaiError(f"{target} is a directory; choose an output file")
+    if target.exists() and not target.is_file():
+        # Renaming over a device or a pipe would take it away from every other program.
+        raise ChaiError(f"{target} is no regular file and will not be replaced; choose an output file")
     with _partial(target) as partial:
         yield partial / target.name
         os.replace(partial / target.name, target)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chai_export.bundle.hashing import sha256_file
+from chai_export.bundle.hashing import has_sha256, sha256_file
 from chai_export.bundle.manifest import FILE_NAME, FileRecord, Manifest, read_manifest, write_manifest
 from chai_export.errors import ChaiError
 
@@ -100,12 +100,10 @@ def check_files(root: Path, files: dict[str, FileRecord], *, again: str) -> None
     for name, record in files.items():
         path = root / name
         try:
-            same = path.stat().st_size == record.size and sha256_file(path) == record.sha256
+            same = path.stat().st_size == record.size and has_sha256(path, record.sha256)
         except FileNotFoundError:
             raise ChaiError(f"{path} is missing; {again}") from None
         except OSError as error:
-            raise ChaiError(
-                f"{path} cannot be read ({error.strerror}); mend its permissions or {again}"
-            ) from error
+            raise ChaiError(f"{path} cannot be read ({error.strerror}); mend that or {again}") from error
         if not same:
             raise ChaiError(f"{path} was changed after the bundle was written (its SHA-256 differs); {again}")

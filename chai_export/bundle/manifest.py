@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from chai_export.arguments import shown
 from chai_export.bundle.atomic import atomic_file
 from chai_export.errors import ChaiError
+from chai_export.files import MissingFileError, read_json
 from chai_export.op.kv_sharing import check_same_kept, check_sources, owners
 
 FORMAT: Final = "chai-bundle/1"
@@ -178,18 +179,16 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / FILE_NAME
     again = "run `chai-export export` (or `rewrite`) again"
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        content = read_json(path, fix=again)
+    except MissingFileError:
         raise ChaiError(
             f"{directory} is not a bundle (no {FILE_NAME}); name a directory written by `chai-export export` "
             "or `chai-export rewrite`"
         ) from None
-    except (OSError, ValueError) as error:
-        raise ChaiError(f"{path} cannot be read ({error}); {again}") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
+    if content.get("format") != FORMAT:
         raise ChaiError(
-            f"{path} has format {found!r} and this version of chai_export reads {FORMAT!r}; {again} with it"
+            f"{path} has format {shown(content.get('format'))} and this version of chai_export reads "
+            f"{FORMAT!r}; {again} with it"
         )
     try:
         return Manifest.model_validate(content)

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from chai_export.cli.output import bytes_text, note, print_json, print_table
-from chai_export.errors import UsageError, require_at_least_one
+from chai_export.arguments import require_at_least_one
+from chai_export.cli.output import print_json, print_table
+from chai_export.errors import UsageError
+from chai_export.progress import note
+from chai_export.units import bytes_text
 
 NAME = "bench"
 HELP = "Measure the op alone, a bundle's generation, or its memory."

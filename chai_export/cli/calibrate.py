@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from chai_export.cli.output import note, print_json, print_table
+from chai_export.cli.output import print_json, print_table
 from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
+from chai_export.progress import note
 
 NAME = "calibrate"
 HELP = "Find how many KV heads each layer must keep (offline, once per model)."

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from chai_export.cli.output import note, print_json, print_table
+from chai_export.cli.output import print_json, print_table
 from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.errors import UsageError
+from chai_export.progress import note
 
 NAME = "compare"
 HELP = "Compare clustering methods on a model and a text, all keeping the same heads (in torch, no bundle)."

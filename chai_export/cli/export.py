@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from chai_export.cli.inspect import print_bundle
-from chai_export.cli.output import note
+from chai_export.progress import note
 
 NAME = "export"
 HELP = "Export a Hugging Face model, rewrite its attention and write a bundle."

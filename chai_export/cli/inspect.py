@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chai_export.cli.output import bytes_text, print_json, print_table
+from chai_export.cli.output import print_json, print_table
+from chai_export.units import bytes_text
 
 if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from chai_export.cli.output import bytes_text, note, print_json, print_table
+from chai_export.cli.output import print_json, print_table
+from chai_export.progress import note
+from chai_export.units import bytes_text
 
 NAME = "make"
 HELP = "Run all stages of a recipe, skipping those whose inputs have not changed."

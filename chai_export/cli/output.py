@@ -29,18 +29,3 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     # A program that reads the table wants a line a row.
     width = None if sys.stdout.isatty() else _UNWRAPPED
     Console(markup=False, highlight=False, width=width).print(table)
-
-
-def note(line: str) -> None:
-    """A line about what is going on, on stderr."""
-    print(line, file=sys.stderr)
-
-
-def bytes_text(count: float) -> str:
-    """A byte count with a binary unit: 1536 is ``1.5 KiB``."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"

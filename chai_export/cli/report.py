@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from chai_export.cli.output import note, print_json
+from chai_export.cli.output import print_json
+from chai_export.progress import note
 
 NAME = "report"
 HELP = "Write one self-contained HTML page: curves, head maps, memory, quality."

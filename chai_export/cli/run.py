@@ -6,8 +6,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from chai_export.cli.output import bytes_text, note, print_json
+from chai_export.cli.output import print_json
 from chai_export.errors import UsageError
+from chai_export.progress import note
+from chai_export.units import bytes_text
 
 NAME = "run"
 HELP = "Generate text with a bundle."

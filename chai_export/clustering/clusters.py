@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from chai_export.errors import ChaiError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from chai_export.arguments import path_of, shown, whole
+from chai_export.bundle.manifest import first_problem
+from chai_export.errors import ChaiError, UsageError
+from chai_export.files import MissingFileError, read_json
 from chai_export.op.kv_sharing import check_same_kept
 
 FORMAT = "chai-clusters/1"
+
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Curve = Annotated[tuple[Finite, ...], Field(min_length=1)]
+
+
+class _File(BaseModel):
+    """What clusters.json may hold; a hand-written one has ``format`` and ``kept_heads`` and nothing else."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    format: Literal["chai-clusters/1"]
+    kept_heads: Annotated[tuple[Count, ...], Field(min_length=1)]
+    model: str | None = None
+    num_layers: Count | None = None
+    num_query_heads: Count | None = None
+    num_kv_heads: Count | None = None
+    probe_tokens: Count | None = None
+    method: str | None = None
+    error_curves: tuple[Curve, ...] = ()
+    kl_curves: tuple[Curve, ...] = ()
+    kv_bytes_saved: Finite | None = None
+    created_with: str | None = None
+
+    @model_validator(mode="after")
+    def _curves_fit(self) -> _File:
+        for name, curves in (("error_curves", self.error_curves), ("kl_curves", self.kl_curves)):
+            if curves and len(curves) != len(self.kept_heads):
+                raise ValueError(f"{name} has {len(curves)} curves for {len(self.kept_heads)} layers")
+            for layer, (curve, kept) in enumerate(zip(curves, self.kept_heads, strict=bool(curves))):
+                if len(curve) != len(curves[0]) or kept > len(curve):
+                    raise ValueError(f"{name}.{layer} has {len(curve)} numbers, which do not fit the others")
+        return self
 
 
 class HeadCounts(Protocol):
@@ -63,6 +102,13 @@ class Clusters:
     kl_curves: tuple[tuple[float, ...], ...] = ()
     origin: str = field(default="clusters.json", compare=False)
 
+    def __post_init__(self) -> None:
+        """Raise UsageError unless ``kept_heads`` holds counts; a list becomes a tuple."""
+        if isinstance(self.kept_heads, (str, bytes)) or not isinstance(self.kept_heads, Iterable):
+            raise UsageError(f"kept_heads is {shown(self.kept_heads)}; give one number of KV heads per layer")
+        kept = tuple(whole(n, f"{self.origin}: layer {i}") for i, n in enumerate(self.kept_heads))
+        object.__setattr__(self, "kept_heads", kept)
+
     @classmethod
     def load(cls, path: str | Path) -> Clusters:
         """Read a clusters.json; only ``format`` and ``kept_heads`` are required, unknown keys are ignored.
@@ -70,25 +116,19 @@ class Clusters:
         Raises:
             ChaiError: missing, unreadable, or not in this format.
         """
-        path = Path(path)
+        path = path_of(path, "clusters")
+        again = "correct it or calibrate again"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ChaiError(f"there is no {path}; make it with chai-export calibrate") from error
-        except OSError as error:
-            raise ChaiError(f"{path} cannot be read ({error.strerror}); check the path") from error
-        except ValueError as error:
-            raise ChaiError(f"{path} is not valid JSON ({error}); calibrate again") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            found = content.get("format") if isinstance(content, dict) else None
-            raise ChaiError(f"{path} has format {found!r} instead of {FORMAT!r}; calibrate again")
-        kept = content.get("kept_heads")
-        if not isinstance(kept, list) or not kept or not all(_is_count(number) for number in kept):
-            raise ChaiError(
-                f"{path}: kept_heads must be a list with one number of KV heads, at least 1, per layer, not "
-                f"{json.dumps(kept)[:80]}; correct it or calibrate again"
-            )
-        return cls(kept_heads=tuple(kept), origin=str(path), **_optional(content))
+            content = read_json(path, fix=again)
+        except MissingFileError:
+            raise ChaiError(f"there is no {path}; make it with chai-export calibrate") from None
+        if content.get("format") != FORMAT:
+            found = shown(content.get("format"))
+            raise ChaiError(f"{path} has format {found} instead of {FORMAT!r}; calibrate again")
+        try:
+            return cls(**_File.model_validate(content).model_dump(exclude={"format"}), origin=str(path))
+        except ValidationError as error:
+            raise ChaiError(f"{path}: {first_problem(error)}; {again}") from None
 
     def save(self, path: str | Path) -> None:
         """Write clusters.json, whole or not at all.
@@ -150,21 +190,3 @@ def load_clusters(clusters: Clusters | str | Path) -> Clusters:
         ChaiError: the file is missing or malformed.
     """
     return clusters if isinstance(clusters, Clusters) else Clusters.load(clusters)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _optional(content: dict[str, Any]) -> dict[str, Any]:
-    """The fields that are there with a usable type; a hand-written file may have any of them or none."""
-    types: dict[str, type | tuple[type, ...]] = {
-        "model": str, "num_layers": int, "num_query_heads": int, "num_kv_heads": int, "probe_tokens": int,
-        "method": str, "kv_bytes_saved": (int, float), "created_with": str,
-    }  # fmt: skip
-    fields = {name: content[name] for name, kind in types.items() if isinstance(content.get(name), kind)}
-    for name in ("error_curves", "kl_curves"):
-        curves = content.get(name)
-        if isinstance(curves, list) and all(isinstance(curve, list) for curve in curves):
-            fields[name] = tuple(tuple(float(cost) for cost in curve) for curve in curves)
-    return fields

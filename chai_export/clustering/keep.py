@@ -59,8 +59,11 @@ def parse_keep(rule: str) -> KeepRule:
             share = float(rule.removeprefix("budget:"))
         except ValueError:
             share = math.nan
-        if not math.isfinite(share):
-            raise UsageError(f"--keep {rule}: give the share of KV-cache bytes to save, such as budget:0.214")
+        if not 0 <= share < 1:  # not even 0 ≤ NaN
+            raise UsageError(
+                f"--keep {rule}: give the share of KV-cache bytes to save, from 0 to less than 1, such as "
+                "budget:0.214"
+            )
         return Budget(share)
     if rule.startswith("@"):
         return Numbers(Clusters.load(rule[1:]))

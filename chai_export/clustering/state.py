@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.clustering.curves import ErrorCurves
+from chai_export.errors import ChaiError
+from chai_export.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,12 +64,12 @@ def load_state(path: Path, key: str, curves: ErrorCurves) -> int:
     A missing, damaged or foreign state is no error: the work starts from the beginning.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, fix="")
         if content["format"] != _FORMAT or content["key"] != key:
             return 0
         sums = np.asarray(content["sums"], dtype=np.int64)
         windows, done = int(content["windows"]), int(content["samples_done"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ChaiError, ValueError, KeyError, TypeError, OverflowError):
         return 0
     if sums.shape != curves.sums.shape:
         return 0

@@ -9,6 +9,8 @@ import subprocess
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from chai_export.errors import ChaiError, reason
+
 KNOWN_ANSWER_CASE = "mixed_phases"
 """Fresh, continuing, padded and inactive rows in one call of the op."""
 
@@ -53,7 +55,7 @@ def _function_body() -> Finding:
     try:
         answer = _known_answer(native=False)
     except Exception as error:
-        return Finding(name, False, _one_line(error), "pip install --upgrade onnxruntime", is_backend=True)
+        return Finding(name, False, reason(error), "pip install --upgrade onnxruntime", is_backend=True)
     return Finding(name, True, answer, is_backend=True)
 
 
@@ -68,13 +70,12 @@ def _native_library() -> Finding:
     try:
         answer = _known_answer(native=True)
     except Exception as error:
-        return Finding(name, False, _one_line(error), fix, is_backend=True)
+        return Finding(name, False, reason(error), fix, is_backend=True)
     return Finding(name, True, answer, is_backend=True)
 
 
 def _tensorrt() -> Finding:
     """Whether engines can be built and run here; nothing is built to find out."""
-    from chai_export.errors import ChaiError
     from chai_export.runtime.tensorrt_environment import (
         import_polygraphy,
         import_tensorrt,
@@ -90,7 +91,7 @@ def _tensorrt() -> Finding:
         library = require_plugin(tensorrt)
     except ChaiError as problem:
         found, _, fix = str(problem).partition("; ")
-        return Finding(name, False, _one_line(found), fix)
+        return Finding(name, False, reason(found), fix)
     plugin = library.name if library is not None else "the function body"
     return Finding(name, True, f"TensorRT {tensorrt.__version__} with {plugin} on {gpu.name}")
 
@@ -131,7 +132,7 @@ def _gpu() -> Finding:
     answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     lines = answer.stdout.strip().splitlines()
     if answer.returncode or not lines:
-        return Finding("GPU", False, _one_line(answer.stderr or "nvidia-smi lists none"), fix)
+        return Finding("GPU", False, reason(answer.stderr or "nvidia-smi lists none"), fix)
     return Finding("GPU", True, "; ".join(lines))
 
 
@@ -140,7 +141,3 @@ def _package(name: str, fix: str) -> Finding:
         return Finding(name, True, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, False, "not installed", fix)
-
-
-def _one_line(problem: object) -> str:
-    return " ".join(str(problem).split())[:200]

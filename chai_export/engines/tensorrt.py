@@ -7,7 +7,6 @@ model.onnx lies ``tensorrt.onnx``, the graph as TensorRT's parser reads it, for 
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -22,7 +21,8 @@ from chai_export.bundle.manifest import EngineRecord, FileRecord
 from chai_export.engines.tensorrt_network import plugin_network, portable_network, require_parsed
 from chai_export.engines.tensorrt_profiles import Range, profiles, trtexec_shapes
 from chai_export.engines.tensorrt_progress import BuildProgress, error_recorder
-from chai_export.errors import ChaiError
+from chai_export.errors import ChaiError, reason
+from chai_export.files import MissingFileError, read_bytes, read_json
 from chai_export.kernels.ahead_of_time import INDEX_NAME
 from chai_export.kernels.ahead_of_time import compile as compile_kernels
 from chai_export.kernels.spec import Spec
@@ -141,18 +141,20 @@ def place_kernels(spec: Spec, gpu: Gpu, given: Path | None, directory: Path) -> 
         return compile_kernels(spec, gpu.architecture, directory)
     again = "compile them for this machine or leave --kernels out"
     try:
-        index = json.loads((given / INDEX_NAME).read_text(encoding="utf-8"))
+        index = read_json(given / INDEX_NAME, fix=again)
         found, compiled = int(index["architecture"]), Spec(**index["spec"])
-        names = [INDEX_NAME, *(str(launch["file"]) for launch in index["launches"])]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ChaiError(f"{given} holds no kernels that can be read ({error}); {again}") from error
+        names = [INDEX_NAME, *(Path(launch["file"]).name for launch in index["launches"])]
+    except MissingFileError as error:
+        raise ChaiError(f"{given} holds no kernels ({INDEX_NAME} is missing); {again}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ChaiError(f"{given} holds no kernels that can be read ({reason(error)}); {again}") from error
     if found != gpu.architecture:
         raise ChaiError(f"the kernels in {given} are for sm_{found} and this GPU is {gpu.target}; {again}")
     if compiled != spec:
         raise ChaiError(f"the kernels in {given} are for {compiled} and the model needs {spec}; {again}")
     directory.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (directory / name).write_bytes((given / name).read_bytes())
+        (directory / name).write_bytes(read_bytes(given / name, fix=again))
     return directory / INDEX_NAME
 
 
@@ -238,22 +240,18 @@ def parse_error(message: str, *, with_plugin: bool) -> ChaiError:
         if with_plugin
         else "build with the plugin (leave CHAI_EXPORT_NATIVE unset)"
     )
-    return ChaiError(f"TensorRT's ONNX parser does not take the graph ({_one_line(message)}); {fix}")
+    return ChaiError(f"TensorRT's ONNX parser does not take the graph ({reason(message)}); {fix}")
 
 
 def build_error(messages: list[str]) -> ChaiError:
     """The first cause among TensorRT's reports, with what can be done about it."""
-    cause = _one_line(messages[0])
+    cause = reason(messages[0])
     if any("out of memory" in m.lower() or "outofmemory" in m.lower() for m in messages):
         return ChaiError(
             f"GPU memory ran out while building ({cause}); lower --max-batch, --max-seq or --builder-memory, "
             "or free the GPU"
         )
     return ChaiError(f"TensorRT could not build the engine ({cause}); see its messages above")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
 
 
 def _prove(tensorrt: Any, bundle: Bundle, plan: Any, in_place: bool, max_batch: int) -> None:

@@ -1,16 +1,18 @@
-"""What TensorRT tells while it builds: progress as bars on stderr, errors kept for one clear message."""
+"""What TensorRT tells while it builds: progress on stderr, errors kept for one clear message."""
 
 from __future__ import annotations
 
 from types import TracebackType
 from typing import Any
 
+from chai_export.progress import ProgressLines
+
 
 class BuildProgress:
     """Bars for the builder's phases, nested as TensorRT reports them; a context manager.
 
-    :attr:`monitor` is the ``IProgressMonitor`` to give to the builder. Nothing is drawn when stderr is not a
-    terminal. Ctrl-C ends the build at the next step.
+    :attr:`monitor` is the ``IProgressMonitor`` to give to the builder. When stderr is not a terminal the
+    outermost phases are told as lines. Ctrl-C ends the build at the next step.
     """
 
     def __init__(self, tensorrt: Any) -> None:
@@ -20,6 +22,7 @@ class BuildProgress:
         console = Console(stderr=True)
         self._progress = Progress(console=console, disable=not console.is_terminal, transient=True)
         self._tasks: dict[str, Any] = {}
+        self._lines: dict[str, ProgressLines] | None = None if console.is_terminal else {}
         self.monitor = self._make_monitor(tensorrt)
 
     def __enter__(self) -> BuildProgress:
@@ -41,12 +44,16 @@ class BuildProgress:
                 tensorrt.IProgressMonitor.__init__(self)
 
             def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+                if owner._lines is not None and not parent:
+                    owner._lines[name] = ProgressLines(name, steps)
                 owner._tasks[name] = owner._progress.add_task(name, total=steps)
 
             def step_complete(self, name: str, step: int) -> bool:
                 try:
                     if name in owner._tasks:
                         owner._progress.update(owner._tasks[name], completed=step + 1)
+                    if owner._lines is not None and name in owner._lines:
+                        owner._lines[name].after(step + 1)
                 except KeyboardInterrupt:
                     return False
                 return True
@@ -54,6 +61,8 @@ class BuildProgress:
             def phase_finish(self, name: str) -> None:
                 if name in owner._tasks:
                     owner._progress.remove_task(owner._tasks.pop(name))
+                if owner._lines is not None and name in owner._lines:
+                    owner._lines.pop(name).finish()
 
         return Monitor()
 

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from chai_export.errors import ChaiError
+from chai_export.errors import ChaiError, last_line
 from chai_export.kernels.blocks import architectures
 from chai_export.kernels.spec import Spec
 
@@ -71,9 +71,8 @@ def _run_worker(request: dict[str, Any], scratch: str) -> None:
         command, input=json.dumps(request), text=True, capture_output=True, env=environment, check=False
     )
     if done.returncode:
-        cause = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ChaiError(
-            f"compiling the GPU kernels for sm_{request['arch']} failed: {cause}; "
+            f"compiling the GPU kernels for sm_{request['arch']} failed: {last_line(done.stderr)}; "
             "install triton>=3.6 (pip install 'chai-export[gpu]') or choose another architecture"
         )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chai_export.bundle.manifest import read_manifest
-from chai_export.errors import ChaiError, UsageError
+from chai_export.errors import ChaiError, UsageError, reason
 from chai_export.models.text import leading_special_tokens
 from chai_export.quality.limits import position_limit
 from chai_export.quality.reference import Logits, load_reference, reference_logits
@@ -101,10 +101,9 @@ def _run(
             model=model, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0
         )
     except (OSError, ValueError, RuntimeError) as error:  # data sets that cannot be loaded raise any of these
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ChaiError(
-            f"the tasks {', '.join(tasks)} cannot be run ({first}); their data sets are downloaded, so check "
-            "the network, or use a task file with local data (--task-path)"
+            f"the tasks {', '.join(tasks)} cannot be run ({reason(error)}); their data sets are downloaded, "
+            "so check the network, or use a task file with local data (--task-path)"
         ) from error
     return {
         task: {name.split(",")[0]: float(value) for name, value in figures.items() if _is_score(name, value)}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import chai_export
 from chai_export.bundle.atomic import atomic_file
 from chai_export.bundle.hashing import sha256_file
+from chai_export.errors import ChaiError
+from chai_export.files import read_json
 
 FILE_NAME = "stages.json"
 
@@ -25,12 +28,8 @@ class StageCache:
     def __init__(self, directory: Path) -> None:
         self._path = directory / FILE_NAME
         self._keys: dict[str, str] = {}
-        try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return  # no record, or a damaged one: every stage runs
-        if isinstance(content, dict):
-            self._keys = {str(name): str(key) for name, key in content.items()}
+        with suppress(ChaiError):  # no record, or a damaged one: every stage runs
+            self._keys = {name: str(key) for name, key in read_json(self._path, fix="").items()}
 
     def is_fresh(self, stage: str, key: str) -> bool:
         """Whether ``stage`` last ended with this key."""

@@ -12,6 +12,7 @@ from chai_export.bundle.atomic import atomic_file
 from chai_export.bundle.manifest import FILE_NAME as MANIFEST
 from chai_export.bundle.manifest import read_manifest
 from chai_export.errors import ChaiError
+from chai_export.files import read_json
 from chai_export.recipe.cache import StageCache, stage_key
 from chai_export.recipe.recipe import Recipe, RunSettings
 
@@ -126,7 +127,7 @@ class _Make:
                 file.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
         self._stage(name, settings, inputs, path.exists(), write)
-        self._result.results[name] = json.loads(path.read_text(encoding="utf-8"))
+        self._result.results[name] = read_json(path, fix="delete it and make again")
 
     def _calibrate(self) -> None:
         from chai_export.clustering.calibrate import calibrate

@@ -10,7 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chai_export.bundle.manifest import first_problem
 from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
-from chai_export.errors import ChaiError
+from chai_export.errors import ChaiError, reason
+from chai_export.files import check_plain, read_text
+
+_MOST_BYTES = 2**20
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -89,14 +92,20 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         ChaiError: the file is missing, is not YAML, or a setting is wrong; names the setting.
     """
+    fix = "see engines/demo.yaml for an example"
+    text = read_text(path, fix=fix, most=_MOST_BYTES)
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ChaiError(f"recipe {path} cannot be read ({error}); check the path") from error
-    except yaml.YAMLError as error:
-        raise ChaiError(f"recipe {path} is not YAML ({error}); mend it") from error
+        content: Any = yaml.safe_load(text)
+        check_plain(content)
+    except RecursionError:
+        raise ChaiError(f"recipe {path} is nested too deeply; {fix}") from None
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise ChaiError(f"recipe {path} is not YAML ({error.problem}{line}); mend it") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ChaiError(f"recipe {path} is not YAML ({reason(error)}); mend it") from None
     if not isinstance(content, dict):
-        raise ChaiError(f"recipe {path} is empty or no mapping; see engines/demo.yaml for an example")
+        raise ChaiError(f"recipe {path} is empty or no mapping; {fix}")
     try:
         recipe = Recipe.model_validate({"name": path.stem, **content})
     except ValidationError as error:

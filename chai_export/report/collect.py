@@ -6,7 +6,6 @@ output, so that the page can never disagree with it.
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.errors import ChaiError
+from chai_export.files import read_json
 
 if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle
@@ -149,13 +149,8 @@ def read_result(path: str | Path, command: str, key: str) -> dict[str, Any]:
         ChaiError: missing, not JSON, or not that command's output.
     """
     again = f"write it with chai-export {command} --json > {path}"
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ChaiError(f"{path} cannot be read ({error.strerror}); {again}") from error
-    except ValueError as error:
-        raise ChaiError(f"{path} is not JSON ({error}); {again}") from error
-    if not isinstance(content, dict) or key not in content:
+    content = read_json(path, fix=again)
+    if key not in content:
         raise ChaiError(f"{path} is not the output of chai-export {command} (no {key!r}); {again}")
     return content
 

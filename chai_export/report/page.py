@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from chai_export.report import png, svg
+from chai_export.units import bytes_text
 
 _TEMPLATE = "template.html"
 _MOST_NUMBERED_HEADS = 40
@@ -66,16 +67,6 @@ def chosen_point(data: dict[str, Any]) -> dict[str, float] | None:
         if list(row["kept_heads"]) == list(data["bundle"]["kept_heads"]):
             return {"kv_bytes_saved": saved, "perplexity_change": row["perplexity_change"]}
     return None
-
-
-def bytes_text(count: float) -> str:
-    """A byte count with a binary unit."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
 
 
 def _curves(curves: list[list[float]], kept_heads: list[int], what: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.manifest import Manifest
-from chai_export.errors import ChaiError
+from chai_export.errors import ChaiError, reason
 from chai_export.runtime.cache import KvCache
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, SWITCH, find_library
 
@@ -182,7 +182,7 @@ def _open(bundle: Bundle, library: Any, threads: int, spin_after: bool) -> Any:
             options.register_custom_ops_library(str(library))
         except Exception as error:
             raise ChaiError(
-                f"{library} does not load in ONNX Runtime {ort.__version__} ({_reason(error)}); "
+                f"{library} does not load in ONNX Runtime {ort.__version__} ({reason(error)}); "
                 f"build it again, or set {SWITCH}=0 to run without it"
             ) from error
     try:
@@ -190,12 +190,8 @@ def _open(bundle: Bundle, library: Any, threads: int, spin_after: bool) -> Any:
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         hint = f" or set {SWITCH}=0" if library is not None else ""
         raise ChaiError(
-            f"ONNX Runtime {ort.__version__} cannot load {model} ({_reason(error)}); export again{hint}"
+            f"ONNX Runtime {ort.__version__} cannot load {model} ({reason(error)}); export again{hint}"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _check_graph(session: Any, bundle: Bundle) -> None:

@@ -184,3 +184,10 @@ def test_file_is_replaced_in_one_step(tmp_path):
     write("new", None)
     assert (tmp_path / "f").read_text() == "new"
     assert listing(tmp_path) == ["f"]
+
+
+def test_a_pipe_or_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ChaiError, match="no regular file"), atomic_file(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo()

@@ -58,6 +58,41 @@ def test_a_file_of_another_kind_is_refused_by_name(tmp_path, content):
         Clusters.load(path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("error_curves", "x"), ("error_curves", ["x", "y"]), ("error_curves", [[1, "0"], [1, 0]]),
+        ("error_curves", [[1, None], [1, 0]]), ("error_curves", [[True, 0], [1, 0]]),
+        ("error_curves", [[1, 0]]), ("error_curves", [[1, 0], [1]]), ("error_curves", [[], []]),
+        ("error_curves", [[1], [1]]), ("error_curves", {"0": [1, 0]}), ("error_curves", None),
+        ("kl_curves", [[1, "0"], [1, 0]]), ("num_layers", "2"), ("num_kv_heads", 2.5), ("probe_tokens", True),
+        ("probe_tokens", 0), ("model", 7), ("method", ["x"]), ("kv_bytes_saved", "10 %"),
+        ("kept_heads", "21"), ("kept_heads", [2, None]), ("kept_heads", {"0": 2}), ("kept_heads", ["2", 1]),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_kind_is_named(tmp_path, field, value):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"format": "chai-clusters/1", "kept_heads": [2, 1], field: value}))
+    with pytest.raises(ChaiError, match=rf"c\.json: {field}") as caught:
+        Clusters.load(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "kept", [None, 3, "21", b"21", (2.0, 1), ("2", 1), (True, 1), (0, 1), (None,), (2**40, 1)]
+)
+def test_numbers_of_another_kind_are_refused(kept):
+    with pytest.raises(UsageError):
+        Clusters(kept)
+
+
+def test_numbers_of_any_library_are_taken(tmp_path):
+    clusters = Clusters(np.array([3, 1]))
+    assert clusters.kept_heads == (3, 1)
+    clusters.save(tmp_path / "c.json")
+    assert Clusters.load(tmp_path / "c.json") == clusters
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ChaiError, match="chai-export calibrate"):
         Clusters.load(tmp_path / "c.json")
@@ -108,7 +143,7 @@ def test_a_budget_is_met_to_within_one_head(share, value_head_dim):
     assert all(1 <= number <= 8 for number in kept)
 
 
-@pytest.mark.parametrize("rule", ["budget:0.44", "budget:-0.1", "budget:7"])
+@pytest.mark.parametrize("rule", ["budget:0.44", "budget:0.9"])
 def test_a_budget_out_of_reach_names_the_largest(rule):
     with pytest.raises(ChaiError, match=r"0\.4375"):
         parse_keep(rule).check(geometry())
@@ -147,7 +182,11 @@ def test_numbers_and_a_file_are_taken_as_they_are(tmp_path):
         parse_keep("8,3").check(geometry())
 
 
-@pytest.mark.parametrize("rule", ["", "elbows", "budget:", "budget:x", "budget:nan", "1;2", "1,,2"])
+@pytest.mark.parametrize(
+    "rule",
+    ["", "elbows", "budget:", "budget:x", "budget:nan", "1;2", "1,,2", "1,0",
+     "budget:-0.1", "budget:1", "budget:7", "budget:1e999", "9" * 5000, "9" * 30, "1,2.0"],
+)  # fmt: skip
 def test_an_unknown_rule_is_wrong_usage(rule):
     with pytest.raises(UsageError, match="--keep"):
         parse_keep(rule)

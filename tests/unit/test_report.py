@@ -179,7 +179,7 @@ def test_a_file_that_is_not_a_command_s_output_is_named(tmp_path):
     with pytest.raises(ChaiError, match="not the output of chai-export eval"):
         collect.read_result(path, "eval", "kl")
     path.write_text("no json")
-    with pytest.raises(ChaiError, match="not JSON"):
+    with pytest.raises(ChaiError, match="not valid JSON"):
         collect.read_result(path, "eval", "kl")
 
 

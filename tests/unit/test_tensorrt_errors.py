@@ -98,7 +98,7 @@ def test_kernels_for_another_gpu_or_model_are_refused(bundle: Bundle, tmp_path: 
     write_kernels(Spec("float16", 4, 2, 16, 16), 90, tmp_path / "other")
     with pytest.raises(ChaiError, match="and the model needs"):
         place_kernels(spec, GPU, tmp_path / "other", target)
-    with pytest.raises(ChaiError, match="holds no kernels that can be read"):
+    with pytest.raises(ChaiError, match="holds no kernels"):
         place_kernels(spec, GPU, tmp_path / "nowhere", target)
     write_kernels(spec, 90, tmp_path / "good")
     assert place_kernels(spec, GPU, tmp_path / "good", target).parent == target
