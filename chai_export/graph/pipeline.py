@@ -58,9 +58,7 @@ def rewrite_model(
     how = write_model(target, source, directory, take=take)
     attentions = f"{len(sites)} attentions cut out of the source (max difference {prover.max_abs_diff:.2g})"
     if needs.whole_model:
-        # Unless the weights were written anew, both graphs read the bundle's file from here on.
-        beside = path.parent if how == "written" else directory
-        whole = prove_model(source, beside, roles, sites, read_model(directory / MODEL_FILE), directory)
+        whole = prove_model(source, roles, sites, read_model(directory / MODEL_FILE))
         compared = f"{attentions} and the whole model's logits and caches, all heads kept, in float32"
         proof = Proof(compared=f"{compared}; weights {how}", max_abs_diff=whole, tolerance=RELATIVE_TOLERANCE)
     else:

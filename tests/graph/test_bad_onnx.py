@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
 from chai_export.graph.explain.count_ops import count_ops
+from chai_export.graph.read.load import read_model
 from chai_export.graph.stage import explain, rewrite
 from tests.helpers.exported import exported, kept_of
 
@@ -142,3 +144,106 @@ def test_an_old_opset(copy: Path, tmp_path: Path) -> None:
     path = tmp_path / "source" / "old.onnx"
     onnx.save(model, path)
     refuse(path, tmp_path, "opset 17")
+
+
+def changed(copy: Path, edit: Callable[[onnx.GraphProto], None]) -> Path:
+    """The model with its graph edited, weights where they are."""
+    model = onnx.load(copy, load_external_data=False)
+    edit(model.graph)
+    copy.write_bytes(model.SerializeToString())
+    return copy
+
+
+def node_of(graph: onnx.GraphProto, op_type: str) -> onnx.NodeProto:
+    return next(node for node in graph.node if node.op_type == op_type)
+
+
+@pytest.mark.parametrize("op_type", ["Gather", "MatMul", "Attention", "Concat", "RMSNormalization"])
+@pytest.mark.parametrize("name", ["", "nowhere"])
+def test_values_that_nobody_makes(op_type: str, name: str, copy: Path, tmp_path: Path) -> None:
+    def edit(graph: onnx.GraphProto) -> None:
+        node_of(graph, op_type).input[1 if op_type == "MatMul" else 0] = name
+
+    reason = "reads 'nowhere', which nothing produces" if name else "has an empty name for input"
+    refuse(changed(copy, edit), tmp_path, rf"decoder\.onnx is broken: node .* \({op_type}\) {reason}")
+
+
+def test_a_value_that_is_made_twice(copy: Path, tmp_path: Path) -> None:
+    def edit(graph: onnx.GraphProto) -> None:
+        first, second = [node for node in graph.node if node.op_type == "MatMul"][:2]
+        second.output[0] = first.output[0]
+
+    refuse(changed(copy, edit), tmp_path, "produces .*, and so does another node")
+
+
+def tensor(dtype: int, dims: list[int], **fields: object) -> TensorProto:
+    return TensorProto(name="claim", data_type=dtype, dims=dims, **fields)  # type: ignore[arg-type]
+
+
+CLAIMS = {
+    "2^31 in 256 bytes": tensor(TensorProto.FLOAT, [2**31], raw_data=bytes(256)),
+    "2^40 in 256 bytes": tensor(TensorProto.FLOAT, [2**40], raw_data=bytes(256)),
+    "2^62 in 256 bytes": tensor(TensorProto.FLOAT, [2**31, 2**31], raw_data=bytes(256)),
+    "2^62 in a list": tensor(TensorProto.INT64, [2**62], int64_data=[1, 2]),
+    "nothing": tensor(TensorProto.FLOAT16, [7]),
+    "too much": tensor(TensorProto.INT32, [3], raw_data=bytes(16)),
+    "half a byte short": tensor(TensorProto.INT4, [5], raw_data=bytes(2)),
+    "negative": tensor(TensorProto.FLOAT, [-4, -16], raw_data=bytes(256)),
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+@pytest.mark.parametrize("where", ["initializer", "constant", "branch"])
+def test_tensors_that_hold_something_else_than_they_claim(
+    claim: str, where: str, copy: Path, tmp_path: Path
+) -> None:
+    """Each of these took all memory, or minutes, before it failed."""
+    value = CLAIMS[claim]
+    constant = helper.make_node("Constant", [], ["claimed"], value=value)
+
+    def edit(graph: onnx.GraphProto) -> None:
+        if where == "initializer":
+            graph.initializer.append(value)
+        elif where == "constant":
+            graph.node.insert(0, constant)
+        else:
+            output = helper.make_tensor_value_info("claimed", value.data_type, None)
+            branch = helper.make_graph([constant], "branch", [], [output])
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "yes"))
+            graph.node.insert(
+                0, helper.make_node("If", ["yes"], ["either"], then_branch=branch, else_branch=branch)
+            )
+
+    refuse(changed(copy, edit), tmp_path, "decoder.onnx is broken: tensor 'claim' (claims|has dims)")
+
+
+WHOLE = [
+    *(
+        tensor(dtype, [5], raw_data=bytes(size))
+        for dtype, size in [(1, 20), (7, 40), (9, 5), (10, 10), (22, 3)]
+    ),
+    tensor(TensorProto.FLOAT, [2, 2], float_data=[1, 2, 3, 4]),
+    tensor(TensorProto.FLOAT16, [2], int32_data=[1, 2]),
+    tensor(TensorProto.UINT4, [5], int32_data=[1, 2, 3]),
+    tensor(TensorProto.COMPLEX64, [2], float_data=[1, 2, 3, 4]),
+    tensor(TensorProto.STRING, [2], string_data=[b"a", b"b"]),
+    tensor(TensorProto.FLOAT, [], float_data=[1]),
+    tensor(TensorProto.FLOAT, [0]),
+]
+
+
+@pytest.mark.parametrize("held", WHOLE, ids=lambda held: f"{held.data_type}-{held.dims}")
+def test_tensors_that_hold_what_they_claim_are_read(held: TensorProto, tmp_path: Path) -> None:
+    path = plain_model(tmp_path / "plain.onnx", "input_ids")
+    read_model(changed(path, lambda graph: graph.initializer.append(held)))
+
+
+def test_nothing_is_said_where_shapes_cannot_be_inferred(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("[ShapeInferenceError] of some operator")
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", fail)
+    rewrite(exported(NAME), Clusters(kept_of(NAME)), tmp_path / "bundle")
+    assert capfd.readouterr().err == ""

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from chai_export.graph.prove.float32 import float32_bytes
 from chai_export.graph.prove.segments import SEGMENT_BYTES
-from chai_export.graph.read.load import external_tensors
+from chai_export.graph.read.external_data import external_tensors
 
 WHOLE_MODEL_BYTES = 8 * 2**30
 """In float32. The comparison runs both graphs once over all weights: about a second per GB on two cores."""

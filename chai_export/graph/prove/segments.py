@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from chai_export.graph.prove.evaluate import EvaluationError, forget_shapes
 from chai_export.graph.prove.float32 import float32_bytes, to_float32
+from chai_export.graph.read.external_data import external_tensors
 
 Array = NDArray[Any]
 
@@ -31,13 +31,12 @@ class _Segment:
 
 
 def run_in_segments(
-    model: ir.Model, directory: Path, cases: Sequence[Mapping[str, Array]], limit: int | None = None
+    model: ir.Model, cases: Sequence[Mapping[str, Array]], limit: int | None = None
 ) -> list[dict[str, Array]]:
     """Run ``model`` in float32 on each case and return its graph outputs by name, per case.
 
     Args:
-        model: a graph in topological order whose external weights lie in ``directory``.
-        directory: where external data is.
+        model: a graph in topological order.
         cases: graph inputs by name.
         limit: bytes of weights per piece, as float32 (SEGMENT_BYTES by default); one node's weights are
             never split.
@@ -66,8 +65,9 @@ def run_in_segments(
                 dtype = ir.DataType.from_numpy(live[0][str(value.name)].dtype)
                 value.type = ir.TensorType(dtype)
         to_float32(part)
+        directory = _data_directory(part)
         options = _options(directory)
-        weights = _hand_over(part.graph, options)
+        weights = _hand_over(part.graph, directory, options)
         data = ir.serde.serialize_model(part).SerializeToString()
         try:
             session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
@@ -90,21 +90,30 @@ def run_in_segments(
     return [{name: np.asarray(values[name]) for name in wanted} for values in live]
 
 
-def _options(directory: Path) -> Any:
+def _data_directory(model: ir.Model) -> str:
+    """The one directory that ONNX Runtime may map weights from."""
+    return next((str(tensor.base_dir) for tensor in external_tensors(model)), "")
+
+
+def _options(directory: str) -> Any:
     """Session options that copy no weights: no prepacking, no arena."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
+    if directory:
+        folder = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(folder, directory)
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 4
     return options
 
 
-def _hand_over(graph: ir.Graph, options: Any) -> list[Any]:
-    """Give ONNX Runtime the weights that were converted where they are; in the model's bytes they are copied.
+def _hand_over(graph: ir.Graph, directory: str, options: Any) -> list[Any]:
+    """Give ONNX Runtime the weights that it cannot map; in the model's bytes they would be copied once more.
+
+    These are weights that were converted, and those in another directory than the first.
 
     Returns:
         What must stay alive as long as the session.
@@ -114,9 +123,12 @@ def _hand_over(graph: ir.Graph, options: Any) -> list[Any]:
     values: dict[str, Any] = {}
     for name, value in graph.initializers.items():
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) or tensor is None or tensor.nbytes < _HANDED_OVER:
+        if tensor is None:
             continue
-        if tensor.dtype != ir.DataType.FLOAT:
+        if isinstance(tensor, ir.ExternalTensor):
+            if str(tensor.base_dir) == directory:
+                continue
+        elif tensor.nbytes < _HANDED_OVER or tensor.dtype != ir.DataType.FLOAT:
             continue
         array = np.ascontiguousarray(tensor.numpy())
         values[name] = ort.OrtValue.ortvalue_from_numpy(array)

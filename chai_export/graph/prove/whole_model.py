@@ -7,7 +7,6 @@ single attentions cannot: positions, the order of caches and outputs, and the ga
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -27,11 +26,9 @@ _CASES = ((Sizes(2, 5, 0), 2), (Sizes(2, 3, 4), 1))
 
 def prove_model(
     source: ir.Model,
-    source_directory: Path,
     roles: Roles,
     sites: list[AttentionSite],
     bundle: ir.Model,
-    bundle_directory: Path,
 ) -> float:
     """Compare logits and presents of both graphs on random tokens and caches; return the largest difference.
 
@@ -44,14 +41,14 @@ def prove_model(
     rows = [(case, row) for case in data for row in range(case.sizes.batch)]
     try:
         sources: list[Mapping[str, Array]] = [_source_inputs(*each, roles, sites) for each in rows]
-        theirs = iter(run_in_segments(source, source_directory, sources))
+        theirs = iter(run_in_segments(source, sources))
     except EvaluationError as error:
         raise ChaiError(
             f"the source model cannot be run by ONNX Runtime ({error}), so the rewrite cannot be proven; "
             "export it again with another opset"
         ) from error
     try:
-        mine = run_in_segments(bundle, bundle_directory, [_bundle_inputs(case, sites) for case in data])
+        mine = run_in_segments(bundle, [_bundle_inputs(case, sites) for case in data])
     except EvaluationError as error:
         raise ChaiError(
             f"the rewritten model differs from the source: ONNX Runtime cannot run it ({error}); "

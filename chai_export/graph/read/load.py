@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from chai_export.errors import ChaiError
+from chai_export.graph.read.check import check_model
+from chai_export.graph.read.external_data import locate_external_data
 from chai_export.graph.read.normalise import normalise
 from chai_export.graph.read.unfuse import unfuse
 
@@ -21,6 +24,10 @@ def find_onnx(path: Path) -> Path:
     """
     if path.is_file():
         return path
+    if path.is_symlink():
+        raise ChaiError(
+            f"{path} is a link to {path.resolve()}, which does not exist; download the model again"
+        )
     if not path.is_dir():
         raise ChaiError(f"{path} does not exist; name an ONNX file or a directory that holds one")
     found = sorted(path.glob("*.onnx"))
@@ -37,16 +44,18 @@ def find_onnx(path: Path) -> Path:
 def read_model(path: Path) -> ir.Model:
     """Read an ONNX file; external weights stay on disk until they are used.
 
+    Both the file and its data may be links, as in the cache of huggingface_hub: the data is looked for beside
+    the link and beside the file that it leads to.
+
     Raises:
         ChaiError: it is missing or damaged, or external data is missing or too short.
     """
     file = find_onnx(path)
     try:
-        model = ir.load(file)
-        if not model.graph.outputs or not len(model.graph):
-            raise ChaiError(f"{file} is not a readable ONNX model (its graph is empty); export it again")
-        _check_outputs(file, model)
-        _check_external_data(file, model)
+        proto = onnx.load_model(file, load_external_data=False)
+        check_model(file, proto)
+        model = ir.from_proto(proto)
+        locate_external_data(file, model)
     except ChaiError:
         raise
     except Exception as error:  # protobuf and onnx_ir raise whatever the damaged bytes provoke
@@ -54,17 +63,6 @@ def read_model(path: Path) -> ir.Model:
             f"{file} is not a readable ONNX model ({_one_line(error)}); export or download it again"
         ) from error
     return model
-
-
-def _check_outputs(file: Path, model: ir.Model) -> None:
-    made = {output for node in model.graph for output in node.outputs}
-    made |= {*model.graph.inputs, *model.graph.initializers.values()}
-    for value in model.graph.outputs:
-        if value not in made:
-            raise ChaiError(
-                f"{file} is broken: no node produces its output {value.name} (onnxruntime-genai 0.18 writes "
-                "such files for fp32 on cuda and dml); build it again with another precision or for the CPU"
-            )
 
 
 def load_graph(path: Path) -> ir.Model:
@@ -85,36 +83,6 @@ def load_graph(path: Path) -> ir.Model:
     except Exception as error:  # a graph with dangling names or cycles breaks passes in many ways
         raise ChaiError(f"{path} has a malformed graph ({_one_line(error)}); export it again") from error
     return model
-
-
-def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
-    """The initializers whose bytes lie in other files."""
-    values = model.graph.initializers.values()
-    return [value.const_value for value in values if isinstance(value.const_value, ir.ExternalTensor)]
-
-
-def _check_external_data(file: Path, model: ir.Model) -> None:
-    sizes: dict[Path, int] = {}
-    for tensor in external_tensors(model):
-        data = Path(tensor.path)
-        inside = data.resolve().is_relative_to(file.resolve().parent)
-        if not inside:
-            raise ChaiError(
-                f"{file} refers to weights outside its directory ({tensor.location}); move them in"
-            )
-        if data not in sizes:
-            if not data.is_file():
-                raise ChaiError(
-                    f"{file} needs its weights in {data.name}, which is missing; "
-                    f"put that file into {data.parent}"
-                )
-            sizes[data] = data.stat().st_size
-        length = tensor.length if tensor.length is not None else tensor.nbytes
-        if (tensor.offset or 0) + length > sizes[data] or length < tensor.nbytes:
-            raise ChaiError(
-                f"{data} is too short for tensor {tensor.name} ({sizes[data]} bytes); "
-                "download or export the model again"
-            )
 
 
 def _one_line(error: BaseException) -> str:

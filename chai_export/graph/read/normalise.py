@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from chai_export.graph.read.shapes import infer_shapes
+
 INLINE_BYTES = 1024
 """Initializers up to this size are kept in the ONNX file itself."""
 
@@ -32,7 +34,7 @@ def normalise(model: ir.Model) -> None:
             value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
     ir.passes.Sequential(common.RemoveUnusedNodesPass(), common.NameFixPass())(model)
     if any(output.shape is None for node in model.graph for output in node.outputs):
-        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+        infer_shapes(model)
 
 
 _WIDER: dict[ir.DataType, set[ir.DataType]] = {

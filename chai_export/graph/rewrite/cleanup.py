@@ -9,6 +9,7 @@ from chai_export.errors import ChaiError
 from chai_export.graph.match.site import AttentionSite
 from chai_export.graph.read.builder import Builder
 from chai_export.graph.read.constants import integers
+from chai_export.graph.read.shapes import infer_shapes
 from chai_export.op.schema import register_schema_once
 
 
@@ -107,7 +108,7 @@ def state_shapes(model: ir.Model, *, forget: bool) -> None:
             for output in node.outputs:
                 output.shape = output.shape if output in kept else None
     register_schema_once()
-    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    infer_shapes(model)
 
 
 _INPUTS = ("input_ids", "lengths", "past_lengths", "output_positions", "head_map")

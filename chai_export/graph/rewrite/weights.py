@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from chai_export.bundle.bundle import MODEL_FILE, WEIGHTS_FILE
-from chai_export.graph.read.load import external_tensors
+from chai_export.graph.read.external_data import external_tensors, relocated
 from chai_export.graph.read.normalise import INLINE_BYTES
 
 _MOST_INLINE = 64 * 2**20
@@ -56,7 +56,7 @@ def write_model(model: ir.Model, source: ir.Model, directory: Path, *, take: boo
         for value in graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor) and os.path.realpath(tensor.path) == str(old):
-                value.const_value = _relocated(tensor, directory)
+                value.const_value = relocated(tensor, directory / WEIGHTS_FILE)
     ir.save(model, directory / MODEL_FILE)
     return how
 
@@ -95,15 +95,3 @@ def _copy(reader: int, writer: int, size: int) -> None:
                 written += os.pwrite(writer, block[written:], start + written)
             start += len(block)
     os.ftruncate(writer, size)
-
-
-def _relocated(tensor: ir.ExternalTensor, directory: Path) -> ir.ExternalTensor:
-    return ir.ExternalTensor(
-        WEIGHTS_FILE,
-        tensor.offset,
-        tensor.length,
-        tensor.dtype,
-        shape=ir.Shape(list(tensor.shape)),
-        name=tensor.name,
-        base_dir=directory,
-    )
