@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE = $(shell find plugins benchmarks -name "*.cpp" -o -name "*.h")
 
 .PHONY: demo test lint types check clean help
 
@@ -30,6 +31,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 types: $(STAMP)
 	$(BIN)/mypy

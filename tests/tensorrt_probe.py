@@ -1,4 +1,4 @@
-"""A TensorRT plugin's C++ interface for tests, through plugins/tests/tensorrt/probe.cpp and ctypes."""
+"""A TensorRT plugin's C++ interface for tests, through plugins/tests/op/tensorrt/probe.cpp and ctypes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import chai_export
 from chai_export.kernels.spec import Shape, Spec
 
 LIBRARY = Path(chai_export.__file__).parent / "libchai_tensorrt.so"
-PROBE_SOURCE = Path(__file__).parents[1] / "plugins/tests/tensorrt/probe.cpp"
+PROBE_SOURCE = Path(__file__).parents[1] / "plugins/tests/op/tensorrt/probe.cpp"
 PROBE_VARIABLE = "CHAI_TENSORRT_PROBE"
 """Names a probe that was compiled before, for machines without TensorRT's headers."""
 NAME = ("ClusteredHeadAttention", "1", "chai")
@@ -60,7 +60,7 @@ def _flat_dims(spec: Spec, shape: Shape) -> Any:
 
 
 class Probe:
-    """The plugin's C++ interface, through plugins/tests/tensorrt/probe.cpp."""
+    """The plugin's C++ interface, through plugins/tests/op/tensorrt/probe.cpp."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))

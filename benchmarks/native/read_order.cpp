@@ -1,7 +1,8 @@
 // In which order to read a cache: variants of the decode kernel's two inner loops on 128 MiB, one thread.
 //
-//   g++ -std=c++17 -O3 -march=native -DCHAI_ISA=native -ffp-contract=fast -I plugins/cpu -I plugins/include \
-//       -Wno-aggressive-loop-optimizations benchmarks/native/read_order.cpp -o /tmp/read_order && /tmp/read_order
+//   g++ -std=c++17 -O3 -march=native -DCHAI_ISA=native -ffp-contract=fast -I plugins -I plugins/include \
+//       -Wno-aggressive-loop-optimizations benchmarks/native/read_order.cpp -o /tmp/read_order
+//   /tmp/read_order
 //
 // GB/s by the thread's own CPU time, the best of 15 rounds in which the variants take turns.
 #include <sys/mman.h>
@@ -12,8 +13,8 @@
 #include <cstdlib>
 #include <vector>
 
-#include "kernels.h"
-#include "stream_kernel.h"
+#include "op/cpu/kernels.h"
+#include "op/cpu/stream_kernel.h"
 
 namespace {
 

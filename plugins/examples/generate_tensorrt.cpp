@@ -2,8 +2,9 @@
 //
 //   generate_tensorrt BUNDLE/engines/tensorrt/engine.plan libchai_tensorrt.so 16 64 17 4 256 9
 //
-// prints up to 64 new token ids for the prompt 17 4 256 9, of a bundle whose manifest.json says "probe_tokens": 16.
-// `chai-export run BUNDLE --backend tensorrt --token-ids 17,4,256,9 --json` prints the same ids.
+// prints up to 64 new token ids for the prompt 17 4 256 9, of a bundle whose manifest.json says
+// "probe_tokens": 16. `chai-export run BUNDLE --backend tensorrt --token-ids 17,4,256,9 --json` prints the
+// same ids.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -13,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "session.h"
+#include "runner/backends/tensorrt/session.h"
 
 namespace {
 
@@ -37,10 +38,10 @@ std::vector<float> feed(chai::TensorRtSession& session, const std::vector<std::i
   std::int64_t start = past < probe_tokens ? 0 : past;
   std::vector<float> logits;
   while (start < end) {
-    const std::int64_t count = std::min(end - start, session.geometry().max_tokens);
+    const std::int64_t count = std::min(end - start, session.max_tokens());
     const std::vector<std::int64_t> chunk(text.begin() + start, text.begin() + start + count);
-    logits = session.step(chunk, {static_cast<std::int32_t>(count)}, {static_cast<std::int32_t>(start)},
-                          {count - 1});
+    logits = session.step(
+        {chunk, {static_cast<std::int32_t>(count)}, {static_cast<std::int32_t>(start)}, {count - 1}});
     start += count;
   }
   return logits;
@@ -49,9 +50,8 @@ std::vector<float> feed(chai::TensorRtSession& session, const std::vector<std::i
 void generate(const std::string& plan, const std::string& plugin, std::int64_t probe_tokens,
               std::int64_t new_tokens, const std::vector<std::int64_t>& prompt) {
   chai::TensorRtSession session(plan, plugin);
-  const auto& geometry = session.geometry();
   const auto prompt_tokens = static_cast<std::int64_t>(prompt.size());
-  session.begin(1, std::min(prompt_tokens + new_tokens, geometry.max_capacity));
+  session.begin(1, std::min(prompt_tokens + new_tokens, session.max_capacity()));
 
   std::vector<std::int64_t> text = prompt;
   std::int64_t past = 0;  // tokens of the text that are in the caches
@@ -59,7 +59,7 @@ void generate(const std::string& plan, const std::string& plugin, std::int64_t p
     const std::int64_t token = most_likely(feed(session, text, past, probe_tokens));
     past = static_cast<std::int64_t>(text.size());
     std::cout << token << (i + 1 < new_tokens ? ' ' : '\n') << std::flush;
-    if (past >= geometry.max_capacity) break;
+    if (past >= session.max_capacity()) break;
     text.push_back(token);
   }
 }

@@ -56,7 +56,7 @@ def onnxruntime_library() -> str:
 def build() -> Path:
     """The runner, its example and its tests; kept, so that only what changed is compiled again."""
     configured = succeed("cmake", "-S", ROOT, "-B", BUILD, "-DCHAI_BUILD_TESTS=ON", "-DCHAI_BUILD_RUNTIME=ON")
-    if not (BUILD / "plugins" / "runtime" / "chai_export-config.cmake").is_file():
+    if not (BUILD / "plugins" / "runner" / "chai_export-config.cmake").is_file():
         pytest.skip(f"ONNX Runtime's headers were not found: {configured[-300:]}")
     targets = ("generate_onnxruntime", "runner_parts_test", "runner_bundle_test", "runner_session_test")
     succeed("cmake", "--build", BUILD, "--parallel", 2, "--target", *targets)
@@ -78,7 +78,7 @@ def op_library(request: pytest.FixtureRequest) -> str:
 def generate(build: Path, op_library: str, onnxruntime_library: str):
     def call(*arguments):
         op = ["--op-library", op_library] if op_library else ["--function-body"]
-        program = build / "plugins" / "runtime" / "generate_onnxruntime"
+        program = build / "plugins" / "runner" / "generate_onnxruntime"
         return run(program, *op, *arguments, CHAI_ONNXRUNTIME_LIBRARY=onnxruntime_library)
 
     return call
@@ -155,7 +155,7 @@ def test_native_tests_of_the_runner_pass(build):
 def test_mistakes_are_one_line(tmp_path, build, onnxruntime_library, arguments, environment, reason):
     bundle = TinyModel().write(tmp_path / "bundle").path
     words = [bundle if word == "BUNDLE" else word for word in arguments]
-    program = build / "plugins" / "runtime" / "generate_onnxruntime"
+    program = build / "plugins" / "runner" / "generate_onnxruntime"
     done = run(program, *words, **{"CHAI_ONNXRUNTIME_LIBRARY": onnxruntime_library} | environment)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
@@ -174,7 +174,7 @@ def test_damaged_op_library_is_one_line(tmp_path, build, onnxruntime_library):
     bundle = TinyModel().write(tmp_path / "bundle").path
     damaged = tmp_path / "libchai_onnxruntime.so"
     damaged.write_text("not a library")
-    program = build / "plugins" / "runtime" / "generate_onnxruntime"
+    program = build / "plugins" / "runner" / "generate_onnxruntime"
     done = run(
         *(program, "--op-library", damaged, bundle, 4, "1"), CHAI_ONNXRUNTIME_LIBRARY=onnxruntime_library
     )

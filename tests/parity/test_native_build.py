@@ -58,6 +58,6 @@ def test_case_suite_passes_under_sanitizers(sanitized_build):
         *("-k", "library_agrees or refused or random_calls"),
         LD_PRELOAD=" ".join(runtime.stdout.strip() for runtime in runtimes),
         ASAN_OPTIONS="detect_leaks=0",  # the interpreter's own
-        CHAI_TEST_LIBRARY=str(sanitized_build / "plugins" / "onnxruntime" / "libchai_onnxruntime.so"),
+        CHAI_TEST_LIBRARY=str(sanitized_build / "plugins" / "op" / "onnxruntime" / "libchai_onnxruntime.so"),
     )
     assert " passed" in output or "[100%]" in output

@@ -1,5 +1,5 @@
-// chai::ClusteredHeadAttention and chai::SharedClusteredHeadAttention, version 1, on the CPU: the problem, its
-// checks and its evaluation.
+// chai::ClusteredHeadAttention and chai::SharedClusteredHeadAttention, version 1, on the CPU: the problem,
+// its checks and its evaluation.
 //
 // No framework appears here. The caller owns all memory and lends a way to run tasks in parallel.
 #pragma once
@@ -29,8 +29,8 @@ struct AttentionShape {
 // One evaluation. Tensors are contiguous, in the layout of the op; present_key may equal past_key and
 // present_value past_value (in place), otherwise the past is copied.
 //
-// A call with a kept_head_map is one of the shared op: present_key, present_value and kept_head_map are what the
-// producer gave and are only read; value, past_key and past_value are null.
+// A call with a kept_head_map is one of the shared op: present_key, present_value and kept_head_map are what
+// the producer gave and are only read; value, past_key and past_value are null.
 struct AttentionCall {
   AttentionShape shape;
   Storage storage = Storage::kFloat32;

@@ -6,9 +6,7 @@
 #include <cfloat>
 #include <cmath>
 
-// Forced inline: this header is compiled for several instruction sets in one library, and the linker must
-// never pick the copy of the widest one for everybody.
-#define CHAI_INLINE inline __attribute__((always_inline))
+#include "chai/inline.h"
 
 namespace chai {
 

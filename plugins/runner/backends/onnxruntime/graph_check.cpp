@@ -1,0 +1,87 @@
+#include "runner/backends/onnxruntime/graph_check.h"
+
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "support/error.h"
+
+namespace chai {
+namespace {
+
+constexpr std::int64_t kAny = -1;
+
+struct Tensor {
+  ONNXTensorElementDataType type;
+  std::vector<std::int64_t> shape;
+};
+using Signature = std::map<std::string, Tensor>;
+
+Tensor describe(const Ort::TypeInfo& info) {
+  if (info.GetONNXType() != ONNX_TYPE_TENSOR) return {ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}};
+  const auto tensor = info.GetTensorTypeAndShapeInfo();
+  return {tensor.GetElementType(), tensor.GetShape()};
+}
+
+void expect(const Signature& given, const std::string& name, const Tensor& wanted) {
+  const auto found = given.find(name);
+  require(found != given.end(), "it has no " + name);
+  const Tensor& tensor = found->second;
+  require(tensor.type == wanted.type, name + " has another type");
+  require(tensor.shape.size() == wanted.shape.size(), name + " has another rank");
+  for (std::size_t i = 0; i < wanted.shape.size(); ++i) {
+    const bool same = tensor.shape[i] == wanted.shape[i] || tensor.shape[i] < 0 || wanted.shape[i] == kAny;
+    require(same, name + " has size " + std::to_string(tensor.shape[i]) + " in dimension " +
+                      std::to_string(i) + ", not " + std::to_string(wanted.shape[i]));
+  }
+}
+
+}  // namespace
+
+ONNXTensorElementDataType onnx_type(ItemType type) {
+  if (type == ItemType::kFloat32) return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  return type == ItemType::kFloat16 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16
+                                    : ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+}
+
+void check_graph(const Ort::Session& session, const Manifest& manifest) {
+  const Geometry& geometry = manifest.geometry;
+  const Ort::AllocatorWithDefaultOptions allocator;
+  Signature inputs;
+  Signature outputs;
+  for (std::size_t i = 0; i < session.GetInputCount(); ++i)
+    inputs[session.GetInputNameAllocated(i, allocator).get()] = describe(session.GetInputTypeInfo(i));
+  for (std::size_t i = 0; i < session.GetOutputCount(); ++i)
+    outputs[session.GetOutputNameAllocated(i, allocator).get()] = describe(session.GetOutputTypeInfo(i));
+
+  const auto int64 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+  const auto int32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+  const Tensor map{int32, {geometry.num_layers, kAny, geometry.num_query_heads}};
+  expect(inputs, "input_ids", {int64, {kAny, kAny}});
+  expect(inputs, "lengths", {int32, {kAny}});
+  expect(inputs, "past_lengths", {int32, {kAny}});
+  expect(inputs, "output_positions", {int64, {kAny, kAny}});
+  expect(inputs, "head_map", map);
+  expect(outputs, "present_head_map", map);
+  // A model's head may compute in float32 whatever the type of its caches.
+  const auto logits = outputs.find("logits");
+  const bool wide = logits != outputs.end() && logits->second.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  const auto item = onnx_type(manifest.item_type);
+  expect(outputs, "logits",
+         {wide ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : item, {kAny, kAny, geometry.vocab_size}});
+  for (std::int64_t layer = 0; layer < geometry.num_layers; ++layer) {
+    if (!geometry.has_cache(layer)) continue;
+    // The K cache's second size is free: it decides between kept heads and all heads.
+    const Tensor key{item, {kAny, kAny, kAny, geometry.head_dim}};
+    const Tensor value{item, {kAny, geometry.num_kv_heads, kAny, geometry.value_head_dim}};
+    const std::string number = std::to_string(layer);
+    expect(inputs, "past_key." + number, key);
+    expect(inputs, "past_value." + number, value);
+    expect(outputs, "present_key." + number, key);
+    expect(outputs, "present_value." + number, value);
+  }
+  require(inputs.size() == 5 + 2 * geometry.num_caches(), "it has further inputs");
+}
+
+}  // namespace chai

@@ -1,0 +1,40 @@
+#include "runner/backends/tensorrt/open.h"
+
+#include "runner/backends/tensorrt/session.h"
+#include "support/error.h"
+
+namespace chai {
+namespace {
+
+constexpr const char* kPlan = "/engines/tensorrt/engine.plan";
+
+// Whether an engine is one of this model. It does not tell its probe tokens.
+bool fits(const Geometry& engine, const Geometry& model) {
+  return engine.num_layers == model.num_layers && engine.num_query_heads == model.num_query_heads &&
+         engine.num_kv_heads == model.num_kv_heads && engine.head_dim == model.head_dim &&
+         engine.value_head_dim == model.value_head_dim && engine.vocab_size == model.vocab_size &&
+         engine.kept_heads == model.kept_heads;
+}
+
+}  // namespace
+
+std::unique_ptr<Session> open_tensorrt_session(const std::string& bundle, const Manifest& manifest,
+                                               const Options& options, const std::string& plugin) {
+  require(manifest.geometry.num_caches() == manifest.geometry.kept_heads.size(),
+          bundle +
+              " has layers that read another layer's KV cache, which TensorRT engines do not have; use "
+              "ONNX Runtime");
+  const std::string again = "; run `chai-export build " + bundle + " --backend tensorrt`";
+  const auto record = manifest.engines.find("tensorrt");
+  require(record != manifest.engines.end(), bundle + " has no tensorrt engine" + again + " first");
+  require(record->second.is_of_this_model,
+          "the tensorrt engine was built from another model.onnx" + again + " again");
+  require(record->second.has_plugin,
+          "the tensorrt engine is one of the function body, which this library does not run" + again);
+  auto session = std::make_unique<TensorRtSession>(bundle + kPlan, plugin, options.heads);
+  require(fits(session->geometry(), manifest.geometry),
+          "the tensorrt engine does not fit the bundle's manifest" + again + " again");
+  return session;
+}
+
+}  // namespace chai

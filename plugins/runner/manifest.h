@@ -1,0 +1,39 @@
+// What a runner needs of a bundle's manifest.json, checked.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "runner/geometry.h"
+
+namespace chai {
+
+enum class ItemType { kFloat32, kFloat16, kBfloat16 };
+
+struct EngineRecord {
+  std::int64_t max_batch = 0;
+  std::int64_t max_seq = 0;
+  bool has_plugin = false;
+  bool is_of_this_model = false;
+};
+
+struct Manifest {
+  ItemType item_type = ItemType::kFloat32;
+  Geometry geometry;
+  std::optional<std::int64_t> max_positions;
+  bool has_static_membership = false;
+  std::vector<std::int64_t> eos_token_ids;
+  std::optional<std::int64_t> top_k;
+  std::optional<double> top_p;
+  std::optional<double> repetition_penalty;
+  std::map<std::string, EngineRecord> engines;  // by name of the back end
+};
+
+// Throws std::runtime_error: not a bundle, another format or op version, a wrong field, or a file that is
+// missing or has another size than the manifest says. Contents are not hashed; `chai-export inspect` does.
+Manifest read_manifest(const std::string& bundle);
+
+}  // namespace chai
