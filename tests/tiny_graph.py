@@ -18,6 +18,7 @@ from chai_export.bundle.atomic import atomic_directory
 from chai_export.bundle.bundle import MODEL_FILE, Bundle, finalise
 from chai_export.bundle.environment import save_environment
 from chai_export.bundle.manifest import GenerationSettings, Manifest, Source
+from chai_export.bundle.parts import BUNDLE
 from chai_export.op.function import function_proto
 from chai_export.op.head_map import kept_kv_heads
 from chai_export.op.reference import clustered_head_attention
@@ -192,7 +193,7 @@ class TinyModel:
     def write(self, path: Path, *, tokenizer: Any = None, **changes: Any) -> Bundle:
         """Write the bundle; ``changes`` are fields of the manifest, or eos for its generation settings."""
         eos = changes.pop("eos", [])
-        with atomic_directory(path) as directory:
+        with atomic_directory(path, BUNDLE) as directory:
             onnx.save(self.graph(), directory / MODEL_FILE)
             settings = GenerationSettings(eos_token_ids=eos)
             if tokenizer is not None:

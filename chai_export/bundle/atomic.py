@@ -1,148 +1,160 @@
 """Output that is either complete or absent, however the process ends.
 
-Everything is written into a locked directory beside the target and renamed into place at the end. The
-lock is an ``flock``: the kernel drops it when its owner dies, by ``kill -9`` too, so a partial directory
-that can be locked belongs to nobody and is removed by the next run.
+Everything is written into a locked :mod:`~chai_export.bundle.work_directory` beside the target and takes its
+place in one step at the end. What may be replaced is decided (:mod:`~chai_export.bundle.targets`) before the
+work and once more before that step; in between the lock keeps other writers waiting.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from chai_export.bundle.targets import (
+    DirectoryKind,
+    FileKind,
+    Sources,
+    require_directory_target,
+    require_file_target,
+)
+from chai_export.bundle.work_directory import PATIENCE, WorkDirectory, acquire, work_path
 from chai_export.errors import ChaiError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_SUCH_PLACE = {errno.ENOENT, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.EBUSY}
 _NEARLY_NOTHING = 64 * 1024
 
 
 @contextmanager
-def atomic_directory(path: str | Path, *, replaces: str = "manifest.json") -> Iterator[Path]:
-    """Yield an empty directory beside ``path`` that becomes ``path`` when the block ends without an error.
+def atomic_directory(path: str | Path, kind: DirectoryKind, *, sources: Sources = ()) -> Iterator[Path]:
+    """Yield an empty directory that becomes ``path`` when the block ends without an error.
 
-    An existing directory at ``path`` is replaced only if it is empty or holds a file named ``replaces``
-    (then it was written by us). On an error nothing is left, not even parent directories made for it.
+    Enter the block before the long work: it refuses a target that may not be replaced, waits for another
+    writer of the same target, and keeps later ones waiting. On an error nothing is left, not even parent
+    directories made for it.
+
+    Args:
+        path: the output; symbolic links are followed.
+        kind: what is written. An existing directory is replaced, as a whole, if it is empty or of this kind
+            and holds nothing else.
+        sources: what the output is made from; none of it may lie in an existing ``path``.
 
     Raises:
-        ChaiError: the target is a file, a mount point or somebody else's directory; it cannot be
-            written; the disk is full.
+        ChaiError: the target may not be replaced (names what stands in the way), is being written by another
+            process for too long, or cannot be written; the disk is full.
     """
-    target = _target(path)
-    if target.is_dir():
-        if any(target.iterdir()) and not (target / replaces).is_file():
-            raise ChaiError(
-                f"{target} exists and holds no {replaces}, so it will not be replaced; "
-                "choose another output directory or empty this one"
-            )
-    elif target.exists():
-        raise ChaiError(f"{target} is a file; choose an output directory")
-    with _partial(target) as partial:
-        yield partial
-        _swap(partial, target)
+    target = _absolute(path)
+    kept = list(sources)
+
+    def require(settled: bool) -> None:
+        require_directory_target(target, kind, kept, settled=settled)
+
+    with _locked(target, require) as work:
+        yield work.new
+        require(settled=True)
+        work.install()
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(
+    path: str | Path,
+    kind: FileKind | None = None,
+    *,
+    sources: Sources = (),
+    patience: float = PATIENCE,
+) -> Iterator[Path]:
     """Yield a path to write to; the file written there becomes ``path`` when the block succeeds.
 
+    Args:
+        path: the output; symbolic links are followed.
+        kind: what is written. An existing file is replaced if it is empty or of this kind; None is for files
+            inside directories of ours, where any file of the name is replaced.
+        sources: what the output is made from; ``path`` may be none of it.
+        patience: seconds to wait for another process that writes the same file.
+
     Raises:
-        ChaiError: the target is a directory, cannot be written, or the disk is full.
+        ChaiError: as :func:`atomic_directory`.
     """
-    target = _target(path)
-    if target.is_dir():
-        raise ChaiError(f"{target} is a directory; choose an output file")
-    if target.exists() and not target.is_file():
-        # Renaming over a device or a pipe would take it away from every other program.
-        raise ChaiError(f"{target} is no regular file and will not be replaced; choose an output file")
-    with _partial(target) as partial:
-        yield partial / target.name
-        os.replace(partial / target.name, target)
+    target = _absolute(path)
+    kept = list(sources)
 
+    def require(settled: bool) -> None:
+        require_file_target(target, kind, kept, settled=settled)
 
-def _target(path: str | Path) -> Path:
-    target = Path(os.path.realpath(path))
-    if not target.name or target.is_mount():
-        raise ChaiError(f"{target} is a mount point and cannot be replaced; name a directory inside it")
-    return target
+    with _locked(target, require, patience) as work:
+        file = work.new / target.name
+        yield file
+        require(settled=True)
+        os.replace(file, target)
 
 
 @contextmanager
-def _partial(target: Path) -> Iterator[Path]:
-    """A locked empty directory ``.NAME.partial-PID`` beside ``target``; gone when the block ends."""
-    made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-    lock = -1
+def reserved(path: str | Path) -> Iterator[None]:
+    """Keep other writers of ``path`` waiting, without writing it.
+
+    Raises:
+        ChaiError: another process holds it for too long, or its directory cannot be written.
+    """
+    with _locked(_absolute(path), lambda settled: None):
+        yield
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+@contextmanager
+def _locked(
+    target: Path, require: Callable[[bool], None], patience: float = PATIENCE
+) -> Iterator[WorkDirectory]:
+    """Check, lock, check again; then the block. Errors about the target are told in terms of the target."""
+    work: WorkDirectory | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _recover(target)
-        partial.mkdir()
-        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-        with suppress(OSError):  # a file system without locks: only stale partials go unnoticed
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield partial
+        require(False)
+        work = acquire(target, patience=patience)
+        require(True)
+        yield work
     except BaseException as error:
-        full = _is_full(error, target.parent)
-        _discard(partial, made, owned=lock >= 0)
-        translated = _translate(error, target, partial, full)
+        translated = _translate(error, target)
         if translated is None:
             raise
         raise translated from error
     finally:
-        if lock >= 0:
-            os.close(lock)
-    shutil.rmtree(partial, ignore_errors=True)
+        if work is not None:
+            work.release()
 
 
-def _discard(partial: Path, made: list[Path], *, owned: bool) -> None:
-    if owned:
-        shutil.rmtree(partial, ignore_errors=True)
-    for directory in made:
-        with suppress(OSError):
-            directory.rmdir()
+def _translate(error: BaseException, target: Path) -> ChaiError | None:
+    """The error in terms of ``target``; None if it has another cause, such as an input that is missing."""
+    if _is_full(error, target.parent):
+        reason = " ".join((str(error) or type(error).__name__).split())
+        return ChaiError(
+            f"no space left to write {target} ({reason}); free some space or choose another output path"
+        )
+    cause = _cause(error, target) if isinstance(error, OSError) and error.filename is not None else None
+    if cause is None:
+        return None
+    return ChaiError(f"{target} cannot be written ({cause}); choose another output path")
 
 
-def _recover(target: Path) -> None:
-    """Remove what a killed run left beside ``target``, and put back what it had set aside."""
-    aside = _aside(target)
-    if aside.exists() and not target.exists():
-        aside.rename(target)
-    shutil.rmtree(aside, ignore_errors=True)
-    for stale in target.parent.glob(f".{_glob_escape(target.name)}.partial-*"):
-        with suppress(OSError):
-            descriptor = os.open(stale, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(stale, ignore_errors=True)
-            finally:
-                os.close(descriptor)
-
-
-def _glob_escape(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def _aside(target: Path) -> Path:
-    return target.parent / f".{target.name}.replaced"
-
-
-def _swap(partial: Path, target: Path) -> None:
-    if not target.exists():
-        partial.rename(target)
-        return
-    aside = _aside(target)
-    target.rename(aside)
-    try:
-        partial.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+def _cause(error: OSError, target: Path) -> str | None:
+    """What keeps ``target`` from being written; None if the error is about another file."""
+    place, hidden = Path(os.fsdecode(error.filename)), work_path(target)
+    inside = place.is_relative_to(hidden)
+    if not inside and not target.is_relative_to(place):
+        return None
+    if error.errno in _FORBIDDEN:
+        return f"{error.strerror} in {target.parent}"
+    if error.errno in {errno.EEXIST, errno.ENOTDIR}:
+        return f"{place} is in the way" if place == hidden else f"{place} is no directory"
+    if error.errno == errno.ENOENT and inside:
+        return f"{target.parent} was moved or removed meanwhile"
+    return error.strerror if error.errno in _NO_SUCH_PLACE else None
 
 
 def _is_full(error: BaseException, parent: Path) -> bool:
@@ -154,26 +166,3 @@ def _is_full(error: BaseException, parent: Path) -> bool:
     with suppress(OSError):
         return shutil.disk_usage(parent).free < _NEARLY_NOTHING
     return False
-
-
-def _translate(error: BaseException, target: Path, partial: Path, full: bool) -> ChaiError | None:
-    if full:
-        reason = " ".join((str(error) or type(error).__name__).split())
-        return ChaiError(
-            f"no space left to write {target} ({reason}); free some space or choose another output path"
-        )
-    if not isinstance(error, OSError) or not _concerns(error, target, partial):
-        return None
-    if error.errno in _FORBIDDEN:
-        return ChaiError(f"{target} cannot be written ({error.strerror}); choose another output path")
-    if error.errno in {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EBUSY}:
-        return ChaiError(f"{target} cannot be created ({error.strerror}); choose another output path")
-    return None
-
-
-def _concerns(error: OSError, target: Path, partial: Path) -> bool:
-    """Whether the error is about the output: reading an input that is missing is not ours to explain."""
-    if error.filename is None:
-        return False
-    path = os.fsdecode(error.filename)
-    return Path(path).is_relative_to(partial) or target.is_relative_to(path)

@@ -28,25 +28,22 @@ class Bundle:
         """Read a bundle and check its manifest, op version and every file's SHA-256.
 
         Unchanged files (same size and modification time) are not read again. Engines are not looked at
-        here; see :func:`chai_export.bundle.engine_record.require_engine`.
+        here; see :func:`chai_export.bundle.engine_record.require_engine`. A bundle that is replaced meanwhile
+        is read anew.
 
         Raises:
             ChaiError: not a bundle, another format or op version, or a file is missing or was changed.
         """
-        from chai_export.op.schema import VERSION
-
         directory = Path(path)
-        again = "run `chai-export export` (or `rewrite`) again"
         manifest = read_manifest(directory)
-        if manifest.op_version != VERSION:
-            raise ChaiError(
-                f"{directory} uses version {manifest.op_version} of ClusteredHeadAttention and this version "
-                f"of chai_export has {VERSION}; {again}"
-            )
-        if MODEL_FILE not in manifest.files:
-            raise ChaiError(f"{directory / FILE_NAME} lists no {MODEL_FILE}; {again}")
-        check_files(directory, manifest.files, again=again)
-        return cls(directory, manifest)
+        while True:
+            try:
+                _check(directory, manifest)
+                return cls(directory, manifest)
+            except ChaiError:
+                before, manifest = manifest, read_manifest(directory)
+                if manifest == before:
+                    raise
 
     @property
     def model_path(self) -> Path:
@@ -69,13 +66,28 @@ class Bundle:
         return load_tokenizer(self.path)
 
 
+def _check(directory: Path, manifest: Manifest) -> None:
+    """Raise unless this version can run the bundle and its files are those of the manifest."""
+    from chai_export.op.schema import VERSION
+
+    again = "run `chai-export export` (or `rewrite`) again"
+    if manifest.op_version != VERSION:
+        raise ChaiError(
+            f"{directory} uses version {manifest.op_version} of ClusteredHeadAttention and this version "
+            f"of chai_export has {VERSION}; {again}"
+        )
+    if MODEL_FILE not in manifest.files:
+        raise ChaiError(f"{directory / FILE_NAME} lists no {MODEL_FILE}; {again}")
+    check_files(directory, manifest.files, again=again)
+
+
 def finalise(directory: Path, manifest: Manifest) -> Manifest:
     """Hash every file in ``directory`` and write ``manifest.json``: the last step before the rename.
 
     ``manifest.files`` is replaced; the manifest as written is returned.
 
     Raises:
-        ChaiError: the directory cannot be written or the disk is full.
+        OSError: the directory cannot be written or the disk is full.
     """
     complete = manifest.model_copy(update={"files": record_files(directory, directory)})
     write_manifest(directory, complete)

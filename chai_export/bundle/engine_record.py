@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from chai_export.bundle.atomic import atomic_file
 from chai_export.bundle.bundle import MODEL_FILE, Bundle, check_files
-from chai_export.bundle.manifest import EngineRecord, write_manifest
+from chai_export.bundle.manifest import FILE_NAME, EngineRecord, manifest_text, read_manifest
 from chai_export.errors import ChaiError
 
 
 def add_engine(bundle: Bundle, record: EngineRecord) -> Bundle:
     """Enter ``record`` in the bundle's manifest, replacing that backend's earlier one.
 
+    Engines that other processes entered meanwhile are kept.
+
     Raises:
-        ChaiError: the bundle cannot be written.
+        ChaiError: the bundle cannot be written, or its model was replaced while the engine was built.
     """
-    engines = {**bundle.manifest.engines, record.backend: record}
-    manifest = bundle.manifest.model_copy(update={"engines": engines})
-    write_manifest(bundle.path, manifest)
+    with atomic_file(bundle.path / FILE_NAME) as file:
+        now = read_manifest(bundle.path)
+        if now.files != bundle.manifest.files:
+            raise ChaiError(
+                f"{bundle.path} was replaced while its {record.backend} engine was built; "
+                f"run `chai-export build {bundle.path} --backend {record.backend}` again"
+            )
+        manifest = now.model_copy(update={"engines": {**now.engines, record.backend: record}})
+        file.write_text(manifest_text(manifest), encoding="utf-8")
     return Bundle(bundle.path, manifest)
 
 

@@ -96,7 +96,8 @@ def _is_entry(value: Any) -> bool:
 def _write_cache() -> None:
     if not cache_path().is_absolute():  # a user without a home
         return
-    entries = {**_read_cache(), **_known}
-    recent = dict(list(entries.items())[-_MOST_ENTRIES:])
-    with suppress(ChaiError, OSError), atomic_file(cache_path()) as file:
+    # A process that finds another one writing leaves it at that: its hashes are only missing.
+    with suppress(ChaiError, OSError), atomic_file(cache_path(), patience=0.05) as file:
+        entries = {**_read_cache(), **_known}
+        recent = dict(list(entries.items())[-_MOST_ENTRIES:])
         file.write_text(json.dumps(recent))

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from chai_export.arguments import shown
-from chai_export.bundle.atomic import atomic_file
+from chai_export.bundle.work_directory import recover
 from chai_export.errors import ChaiError
 from chai_export.files import MissingFileError, read_json
 from chai_export.op.kv_sharing import check_same_kept, check_sources, owners
@@ -181,6 +181,8 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         content = read_json(path, fix=again)
     except MissingFileError:
+        if recover(directory) and path.exists():  # it was being replaced
+            return read_manifest(directory)
         raise ChaiError(
             f"{directory} is not a bundle (no {FILE_NAME}); name a directory written by `chai-export export` "
             "or `chai-export rewrite`"
@@ -197,13 +199,17 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write ``directory/manifest.json`` in one step.
+    """Write ``directory/manifest.json`` of a bundle that nobody else sees yet.
 
     Raises:
-        ChaiError: the directory cannot be written or the disk is full.
+        OSError: the directory cannot be written.
     """
-    with atomic_file(directory / FILE_NAME) as file:
-        file.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (directory / FILE_NAME).write_text(manifest_text(manifest), encoding="utf-8")
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The content of manifest.json."""
+    return manifest.model_dump_json(indent=2) + "\n"
 
 
 def first_problem(error: ValidationError) -> str:

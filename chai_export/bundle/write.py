@@ -27,10 +27,10 @@ class Surroundings:
 
 
 class ClustersFile(Protocol):
-    """What knows how to write clusters.json (:class:`chai_export.clustering.clusters.Clusters`)."""
+    """What knows the content of clusters.json (:class:`chai_export.clustering.clusters.Clusters`)."""
 
-    def save(self, path: str | Path) -> None:
-        """Write it."""
+    def to_text(self) -> str:
+        """The text of the file."""
 
 
 def write_bundle(
@@ -51,9 +51,9 @@ def write_bundle(
         The manifest as it was written.
 
     Raises:
-        ChaiError: the directory cannot be written.
+        OSError: the directory cannot be written.
     """
-    clusters.save(directory / CLUSTERS_FILE)
+    (directory / CLUSTERS_FILE).write_text(clusters.to_text(), encoding="utf-8")
     generation = save_environment(
         directory,
         tokenizer=surroundings.tokenizer,

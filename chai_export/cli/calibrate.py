@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chai_export.cli.output import print_json, print_table
 from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.progress import note
+
+if TYPE_CHECKING:
+    from chai_export.clustering.clusters import Clusters
 
 NAME = "calibrate"
 HELP = "Find how many KV heads each layer must keep (offline, once per model)."
@@ -49,23 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Calibrate, save and show the result."""
-    from chai_export.clustering.calibrate import calibrate
-    from chai_export.clustering.plot import plot_curves
-
-    clusters = calibrate(
-        arguments.model,
-        arguments.text,
-        keep=arguments.keep,
-        samples=arguments.samples,
-        seq_len=arguments.seq_len,
-        probe_tokens=arguments.probe_tokens,
-        measure=arguments.measure,
-        state=arguments.output.with_name(arguments.output.name + ".state"),
-        trust_remote_code=arguments.trust_remote_code,
-    )
-    clusters.save(arguments.output)
-    if arguments.plot:
-        plot_curves(clusters, arguments.plot)
+    clusters = _write(arguments)
     if arguments.json:
         print_json(clusters.to_json())
         return 0
@@ -77,3 +66,34 @@ def execute(arguments: argparse.Namespace) -> int:
     print(f"KV-cache bytes saved: {clusters.kv_bytes_saved:.1%}")
     note(f"wrote {arguments.output}" + (f" and {arguments.plot}" if arguments.plot else ""))
     return 0
+
+
+def _write(arguments: argparse.Namespace) -> Clusters:
+    """Calibrate into the outputs; both are checked before the work, and the clusters are there first."""
+    from chai_export.bundle.atomic import atomic_file
+    from chai_export.clustering.calibrate import calibrate
+    from chai_export.clustering.clusters import CLUSTERS
+    from chai_export.clustering.plot import PICTURE, draw_curves, picture_format
+    from chai_export.clustering.state import state_file
+
+    sources = [arguments.model, *arguments.text, arguments.keep.removeprefix("@")]
+    with ExitStack() as outputs:
+        if arguments.plot:
+            kind = picture_format(arguments.plot)
+            picture = outputs.enter_context(atomic_file(arguments.plot, PICTURE, sources=sources))
+        with atomic_file(arguments.output, CLUSTERS, sources=sources) as file:
+            clusters = calibrate(
+                arguments.model,
+                arguments.text,
+                keep=arguments.keep,
+                samples=arguments.samples,
+                seq_len=arguments.seq_len,
+                probe_tokens=arguments.probe_tokens,
+                measure=arguments.measure,
+                state=state_file(arguments.output),
+                trust_remote_code=arguments.trust_remote_code,
+            )
+            file.write_text(clusters.to_text(), encoding="utf-8")
+        if arguments.plot:
+            draw_curves(clusters, picture, kind)
+    return clusters

@@ -30,7 +30,9 @@ def execute(arguments: argparse.Namespace) -> int:
     """Inspect either kind."""
     from chai_export.bundle.bundle import Bundle
     from chai_export.bundle.manifest import FILE_NAME
+    from chai_export.bundle.work_directory import recover
 
+    recover(arguments.path)
     if (arguments.path / FILE_NAME).is_file():
         print_bundle(Bundle.load(arguments.path), as_json=arguments.json)
         return 0

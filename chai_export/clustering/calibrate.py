@@ -17,7 +17,7 @@ from chai_export.clustering.curves import ErrorCurves
 from chai_export.clustering.keep import Budget, KeepRule, parse_keep
 from chai_export.clustering.measured_budget import measure_damage, spend
 from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
-from chai_export.clustering.state import load_state, save_state, state_key
+from chai_export.clustering.state import load_state, require_state_place, save_state, state_key
 from chai_export.errors import UsageError
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
 from chai_export.models.windows import spread_windows, start_windows
@@ -53,7 +53,7 @@ def calibrate(
         samples: pieces of text to use, spread evenly over it; fewer if the text has fewer.
         seq_len: tokens per piece; 8 windows of ``probe_tokens`` tokens are cut from each.
         state: file in which progress is kept, so that an interrupted calibration goes on from there with
-            exactly the same result; removed at the end.
+            exactly the same result; removed at the end. No other file may be in its place.
         probe_tokens: P, the length of the online probe to calibrate for; exports of the result run with it.
         measure: what a budget minimises: "error", the error curves, or "kl", the divergence that each layer
             alone causes (:mod:`chai_export.clustering.measured_budget`; slower, much better beyond the
@@ -77,6 +77,8 @@ def calibrate(
     _check_settings(samples, seq_len, probe_tokens)
     rule = parse_keep(keep)
     _check_measure(measure, rule, keep)
+    if state is not None:
+        require_state_place(Path(state))
     loaded = load_model(model, trust_remote_code=trust_remote_code)
     geometry = describe_model(loaded)
     rule.check(geometry)

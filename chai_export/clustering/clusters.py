@@ -12,11 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from chai_export.arguments import path_of, shown, whole
 from chai_export.bundle.manifest import first_problem
+from chai_export.bundle.targets import FileKind, json_with_format
 from chai_export.errors import ChaiError, UsageError
 from chai_export.files import MissingFileError, read_json
 from chai_export.op.kv_sharing import check_same_kept
 
 FORMAT = "chai-clusters/1"
+CLUSTERS = FileKind("a clusters.json of chai_export", json_with_format("chai-clusters"))
 
 
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -134,12 +136,16 @@ class Clusters:
         """Write clusters.json, whole or not at all.
 
         Raises:
-            ChaiError: it cannot be written.
+            ChaiError: it cannot be written, or another file is in its place.
         """
         from chai_export.bundle.atomic import atomic_file
 
-        with atomic_file(path) as partial:
-            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        with atomic_file(path, CLUSTERS) as file:
+            file.write_text(self.to_text(), encoding="utf-8")
+
+    def to_text(self) -> str:
+        """The text of clusters.json."""
+        return json.dumps(self.to_json(), indent=1) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         """The content of clusters.json."""

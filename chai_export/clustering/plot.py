@@ -6,11 +6,20 @@ import math
 from pathlib import Path
 from typing import Any
 
+from chai_export.bundle.targets import FileKind, contains
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError, UsageError
 
 _MOST_COLUMNS = 6
 _PANEL_INCHES = (2.1, 1.7)
+# Programs that made pictures are named in them. No dates: the same curves give the same file.
+_PROGRAM = "chai_export error curves"
+_METADATA: dict[str, dict[str, str | None]] = {
+    "png": {"Software": _PROGRAM},
+    "svg": {"Creator": _PROGRAM, "Date": None},
+    "pdf": {"Creator": _PROGRAM, "CreationDate": None},
+}
+PICTURE = FileKind("a picture of error curves by chai_export", contains(_PROGRAM.encode()))
 _CURVE, _CHOSEN = "#2b5c8a", "#c4401c"
 
 
@@ -20,13 +29,38 @@ def plot_curves(clusters: Clusters, path: str | Path) -> None:
     Each panel's axis is relative to the error with one head kept; the point and the title give R.
 
     Raises:
-        ChaiError: there are no curves, or the file cannot be written.
+        ChaiError: there are no curves, the file cannot be written, or another file is in its place.
         UsageError: the ending names no picture format.
+    """
+    from chai_export.bundle.atomic import atomic_file
+
+    kind = picture_format(path)
+    with atomic_file(path, PICTURE) as file:
+        draw_curves(clusters, file, kind)
+
+
+def picture_format(path: str | Path) -> str:
+    """The picture format that the ending of a name stands for.
+
+    Raises:
+        UsageError: none that we write.
+    """
+    kind = Path(path).suffix.removeprefix(".").lower()
+    if kind not in _METADATA:
+        raise UsageError(f"--plot {path}: choose a name that ends in .png, .svg or .pdf")
+    return kind
+
+
+def draw_curves(clusters: Clusters, path: Path, kind: str) -> None:
+    """As :func:`plot_curves`, in a given format and into a file that nobody else sees yet.
+
+    Raises:
+        ChaiError: there are no curves.
+        OSError: the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = Path(path)
     if not clusters.error_curves:
         raise ChaiError(f"{clusters.origin} has no error curves to draw; calibrate again")
     layers = len(clusters.error_curves)
@@ -35,9 +69,7 @@ def plot_curves(clusters: Clusters, path: str | Path) -> None:
     figure = Figure(
         figsize=(columns * _PANEL_INCHES[0], rows * _PANEL_INCHES[1] + 0.6), dpi=130, layout="constrained"
     )
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in FigureCanvasAgg(figure).get_supported_filetypes():
-        raise UsageError(f"--plot {path}: choose a name that ends in .png, .svg or .pdf")
+    FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for index, axes in enumerate(panels.flat):
         if index < layers:
@@ -48,7 +80,7 @@ def plot_curves(clusters: Clusters, path: str | Path) -> None:
     figure.supylabel("clustering error, 1 kept = 1", fontsize=9)
     saved = "" if clusters.kv_bytes_saved is None else f", {clusters.kv_bytes_saved:.1%} of KV bytes saved"
     figure.suptitle(f"{clusters.model or 'model'}: kept KV heads per layer{saved}", fontsize=10)
-    _save(figure, path, kind)
+    figure.savefig(path, format=kind, metadata=_METADATA[kind])
 
 
 def _panel(axes: Any, layer: int, curve: tuple[float, ...], kept: int) -> None:
@@ -61,12 +93,3 @@ def _panel(axes: Any, layer: int, curve: tuple[float, ...], kept: int) -> None:
     axes.set_ylim(-0.04, 1.04)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.25, linewidth=0.5)
-
-
-def _save(figure: Any, path: Path, kind: str) -> None:
-    from chai_export.bundle.atomic import atomic_file
-
-    # No dates: the same curves give the same file.
-    metadata = {"Date": None} if kind == "svg" else {"CreationDate": None} if kind == "pdf" else {}
-    with atomic_file(path) as partial:
-        figure.savefig(partial, format=kind, metadata=metadata)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chai_export.bundle.targets import FileKind, json_with_format, require_file_target
+from chai_export.bundle.work_directory import fitting_name
 from chai_export.clustering.curves import ErrorCurves
 from chai_export.errors import ChaiError
 from chai_export.files import read_json
@@ -18,7 +21,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FORMAT = "chai-calibration-state/1"
+STATE = FileKind("the state of an interrupted calibration", json_with_format("chai-calibration-state"))
 _VALUES_PER_WEIGHT = 64
+
+
+def state_file(output: Path) -> Path:
+    """Where a calibration that writes ``output`` keeps its state: beside it."""
+    return output.with_name(fitting_name(output.name, output.parent, after=".state"))
+
+
+def require_state_place(path: Path) -> None:
+    """Raise unless ``path`` is free or holds a state: it will be written, and removed at the end.
+
+    Raises:
+        ChaiError: another file is in its place.
+    """
+    require_file_target(Path(os.path.realpath(path)), STATE, ())
 
 
 def state_key(model: PreTrainedModel, windows: NDArray[np.int32], settings: dict[str, Any]) -> str:
@@ -54,7 +72,7 @@ def save_state(path: Path, key: str, curves: ErrorCurves, samples_done: int) -> 
         "windows": curves.windows,
         "sums": curves.sums.tolist(),
     }
-    with atomic_file(path) as partial:
+    with atomic_file(path, STATE) as partial:
         partial.write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ from chai_export.bundle.atomic import atomic_directory, atomic_file
 from chai_export.bundle.bundle import ENGINES_DIRECTORY, MODEL_FILE, Bundle, record_files
 from chai_export.bundle.hashing import sha256_file
 from chai_export.bundle.manifest import EngineRecord, FileRecord
+from chai_export.bundle.parts import ENGINE
 from chai_export.engines.tensorrt_network import plugin_network, portable_network, require_parsed
 from chai_export.engines.tensorrt_profiles import Range, profiles, trtexec_shapes
 from chai_export.engines.tensorrt_progress import BuildProgress, error_recorder
@@ -88,9 +89,9 @@ def build_tensorrt(
     }
     if builder_memory is not None:
         settings["builder_memory"] = builder_memory
-    with atomic_directory(bundle.path / DIRECTORY, replaces=PLAN_FILE) as directory:
+    with atomic_directory(bundle.path / DIRECTORY, ENGINE) as directory:
         # Beside the weights it refers to, for as long as it is parsed.
-        source = bundle.path / f".{directory.name}.onnx"
+        source = bundle.path / f".{BACKEND}.onnx"
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(source.unlink, missing_ok=True)
             place: Path | None = None

@@ -6,21 +6,25 @@ client keeps the caches in CUDA shared memory, names one region as past and as p
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import onnx
 
+from chai_export import __version__
 from chai_export.bundle.atomic import atomic_directory
 from chai_export.bundle.bundle import Bundle, check_files
 from chai_export.bundle.manifest import EngineRecord, write_manifest
+from chai_export.bundle.targets import DirectoryKind, json_object, with_parents
 from chai_export.engines.tensorrt import BACKEND, DIRECTORY, PLAN_FILE
-from chai_export.errors import ChaiError
+from chai_export.errors import ChaiError, UsageError
 from chai_export.runtime.native import find_library
 from chai_export.runtime.tensorrt_environment import TENSORRT_LIBRARY
 
 MODELS, PLUGINS, CLIENT = "models", "plugins", "client"
 START_FILE = "start.sh"
+RECORD_FILE, RECORD_FORMAT = "chai-repository.json", "chai-triton-repository/1"
 _DATA_TYPES = {
     onnx.TensorProto.FLOAT: "TYPE_FP32",
     onnx.TensorProto.FLOAT16: "TYPE_FP16",
@@ -34,7 +38,8 @@ def write_model_repository(bundle: Bundle, directory: str | Path, *, name: str =
     """Write a model repository, the plugin library, what a client needs and a start script.
 
     ``models/NAME`` holds the engine and its config.pbtxt, ``plugins`` the library that the server loads
-    first, ``client`` the manifest and the tokenizer, and ``start.sh`` the command.
+    first, ``client`` the manifest and the tokenizer, and ``start.sh`` the command. ``chai-repository.json``
+    lists them.
 
     Args:
         bundle: a bundle with a TensorRT engine.
@@ -42,6 +47,7 @@ def write_model_repository(bundle: Bundle, directory: str | Path, *, name: str =
         name: of the model on the server.
 
     Raises:
+        UsageError: ``name`` cannot be the name of a directory.
         ChaiError: the bundle has no TensorRT engine, its files were changed, the plugin library is missing,
             or the directory cannot be written.
     """
@@ -56,8 +62,9 @@ def write_model_repository(bundle: Bundle, directory: str | Path, *, name: str =
             f"lib{TENSORRT_LIBRARY}.so is not installed here and the engine needs it; package on the machine "
             "that built the engine"
         )
+    _require_name(name)
     target = Path(directory)
-    with atomic_directory(target, replaces=START_FILE) as root:
+    with atomic_directory(target, REPOSITORY, sources=[bundle.path]) as root:
         version = root / MODELS / name / "1"
         version.mkdir(parents=True)
         shutil.copyfile(bundle.path / DIRECTORY / PLAN_FILE, version / "model.plan")
@@ -70,7 +77,33 @@ def write_model_repository(bundle: Bundle, directory: str | Path, *, name: str =
         start = root / START_FILE
         start.write_text(start_script(record), encoding="utf-8")
         start.chmod(0o755)
+        _write_record(root)
     return target
+
+
+def repository_parts(directory: Path) -> set[str] | None:
+    """Relative paths of everything in a repository that we wrote; None for any other directory."""
+    record = json_object(directory / RECORD_FILE)
+    if record is None or not str(record.get("format")).startswith("chai-triton-repository/"):
+        return None
+    files = record.get("files")
+    return with_parents([RECORD_FILE, *(map(str, files) if isinstance(files, list) else ())])
+
+
+REPOSITORY = DirectoryKind("a model repository of chai_export", repository_parts)
+
+
+def _write_record(root: Path) -> None:
+    """What was written, so that the next package replaces that and nothing else."""
+    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    record = {"format": RECORD_FORMAT, "created_with": f"chai_export {__version__}", "files": files}
+    (root / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _require_name(name: str) -> None:
+    """Raise unless ``name`` can be a directory of the repository."""
+    if not name or name.startswith(".") or set(name) & set('/\\"\0\n'):
+        raise UsageError(f"--name {name!r} cannot name a model; use letters, digits, - and _")
 
 
 def model_config(bundle: Bundle, name: str) -> str:

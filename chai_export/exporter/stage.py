@@ -58,6 +58,7 @@ def export(
     """
     from chai_export.bundle.atomic import atomic_directory
     from chai_export.bundle.bundle import MODEL_FILE, Bundle, finalise
+    from chai_export.bundle.parts import BUNDLE
     from chai_export.bundle.write import write_bundle
     from chai_export.clustering.clusters import load_clusters
     from chai_export.clustering.probe import probe_length
@@ -73,20 +74,21 @@ def export(
         raise UsageError("--membership static decides the head maps now; give calibration text with --text")
     chosen = load_clusters(clusters)
     probe = probe_length(probe_tokens, chosen)
-    loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    source, surroundings = _describe(model, loaded, chosen)
-    static = None
-    if membership == "static":
-        assert text is not None
-        if kv_source_layers(loaded) is not None:
-            raise ChaiError(
-                "layers of this model read another layer's KV cache, for which static membership is not "
-                "supported; use --membership online"
-            )
-        if loaded is model:
-            loaded = copy.deepcopy(loaded)  # the caller's model keeps its heads
-        static = choose_and_slice(loaded, chosen, text, surroundings.tokenizer)
-    with atomic_directory(out_dir) as directory:
+    sources = [model, clusters, *(text if isinstance(text, list | tuple) else [text])]
+    with atomic_directory(out_dir, BUNDLE, sources=sources) as directory:
+        loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        source, surroundings = _describe(model, loaded, chosen)
+        static = None
+        if membership == "static":
+            assert text is not None
+            if kv_source_layers(loaded) is not None:
+                raise ChaiError(
+                    "layers of this model read another layer's KV cache, for which static membership is not "
+                    "supported; use --membership online"
+                )
+            if loaded is model:
+                loaded = copy.deepcopy(loaded)  # the caller's model keeps its heads
+            static = choose_and_slice(loaded, chosen, text, surroundings.tokenizer)
         work = directory / _WORK
         work.mkdir()
         path = export_onnx(loaded, work)

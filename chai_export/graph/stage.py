@@ -43,19 +43,21 @@ def rewrite(
     from chai_export.bundle.atomic import atomic_directory
     from chai_export.bundle.bundle import Bundle
     from chai_export.bundle.manifest import Source
+    from chai_export.bundle.parts import BUNDLE
     from chai_export.bundle.write import write_bundle
     from chai_export.clustering.clusters import load_clusters
     from chai_export.clustering.probe import probe_length
     from chai_export.graph.pipeline import rewrite_model
-    from chai_export.graph.read.load import find_onnx
+    from chai_export.graph.read.load import data_files, find_onnx
 
     path = find_onnx(Path(onnx_path))
     chosen = load_clusters(clusters)
+    sources = [path, *data_files(path), clusters, tokenizer]
     surroundings = _surroundings(tokenizer, path.parent)
     model_type = (surroundings.config or {}).get("model_type")
     source = Source(kind="onnx", name=path.name, model_type=model_type)
     probe = probe_length(probe_tokens, chosen)
-    with atomic_directory(out_dir) as directory:
+    with atomic_directory(out_dir, BUNDLE, sources=sources) as directory:
         draft = rewrite_model(path, chosen, directory, probe)
         write_bundle(directory, draft, chosen, source, surroundings)
     return Bundle.load(out_dir)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chai_export.bundle.atomic import atomic_file
+from chai_export.bundle.atomic import atomic_file, reserved
 from chai_export.bundle.manifest import FILE_NAME as MANIFEST
 from chai_export.bundle.manifest import read_manifest
+from chai_export.bundle.parts import BUNDLE
+from chai_export.bundle.targets import require_directory_target, require_file_target
 from chai_export.errors import ChaiError
 from chai_export.files import read_json
 from chai_export.recipe.cache import StageCache, stage_key
 from chai_export.recipe.recipe import Recipe, RunSettings
 
+CURVES = "error_curves.png"
 Report = Callable[[str], None]
 
 
@@ -49,17 +53,13 @@ def make(recipe: Recipe, report: Report = lambda line: None) -> MakeResult:
         ChaiError: a stage failed (verification included); what finished before it is kept.
     """
     assert recipe.output is not None, "load_recipe resolves the output"
-    return _Make(recipe, recipe.output, report).run()
+    StageCache(recipe.output)  # refuses a directory of somebody else
+    with reserved(recipe.output / "make"):  # one at a time; the second finds what the first made
+        return _Make(recipe, recipe.output, report).run()
 
 
 class _Make:
     def __init__(self, recipe: Recipe, output: Path, report: Report) -> None:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ChaiError(
-                f"{output} cannot be written ({error.strerror}); change `output` in the recipe"
-            ) from error
         self._recipe = recipe
         self._output = output
         self._report = report
@@ -69,6 +69,14 @@ class _Make:
         self._result = MakeResult(output, output / "bundle")
 
     def run(self) -> MakeResult:
+        """All stages in order."""
+        self._cache.begin()
+        try:
+            return self._run_stages()
+        finally:
+            self._cache.end()
+
+    def _run_stages(self) -> MakeResult:
         recipe, bundle = self._recipe, self._result.bundle
         model = [Path(recipe.model)]
         common = {"model": recipe.model, "probe_tokens": recipe.probe_tokens}
@@ -85,7 +93,7 @@ class _Make:
         for name, settings, inputs, act in (
             ("verify", recipe.verify, [], self._verify),
             ("eval", recipe.eval, [recipe.eval.text] if recipe.eval else [], self._eval),
-            ("run", recipe.run, [], self._run),
+            ("run", recipe.run, [], self._generate_texts),
         ):
             if settings is not None:
                 key = {**settings.model_dump(), "build": built}
@@ -129,10 +137,28 @@ class _Make:
         self._stage(name, settings, inputs, path.exists(), write)
         self._result.results[name] = read_json(path, fix="delete it and make again")
 
+    def _require_targets(self) -> None:
+        """Raise before the long stages if something stands where an output goes.
+
+        Raises:
+            ChaiError: names it.
+        """
+        from chai_export.clustering.clusters import CLUSTERS
+        from chai_export.clustering.plot import PICTURE
+
+        recipe = self._recipe
+        measured_on = [settings.text for settings in (recipe.verify, recipe.eval) if settings is not None]
+        sources = [recipe.model, *recipe.calibrate.text, *measured_on]
+        output = Path(os.path.realpath(self._output))
+        require_file_target(output / self._clusters.name, CLUSTERS, sources)
+        require_file_target(output / CURVES, PICTURE, sources)
+        require_directory_target(output / self._result.bundle.name, BUNDLE, sources)
+
     def _calibrate(self) -> None:
         from chai_export.clustering.calibrate import calibrate
         from chai_export.clustering.plot import plot_curves
 
+        self._require_targets()
         settings = self._recipe.calibrate
         clusters = calibrate(
             self._recipe.model,
@@ -146,7 +172,7 @@ class _Make:
             trust_remote_code=self._recipe.trust_remote_code,
         )
         clusters.save(self._clusters)
-        plot_curves(clusters, self._output / "error_curves.png")
+        plot_curves(clusters, self._output / CURVES)
 
     def _export(self) -> None:
         from chai_export.exporter.stage import export
@@ -208,7 +234,7 @@ class _Make:
             trust_remote_code=self._recipe.trust_remote_code,
         )
 
-    def _run(self) -> dict[str, Any]:
+    def _generate_texts(self) -> dict[str, Any]:
         settings = self._recipe.run
         assert settings is not None
         manifest = read_manifest(self._result.bundle)

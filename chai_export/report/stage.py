@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from chai_export.bundle.targets import FileKind, contains
 from chai_export.errors import UsageError
 from chai_export.report import collect
 from chai_export.report.page import render
+
+REPORT = FileKind(
+    "a page of `chai-export report`", contains(b'<meta name="generator" content="chai_export report">')
+)
 
 
 def report(
@@ -42,8 +47,6 @@ def report(
         UsageError: a prompt is empty.
     """
     from chai_export.bundle.atomic import atomic_file
-    from chai_export.clustering.clusters import Clusters
-    from chai_export.runtime.runner import load
 
     samples = list(prompts) or list(collect.SAMPLE_PROMPTS)
     if not all(samples):
@@ -54,20 +57,29 @@ def report(
         "verify": None if verification is None else collect.read_result(verification, "verify", "ok"),
         "compare": None if comparison is None else collect.read_result(comparison, "compare", "results"),
     }
+    sources = [bundle, reference, evaluation, verification, comparison]
+    with atomic_file(out_file, REPORT, sources=sources) as file:
+        data = {**_collect(bundle, reference, samples, backend), **figures}
+        file.write_text(render(data), encoding="utf-8")
+    return data
+
+
+def _collect(
+    bundle: str | Path, reference: str | Path | None, samples: Sequence[str], backend: str
+) -> dict[str, Any]:
+    """What the page shows besides the figures of other commands."""
+    from chai_export.clustering.clusters import Clusters
+    from chai_export.runtime.runner import load
+
     runner = load(bundle, backend=backend, heads="chai")
-    clusters = Clusters.load(runner.bundle.clusters_path)
-    data: dict[str, Any] = {
+    correlations = None
+    if reference is not None:
+        correlations = collect.correlations(reference, [collect.prompt_ids(runner, text) for text in samples])
+    return {
         "bundle": collect.compiled(runner.bundle),
-        "clusters": clusters.to_json(),
+        "clusters": Clusters.load(runner.bundle.clusters_path).to_json(),
         "cache": collect.cache_growth(runner.bundle.manifest),
         "head_maps": collect.head_maps(runner, samples),
-        "correlations": None,
-        **figures,
+        "correlations": correlations,
         "environment": collect.environment(),
     }
-    if reference is not None:
-        ids = [collect.prompt_ids(runner, prompt) for prompt in samples]
-        data["correlations"] = collect.correlations(reference, ids)
-    with atomic_file(out_file) as partial:
-        partial.write_text(render(data), encoding="utf-8")
-    return data

@@ -117,7 +117,7 @@ def test_the_state_of_another_calibration_is_not_used(tmp_path, monkeypatch, cha
 
 def test_a_damaged_state_starts_over(tmp_path):
     state = tmp_path / "state"
-    state.write_text('{"format": "chai-cal')
+    state.write_text('{"format": "chai-calibration-state/1", "key": 3}')
     model, options = family_model("llama-mha"), {"samples": 2, "seq_len": 64}
     assert calibrate(model, TOKENS, state=state, **options) == calibrate(model, TOKENS, **options)
 

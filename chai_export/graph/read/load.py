@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from chai_export.errors import ChaiError
 from chai_export.graph.read.check import check_model
-from chai_export.graph.read.external_data import locate_external_data
+from chai_export.graph.read.external_data import external_tensors, locate_external_data
 from chai_export.graph.read.normalise import normalise
 from chai_export.graph.read.unfuse import unfuse
 
@@ -63,6 +63,15 @@ def read_model(path: Path) -> ir.Model:
             f"{file} is not a readable ONNX model ({_one_line(error)}); export or download it again"
         ) from error
     return model
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files in which an ONNX file keeps its weights; none if it holds them itself.
+
+    Raises:
+        ChaiError: as :func:`read_model`.
+    """
+    return sorted({Path(tensor.path) for tensor in external_tensors(read_model(path))})
 
 
 def load_graph(path: Path) -> ir.Model:
