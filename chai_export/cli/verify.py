@@ -54,13 +54,16 @@ def execute(arguments: argparse.Namespace) -> int:
         (
             heads,
             against,
-            f"{report['max_abs_logit_diff'][heads]:.2e} (tolerance {report['tolerance']:.0e})",
+            f"{report['max_abs_logit_diff'][heads]:.2e}",
+            f"{report['tolerance_used'][heads]:.0%}",
             "identical" if report["greedy_match"][heads] else "DIFFERENT",
         )
         for heads, against in (("all", "Hugging Face model"), ("chai", "torch oracle"))
         if report["max_abs_logit_diff"][heads] is not None
     ]
-    print_table(["heads", "against", "largest logit difference", "greedy tokens"], rows)
+    print_table(
+        ["heads", "against", "largest logit difference", "of what rounding allows", "greedy tokens"], rows
+    )
     if layers:
         differences = [
             (x["index"], x["name"], f"{x['max_abs_diff']:.2e}", f"{x['max_abs']:.2e}") for x in layers

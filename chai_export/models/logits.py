@@ -36,7 +36,8 @@ def total_kl(p: NDArray[np.float32], q: NDArray[np.float32]) -> float:
     return max(0.0, sum(float(part.sum()) for part in parts))
 
 
-def largest_difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """Largest absolute difference; infinite when either has a value that is not finite."""
-    difference = np.abs(a.astype(np.float64) - b.astype(np.float64))
-    return float(difference.max()) if np.isfinite(difference).all() else float("inf")
+def differences(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Largest absolute difference at each position, [T, V] to [T]; infinite where a value is not finite."""
+    found = np.abs(a.astype(np.float64) - b.astype(np.float64)).max(axis=-1)
+    result: NDArray[np.float64] = np.where(np.isfinite(found), found, np.inf)
+    return result

@@ -16,84 +16,29 @@ the same either way, and one forward pass replaces one per token.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.errors import ChaiError
-from chai_export.models.logits import largest_difference
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
 from chai_export.progress import track
 from chai_export.quality.limits import position_limit
-from chai_export.quality.reference import fixed_maps, load_reference, oracle_of
+from chai_export.quality.reference import load_reference
+from chai_export.quality.truth import TorchTruth, Truth
+from chai_export.quality.verdict import LEAST_MAP_AGREEMENT, Verdict, VerifyResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from chai_export.bundle.manifest import Manifest
-    from chai_export.models.oracle import Oracle
     from chai_export.runtime.runner import Runner
-
-TOLERANCES = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 3e-1}
-"""Largest absolute logit difference allowed, by the dtype of the bundle."""
-
-LEAST_MAP_AGREEMENT = {"float32": 0.95, "float16": 0.0, "bfloat16": 0.0}
-"""Head maps are integers of rounded probabilities: a correct engine may differ in single heads of a deep
-model, a wrong one differs in most. In lower precision rounding alone moves many, so nothing is demanded."""
 
 _LONGEST_PROMPT = 24
 _SEED = 20240312
-
-
-@dataclass(frozen=True)
-class VerifyResult:
-    """What was found; ``ok`` is the gate.
-
-    Attributes:
-        ok: differences within tolerance, greedy tokens the same and, in float32, the head maps too.
-        max_abs_logit_diff: {"all": …, "chai": …}; None for "all" of a bundle with static membership.
-        greedy_match: {"all": …, "chai": …}, likewise.
-        head_map_agreement: share of query heads with the same representative, 0 … 1.
-        tolerance: allowed logit difference.
-        prompts: prompts compared.
-        tokens: positions compared per way of running.
-        greedy_ties: chosen tokens whose logit equals the reference's best within the tolerance; they count
-            as a match.
-        first_mismatch: {"all"|"chai": {"prompt", "token"}} where greedy tokens first differ.
-    """
-
-    ok: bool
-    max_abs_logit_diff: dict[str, float | None]
-    greedy_match: dict[str, bool | None]
-    head_map_agreement: float
-    tolerance: float
-    prompts: int
-    tokens: int
-    greedy_ties: int
-    first_mismatch: dict[str, dict[str, int]]
-
-    def to_json(self) -> dict[str, Any]:
-        """As printed by ``verify --json``."""
-        return {
-            "ok": self.ok,
-            # JSON has no infinity, which stands for logits that are not finite.
-            "max_abs_logit_diff": {
-                heads: None if worst is None else min(worst, sys.float_info.max)
-                for heads, worst in self.max_abs_logit_diff.items()
-            },
-            "greedy_match": self.greedy_match,
-            "head_map_agreement": self.head_map_agreement,
-            "tolerance": self.tolerance,
-            "prompts": self.prompts,
-            "tokens": self.tokens,
-            "greedy_ties": self.greedy_ties,
-            "first_mismatch": self.first_mismatch,
-        }
 
 
 def verify(
@@ -115,7 +60,8 @@ def verify(
         reference: directory, hub id or model.
         text: where the four prompts come from; random tokens otherwise.
         backend: the engine to verify.
-        tolerance: largest absolute logit difference; by the bundle's dtype unless given.
+        tolerance: largest absolute logit difference, everywhere; unless given, each position is allowed what
+            rounding in the bundle's dtype does there (:mod:`chai_export.quality.rounding`).
         new_tokens: greedy tokens per prompt, fewer where the model has no positions left.
         trust_remote_code: run code that the model brings along.
 
@@ -126,76 +72,21 @@ def verify(
 
     runners = {"chai": load(bundle, backend=backend, heads="chai")}
     manifest = runners["chai"].bundle.manifest
-    static = fixed_maps(manifest)
-    if static is None:
+    if manifest.static is None:
         runners = {"all": load(bundle, backend=backend, heads="all"), **runners}
-    model = load_reference(reference, manifest, trust_remote_code=trust_remote_code)
-    allowed = TOLERANCES[manifest.dtype] if tolerance is None else tolerance
+    truth = TorchTruth(load_reference(reference, manifest, trust_remote_code=trust_remote_code), manifest)
     prompts = _prompts(runners["chai"], text, manifest)
-    oracle = oracle_of(model, manifest)
     # Fixed maps are constants of the graph: nothing may round them.
-    least_agreement = LEAST_MAP_AGREEMENT[manifest.dtype] if static is None else 1.0
-    comparison = _Comparison(allowed, least_agreement, tuple(runners))
+    least_agreement = LEAST_MAP_AGREEMENT[manifest.dtype] if manifest.static is None else 1.0
+    verdict = Verdict(tuple(runners), least_agreement, tolerance)
     for heads in track(tuple(runners), "verifying", total=len(runners)):
         count = _new_tokens(runners[heads], max(map(len, prompts)), new_tokens)
         made = runners[heads].generate(prompts, max_new_tokens=count, repetition_penalty=1.0, ignore_eos=True)
         generated_maps = runners[heads].head_maps.copy()
         for index, generation in enumerate(made):
             case = _Case(index, prompts[index], list(generation.token_ids), generated_maps[:, index])
-            _compare_one(comparison, heads, case, runners[heads], oracle, static)
-    return comparison.result(len(prompts))
-
-
-class _Comparison:
-    """Collects the worst of everything."""
-
-    def __init__(self, tolerance: float, least_agreement: float, compared: tuple[str, ...]) -> None:
-        self._tolerance = tolerance
-        self._least_agreement = least_agreement
-        self._worst = dict.fromkeys(compared, 0.0)
-        self._mismatch: dict[str, dict[str, int]] = {}
-        self._same_heads: list[bool] = []
-        self._ties = 0
-        self._tokens = 0
-
-    def logits(self, heads: str, engine: NDArray[np.float32], reference: NDArray[np.float32]) -> None:
-        """Logits [T, V] of both."""
-        self._worst[heads] = max(self._worst[heads], largest_difference(engine, reference))
-        self._tokens += len(engine) if heads == "chai" else 0
-
-    def greedy(self, heads: str, prompt: int, chosen: Sequence[int], reference: NDArray[np.float32]) -> None:
-        """Tokens the engine chose, and reference logits [len(chosen), V] at the positions before them."""
-        for place, (token, row) in enumerate(zip(chosen, reference, strict=True)):
-            best = int(row.argmax())
-            if token == best:
-                continue
-            if row[best] - row[token] <= self._tolerance:
-                self._ties += 1
-            elif heads not in self._mismatch:
-                self._mismatch[heads] = {"prompt": prompt, "token": place}
-
-    def maps(self, engine: NDArray[np.int32], oracle: NDArray[np.int32]) -> None:
-        """Head maps of one sequence, [L, H] each."""
-        self._same_heads.extend((engine == oracle).ravel().tolist())
-
-    def result(self, prompts: int) -> VerifyResult:
-        """The verdict."""
-        agreement = float(np.mean(self._same_heads))
-        close = all(worst <= self._tolerance for worst in self._worst.values())
-        return VerifyResult(
-            ok=close and not self._mismatch and agreement >= self._least_agreement,
-            max_abs_logit_diff={heads: self._worst.get(heads) for heads in ("all", "chai")},
-            greedy_match={
-                heads: heads not in self._mismatch if heads in self._worst else None
-                for heads in ("all", "chai")
-            },
-            head_map_agreement=agreement,
-            tolerance=self._tolerance,
-            prompts=prompts,
-            tokens=self._tokens,
-            greedy_ties=self._ties,
-            first_mismatch=self._mismatch,
-        )
+            _compare(verdict, heads, case, runners[heads], truth)
+    return verdict.result()
 
 
 @dataclass(frozen=True)
@@ -208,34 +99,22 @@ class _Case:
     maps: NDArray[np.int32]
 
 
-def _compare_one(
-    comparison: _Comparison,
-    heads: str,
-    case: _Case,
-    runner: Runner,
-    oracle: Oracle,
-    static: NDArray[np.int32] | None,
-) -> None:
-    from chai_export.models.oracle import model_logits
-
+def _compare(verdict: Verdict, heads: str, case: _Case, runner: Runner, truth: Truth) -> None:
     sequence = case.prompt + case.chosen
     engine = runner.logits(sequence)
     maps = runner.head_maps[:, 0]
     if heads == "all":
-        reference = expected = model_logits(oracle.model, sequence)
-    elif static is not None:
-        reference = expected = oracle.logits(sequence, static)
-        comparison.maps(maps, static)
-        comparison.maps(case.maps, static)
+        expected = generated = truth.all_heads(sequence)
     else:
-        reference = oracle.logits(sequence, maps)
+        expected = truth.chai(sequence, maps)
         # Rounding in a batch may have given other maps; tokens are judged under those they were made with.
         same = bool((maps == case.maps).all())
-        expected = reference if same else oracle.logits(sequence, case.maps)
-        oracle.logits(sequence[: oracle.probe_tokens])
-        comparison.maps(maps, oracle.head_maps[:, 0])
-    comparison.logits(heads, engine, reference)
-    comparison.greedy(heads, case.index, case.chosen, expected[len(case.prompt) - 1 : len(sequence) - 1])
+        generated = expected if same else truth.chai(sequence, case.maps)
+        verdict.maps(maps, truth.head_maps(sequence))
+        if runner.bundle.manifest.static is not None:
+            verdict.maps(case.maps, truth.head_maps(sequence))
+    verdict.logits(heads, engine, expected)
+    verdict.greedy(heads, case.index, case.chosen, generated)
 
 
 def _new_tokens(runner: Runner, longest_prompt: int, wanted: int) -> int:

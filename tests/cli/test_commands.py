@@ -156,7 +156,8 @@ def test_verify_passes_for_the_model_and_fails_for_another(command: Command, bun
     assert outcome.code == 0, outcome.err
     report = outcome.json
     assert report["ok"] is True
-    assert max(report["max_abs_logit_diff"].values()) <= report["tolerance"] == 1e-4
+    assert max(report["max_abs_logit_diff"].values()) <= report["tolerance"] < 1e-3
+    assert max(report["tolerance_used"].values()) <= 1.0
     assert report["greedy_match"] == {"all": True, "chai": True}
     assert report["head_map_agreement"] == 1.0
     other = _with_one_weight_changed(tiny_model, tmp_path)
