@@ -45,6 +45,14 @@ class Bundle:
                 if manifest == before:
                     raise
 
+    def was_replaced(self) -> bool:
+        """Whether another bundle has taken the place of this one since it was loaded.
+
+        Raises:
+            ChaiError: there is no bundle any more.
+        """
+        return read_manifest(self.path).files != self.manifest.files
+
     @property
     def model_path(self) -> Path:
         """The ONNX graph; docs/how-it-works.md lists its inputs and outputs."""

@@ -89,7 +89,12 @@ def build_tensorrt(
     }
     if builder_memory is not None:
         settings["builder_memory"] = builder_memory
-    with atomic_directory(bundle.path / DIRECTORY, ENGINE) as directory:
+    # They take their places one right after the other, then the manifest does: a kill in between leaves an
+    # engine whose hashes are not those of the manifest.
+    with (
+        atomic_directory(bundle.path / DIRECTORY, ENGINE) as directory,
+        atomic_file(bundle.path / NETWORK_FILE) as network,
+    ):
         # Beside the weights it refers to, for as long as it is parsed.
         source = bundle.path / f".{BACKEND}.onnx"
         with contextlib.ExitStack() as cleanup:
@@ -105,12 +110,11 @@ def build_tensorrt(
             plan = _build_plan(tensorrt, polygraphy, source, shapes, layers, builder_memory)
         (directory / PLAN_FILE).write_bytes(plan)
         _prove(tensorrt, bundle, plan, plugin is not None, max_batch)
+        # trtexec is run in the bundle's directory.
+        _save_network(bundle, Path(DIRECTORY, KERNELS) if plugin is not None else None, network)
+        files = {f"{DIRECTORY}/{name}": record for name, record in record_files(directory, directory).items()}
+        files[NETWORK_FILE] = FileRecord(sha256=sha256_file(network), size=network.stat().st_size)
     settings["trtexec"] = trtexec_line(shapes, plugin, builder_memory)
-    path = bundle.path / NETWORK_FILE
-    # trtexec is run in the bundle's directory.
-    with atomic_file(path) as file:
-        _save_network(bundle, Path(DIRECTORY, KERNELS) if plugin is not None else None, file)
-    network = {NETWORK_FILE: FileRecord(sha256=sha256_file(path), size=path.stat().st_size)}
     return EngineRecord(
         backend=BACKEND,
         runtime_version=tensorrt.__version__,
@@ -120,7 +124,7 @@ def build_tensorrt(
         op_version=bundle.manifest.op_version,
         gpu_architecture=gpu.target,
         plugin_version=PLUGIN_VERSION if plugin is not None else None,
-        files={**record_files(bundle.path / DIRECTORY, bundle.path), **network},
+        files=files,
         settings=settings,
         created_with=f"chai_export {__version__}",
     )

@@ -87,7 +87,10 @@ def load(
             f"{path} has static membership: the heads it does not keep were cut away; use heads chai, or "
             "export with --membership online"
         )
-    return Runner(bundle, open_session(bundle, backend, heads, threads=threads), backend, heads, max_batch)
+    runner = Runner(bundle, open_session(bundle, backend, heads, threads=threads), backend, heads, max_batch)
+    if bundle.was_replaced():  # between its check and its opening
+        return load(path, backend, heads, max_batch=max_batch, threads=threads)
+    return runner
 
 
 class Runner:

@@ -19,6 +19,7 @@ from chai_export.clustering.clusters import CLUSTERS, Clusters
 from chai_export.clustering.plot import PICTURE, plot_curves
 from chai_export.engines.triton_server import REPOSITORY
 from chai_export.errors import ChaiError
+from tests.helpers.folders import snapshot
 from tests.tiny_graph import TinyModel
 
 RECORD = FileRecord(sha256="0" * 64, size=0)
@@ -46,20 +47,6 @@ def engine_record() -> dict[str, object]:
 @pytest.fixture
 def bundle(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "bundle"))
-
-
-def snapshot(folder: Path) -> dict[str, object]:
-    """Every entry below a folder: its content, where it leads, or its kind."""
-    found: dict[str, object] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink():
-            found[name] = ("link", os.readlink(path))
-        elif path.is_file():
-            found[name] = path.read_bytes()
-        else:
-            found[name] = "directory" if path.is_dir() else "special"
-    return found
 
 
 def replace(target: Path, kind: DirectoryKind = BUNDLE, sources: list[object] | None = None) -> None:
