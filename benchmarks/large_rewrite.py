@@ -27,6 +27,8 @@ import onnx
 import psutil
 from onnx import TensorProto, helper, numpy_helper
 
+from chai_export.op.dtypes import ELEMENT_TYPES
+
 RESULT = Path(__file__).parent / "results" / "large_rewrite.json"
 TIME_CLAIM_S, MEMORY_CLAIM = 90.0, 4e9
 HIDDEN, INNER, HEADS, HEAD_DIM, VOCABULARY, POSITIONS = 4096, 11008, 32, 128, 32000, 4096
@@ -37,8 +39,8 @@ class Decoder:
 
     def __init__(self, directory: Path, layers: int, dtype: str) -> None:
         self.path, self.layers, self.offset = directory / "model.onnx", layers, 0
-        self.kind = TensorProto.FLOAT16 if dtype == "float16" else TensorProto.FLOAT
-        self.size = 2 if dtype == "float16" else 4
+        element = ELEMENT_TYPES[dtype]
+        self.kind, self.size, self.number = element.onnx, element.item_size, element.numpy
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
 
@@ -108,10 +110,9 @@ class Decoder:
 
     def write(self) -> int:
         """Write model.onnx and its sparse data file; bytes of weights."""
-        number = np.float16 if self.size == 2 else np.float32
         angles = np.outer(np.arange(POSITIONS), 1e4 ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM))
-        self.constant("cos", np.cos(angles).astype(number))
-        self.constant("sin", np.sin(angles).astype(number))
+        self.constant("cos", np.cos(angles).astype(self.number))
+        self.constant("sin", np.sin(angles).astype(self.number))
         self.mask()
         x = self.node("Gather", [self.weight("embedding", VOCABULARY, HIDDEN), "input_ids"], "x")
         for i in range(self.layers):

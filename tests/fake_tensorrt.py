@@ -18,14 +18,10 @@ import torch
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.engines.tensorrt_profiles import Range, profiles
+from chai_export.op.dtypes import ELEMENT_TYPES
 
-ENGINE_TYPES = {
-    "tensor(float)": "FLOAT",
-    "tensor(float16)": "HALF",
-    "tensor(int32)": "INT32",
-    "tensor(int64)": "INT64",
-}
-NUMPY_TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64}
+ENGINE_TYPES = {element.onnxruntime: element.tensorrt for element in ELEMENT_TYPES.values()}
+NUMPY_TYPES = {element.tensorrt: element.numpy for element in ELEMENT_TYPES.values()}
 
 
 class FakeEngine:
@@ -97,7 +93,7 @@ class FakeContext:
         return True
 
     def _view(self, name: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-        dtype = np.dtype(NUMPY_TYPES[kind])
+        dtype = NUMPY_TYPES[kind]
         size = int(np.prod(shape)) * dtype.itemsize
         memory = (ctypes.c_byte * size).from_address(self._addresses[name])
         return np.frombuffer(memory, dtype).reshape(shape)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.errors import ChaiError, last_line
+from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.runtime.scheduler import chunk_length
 from chai_export.runtime.session import open_session
 
@@ -110,7 +111,7 @@ def build_genai(model: Path, directory: Path, dtype: str, threads: int) -> None:
     Raises:
         ChaiError: its builder fails.
     """
-    precision = {"float32": "fp32", "float16": "fp16"}[dtype]
+    precision = ELEMENT_TYPES[dtype].triton
     words = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(directory)]
     words += ["-p", precision, "-e", "cpu", "-c", str(directory / "cache")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

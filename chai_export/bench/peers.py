@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from chai_export.bench.problem import Problem
-from chai_export.bench.tensors import ONNX_TYPES, ort_value
+from chai_export.bench.tensors import ort_value
 from chai_export.errors import reason
+from chai_export.op.dtypes import ELEMENT_TYPES
 
 Tensor = NDArray[Any]
 Run = Callable[[], Tensor]
@@ -111,7 +112,7 @@ def _bound(
     """A one-node session with its arrays bound; equal arrays are bound as one value."""
 
     def info(name: str, array: Tensor) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, ONNX_TYPES[array.dtype.name], array.shape)
+        return helper.make_tensor_value_info(name, ELEMENT_TYPES[array.dtype.name].onnx, array.shape)
 
     graph = helper.make_graph(
         [node], "peer", [info(*item) for item in inputs.items()], [info(*item) for item in outputs.items()]

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from chai_export.op.dtypes import ELEMENT_TYPES
+
 Tensor = NDArray[Any]
 Phase = Literal["decode", "prefill"]
 
@@ -43,7 +45,7 @@ class Shape:
     @property
     def cache_bytes(self) -> int:
         """Bytes of full K and V caches."""
-        itemsize = 4 if self.dtype == "float32" else 2
+        itemsize = ELEMENT_TYPES[self.dtype].item_size
         return 2 * self.batch * self.kv_heads * self.length * self.head_dim * itemsize
 
     @property

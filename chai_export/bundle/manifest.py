@@ -11,13 +11,11 @@ from chai_export.arguments import shown
 from chai_export.bundle.work_directory import recover
 from chai_export.errors import ChaiError
 from chai_export.files import MissingFileError, read_json
+from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.kv_sharing import check_same_kept, check_sources, owners
 
 FORMAT: Final = "chai-bundle/1"
 FILE_NAME = "manifest.json"
-
-Dtype = Literal["float32", "float16", "bfloat16"]
-ITEM_SIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 Count = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
@@ -167,7 +165,7 @@ class Manifest(_Strict):
         kept = self.heads(mode)
         keys = sum(kept[layer] for layer in self.cache_layers) * self.head_dim
         values = len(self.cache_layers) * self.num_kv_heads * self.value_head_dim
-        return (keys + values) * ITEM_SIZE[self.dtype]
+        return (keys + values) * ELEMENT_TYPES[self.dtype].item_size
 
 
 def read_manifest(directory: Path) -> Manifest:

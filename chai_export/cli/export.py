@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from chai_export.cli.inspect import print_bundle
+from chai_export.op.dtypes import Dtype
 from chai_export.progress import note
 
 NAME = "export"
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", metavar="BUNDLE", type=Path, required=True, help="directory to write"
     )
     parser.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], default="float32",
+        "--dtype", choices=Dtype.words(), default=Dtype.FLOAT32,
         help="of weights and caches (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(

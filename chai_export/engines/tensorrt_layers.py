@@ -18,7 +18,7 @@ from chai_export.bundle.bundle import Bundle, check_files
 from chai_export.engines.tensorrt import BACKEND, DIRECTORY, KERNELS, build_error, check_network, parse_error
 from chai_export.engines.tensorrt_network import plugin_network, portable_network
 from chai_export.errors import ChaiError
-from chai_export.op.cases import numpy_dtype
+from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.schema import DOMAIN, OP_TYPE
 from chai_export.runtime.tensorrt_environment import (
     PLUGIN_NAMESPACE,
@@ -61,7 +61,7 @@ def compare_layers(bundle: Bundle, *, tokens: int = DEFAULT_TOKENS, seed: int = 
     record = bundle.manifest.engines.get(BACKEND)
     if record is None or record.plugin_version is None:
         raise ChaiError(f"{bundle.path} has no {BACKEND} engine with the plugin; run {build} first")
-    if bundle.manifest.dtype == "bfloat16":
+    if bundle.manifest.dtype == Dtype.BFLOAT16:
         raise ChaiError("ONNX Runtime computes no bfloat16 on a CPU; compare a bundle of --dtype float32")
     check_files(bundle.path, record.files, again=f"run {build} again")
     tensorrt, polygraphy = import_tensorrt(), import_polygraphy()
@@ -85,7 +85,7 @@ def compare_layers(bundle: Bundle, *, tokens: int = DEFAULT_TOKENS, seed: int = 
 def _feeds(bundle: Bundle, tokens: int, seed: int) -> dict[str, NDArray[Any]]:
     """One fresh row of random tokens, caches of that capacity."""
     m = bundle.manifest
-    item = numpy_dtype(m.dtype)
+    item = ELEMENT_TYPES[m.dtype].numpy
     random = np.random.default_rng(seed)
     feeds: dict[str, NDArray[Any]] = {
         "input_ids": random.integers(0, m.vocab_size, (1, tokens)),
@@ -102,7 +102,7 @@ def _feeds(bundle: Bundle, tokens: int, seed: int) -> dict[str, NDArray[Any]]:
 
 def _watch(model: onnx.ModelProto, dtype: str) -> list[str]:
     """Make every attention's output an output of the graph; their names in the order of the graph."""
-    element = onnx.helper.np_dtype_to_tensor_dtype(numpy_dtype(dtype))
+    element = ELEMENT_TYPES[dtype].onnx
     nodes = (n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, OP_TYPE))
     names = [node.output[0] for node in nodes]
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, element, None) for name in names)

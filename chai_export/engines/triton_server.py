@@ -19,19 +19,14 @@ from chai_export.bundle.manifest import EngineRecord, write_manifest
 from chai_export.bundle.targets import DirectoryKind, json_object, with_parents
 from chai_export.engines.tensorrt import BACKEND, DIRECTORY, PLAN_FILE
 from chai_export.errors import ChaiError, UsageError
+from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.runtime.native import find_library
 from chai_export.runtime.tensorrt_environment import TENSORRT_LIBRARY
 
 MODELS, PLUGINS, CLIENT = "models", "plugins", "client"
 START_FILE = "start.sh"
 RECORD_FILE, RECORD_FORMAT = "chai-repository.json", "chai-triton-repository/1"
-_DATA_TYPES = {
-    onnx.TensorProto.FLOAT: "TYPE_FP32",
-    onnx.TensorProto.FLOAT16: "TYPE_FP16",
-    onnx.TensorProto.BFLOAT16: "TYPE_BF16",
-    onnx.TensorProto.INT32: "TYPE_INT32",
-    onnx.TensorProto.INT64: "TYPE_INT64",
-}
+_DATA_TYPES = {element.onnx: element.triton_server for element in ELEMENT_TYPES.values()}
 
 
 def write_model_repository(bundle: Bundle, directory: str | Path, *, name: str = "chai") -> Path:

@@ -23,9 +23,9 @@ from chai_export.kernels.ahead_of_time import INDEX_NAME
 from chai_export.kernels.blocks import BLOCKS_FILE, choose
 from chai_export.kernels.program import FLOAT_ARGUMENTS, WORKSPACE_ALIGNMENT, Launch, Program, build_program
 from chai_export.kernels.spec import Spec
+from chai_export.op.dtypes import ELEMENT_TYPES
 
 POINTER_ALIGNMENT = 16
-TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32"}
 INT32_TENSORS = ("past_head_map", "present_head_map", "past_lengths", "lengths")
 SCRATCH_POINTERS = ("global_scratch", "profile_scratch")
 PTX_TYPES = {"pointer": "u64", "int32": "u32", "float32": "f32"}
@@ -125,7 +125,7 @@ def _signature(launch: Launch, program: Program) -> tuple[dict[str, str], dict[t
         elif name.endswith("_ptr"):
             tensor = name.removesuffix("_ptr")
             dtype = "int32" if tensor in INT32_TENSORS else sections.get(tensor, program.spec.dtype)
-            signature[name] = f"*{TRITON_TYPES[dtype]}"
+            signature[name] = f"*{ELEMENT_TYPES[dtype].triton}"
             if tensor not in INT32_TENSORS:
                 attributes[(position,)] = [["tt.divisibility", POINTER_ALIGNMENT]]
         else:

@@ -17,13 +17,9 @@ from chai_export.kernels.blocks import INTERPRETER, Blocks, choose
 from chai_export.kernels.formula import evaluate
 from chai_export.kernels.program import FLOAT_ARGUMENTS, Program, build_program
 from chai_export.kernels.spec import Shape, Spec
+from chai_export.op.dtypes import ELEMENT_TYPES
 
-TORCH_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int32": torch.int32,
-}
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_TYPES}
 
 
 class Result(NamedTuple):

@@ -15,7 +15,8 @@ from typing import Any
 from chai_export.kernels.blocks import Blocks, padded
 from chai_export.kernels.device import append, decode, head_map, prefill, probe
 from chai_export.kernels.formula import evaluate
-from chai_export.kernels.spec import ITEM_BYTES, Shape, Spec
+from chai_export.kernels.spec import Shape, Spec
+from chai_export.op.dtypes import ELEMENT_TYPES
 
 WORKSPACE_ALIGNMENT = 256
 FLOAT_ARGUMENTS = ("scale",)
@@ -46,8 +47,7 @@ class Section:
 
     def bytes(self, symbols: dict[str, int]) -> int:
         """Size in bytes, rounded up to the alignment of sections."""
-        item = 4 if self.dtype == "int32" else ITEM_BYTES[self.dtype]
-        size = evaluate(self.count, symbols) * item
+        size = evaluate(self.count, symbols) * ELEMENT_TYPES[self.dtype].item_size
         return -(-size // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
 
 

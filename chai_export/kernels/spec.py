@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chai_export.errors import ChaiError
+from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 MAX_HEADS = 128
 MAX_HEAD_DIM = 256
 MAX_PROBE_TOKENS = 64
@@ -24,10 +24,8 @@ class Spec:
     probe_tokens: int = 5
 
     def __post_init__(self) -> None:
-        if self.dtype not in ITEM_BYTES:
-            raise ChaiError(
-                f"GPU kernels do not support dtype {self.dtype}; use one of {', '.join(ITEM_BYTES)}"
-            )
+        if self.dtype not in Dtype.words():
+            raise ChaiError(f"GPU kernels do not support dtype {self.dtype}; use one of {', '.join(Dtype)}")
         if not 1 <= self.num_query_heads <= MAX_HEADS:
             raise ChaiError(f"GPU kernels support 1 to {MAX_HEADS} query heads, got {self.num_query_heads}")
         if self.num_kv_heads < 1 or self.num_query_heads % self.num_kv_heads:
@@ -52,7 +50,7 @@ class Spec:
     @property
     def item_bytes(self) -> int:
         """Bytes of one element of the tensors."""
-        return ITEM_BYTES[self.dtype]
+        return ELEMENT_TYPES[self.dtype].item_size
 
 
 @dataclass(frozen=True)

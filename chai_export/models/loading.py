@@ -8,14 +8,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from chai_export.errors import ChaiError, UsageError
+from chai_export.errors import ChaiError
 from chai_export.models.quiet import quiet
 from chai_export.models.support import drop_idle_windows, require_supported
+from chai_export.op.dtypes import Dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = ("float32", "float16", "bfloat16")
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -187,9 +187,7 @@ def _require_weights(directory: Path) -> None:
 def _torch_dtype(name: str) -> Any:
     import torch
 
-    if name not in DTYPES:
-        raise UsageError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}")
-    return getattr(torch, name)
+    return getattr(torch, Dtype(name))
 
 
 def _remote_code_message(source: object) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.op.head_map import (
     QUANTISATION_STEPS,
     cluster_heads,
@@ -60,7 +61,7 @@ class Case:
 
     def inputs(self, dtype: str = "float32") -> dict[str, Tensor]:
         """The eight inputs by name, the float ones in ``dtype`` (float32, float16 or bfloat16)."""
-        return _make_inputs(self, numpy_dtype(dtype))
+        return _make_inputs(self, ELEMENT_TYPES[dtype].numpy)
 
     def patterns(self) -> NDArray[np.int64]:
         """int64 [H]: query heads of one number are twins, equal in every probe."""
@@ -80,16 +81,6 @@ class Case:
             online=self.online,
             compute_dtype=compute_dtype,
         )
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """NumPy dtype by name, bfloat16 included (from ``ml_dtypes``, imported only then)."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-        return bfloat16
-    return np.dtype(name)
 
 
 def _shapes() -> list[Case]:

@@ -7,12 +7,10 @@ from collections.abc import Collection, Mapping
 import onnx
 from onnx import helper
 
-from chai_export.op.cases import numpy_dtype
+from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.op.function import function_proto
 from chai_export.op.schema import DOMAIN, OP_TYPE, signature
 from chai_export.op.signature import Parameter, Signature
-
-_FIXED_TYPES = {"M": "int32", "F": "float16", "A": "float32"}
 
 
 def node_model(
@@ -55,7 +53,8 @@ def one_node_model(
         function: the body; without it a library must provide the op.
         absent: optional inputs and outputs that the node does not have.
     """
-    types = {**_FIXED_TYPES, **types}
+    fixed = {name: options[0] for name, options in of.types.items() if len(options) == 1}
+    types = {**fixed, **types}
 
     def named(parameters: Collection[Parameter]) -> list[str]:
         return ["" if parameter.name in absent else parameter.name for parameter in parameters]
@@ -64,7 +63,7 @@ def one_node_model(
         return [
             helper.make_tensor_value_info(
                 parameter.name,
-                helper.np_dtype_to_tensor_dtype(numpy_dtype(types[parameter.type])),
+                ELEMENT_TYPES[types[parameter.type]].onnx,
                 list(parameter.dims),
             )
             for parameter in parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx.defs import OpSchema, has, register_schema
 
+from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.signature import Attribute, Parameter, Signature
 
 DOMAIN = "chai"
@@ -15,14 +16,14 @@ VERSION = 1
 
 DEFAULT_PROBE_TOKENS = 5
 
-_FLOATS = ("float", "float16", "bfloat16")
+_FLOATS = tuple(Dtype)
 _TYPES = {"T": _FLOATS, "M": ("int32",)}
 _STORED_TYPES = {
     **_TYPES,
     "K": (*_FLOATS, "int8", "uint8"),
     "V": (*_FLOATS, "int8", "uint8"),
     "F": ("float16",),
-    "A": ("float",),
+    "A": ("float32",),
 }
 
 
@@ -211,7 +212,9 @@ def _schema(of: Signature) -> OpSchema:
         doc=of.doc,
         inputs=[formal(parameter) for parameter in of.inputs],
         outputs=[formal(parameter) for parameter in of.outputs],
-        type_constraints=[(name, [f"tensor({each})" for each in of.types[name]], "") for name in used],
+        type_constraints=[
+            (name, [ELEMENT_TYPES[each].onnxruntime for each in of.types[name]], "") for name in used
+        ],
         attributes=[
             OpSchema.Attribute(each.name, onnx.helper.make_attribute(each.name, each.default), each.meaning)
             for each in of.attributes

@@ -19,9 +19,9 @@ from chai_export.op.cases import (
     Tensor,
     check_output,
     keep_rounding_margin,
-    numpy_dtype,
     widen,
 )
+from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.op.head_map import assign, kept_kv_heads
 from chai_export.op.shared_reference import SharedAttentionResult, shared_clustered_head_attention
 
@@ -78,7 +78,7 @@ def _make_inputs(case: Case, dtype: str) -> dict[str, Tensor]:
     after = case.reference(before)
     rng = np.random.default_rng([*(ord(letter) for letter in case.name), 1])
     shape = before["query"].shape
-    query = rng.standard_normal(shape).astype(numpy_dtype(dtype))[:, case.patterns()]
+    query = rng.standard_normal(shape).astype(ELEMENT_TYPES[dtype].numpy)[:, case.patterns()]
     query = np.ascontiguousarray(query)
     key = before["key"].copy()
     past_head_map = np.empty((len(case.rows), case.heads), dtype=np.int32)

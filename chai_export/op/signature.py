@@ -42,7 +42,10 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Signature:
-    """One version of one op. ``types`` are the element types that each type variable may have."""
+    """One version of one op.
+
+    ``types`` are the names of the element types (:mod:`chai_export.op.dtypes`) that each type variable has.
+    """
 
     op_type: str
     version: int

@@ -12,6 +12,7 @@ from chai_export.bundle.manifest import first_problem
 from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.errors import ChaiError, reason
 from chai_export.files import check_plain, read_text
+from chai_export.op.dtypes import Dtype
 
 _MOST_BYTES = 2**20
 
@@ -35,7 +36,7 @@ class CalibrateSettings(_Settings):
 class ExportSettings(_Settings):
     """Settings of the export; see `chai-export export --help`."""
 
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Dtype = Dtype.FLOAT32
     membership: Literal["online", "static"] = "online"  # static maps are decided on calibrate.text
 
 

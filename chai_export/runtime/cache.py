@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from chai_export.bundle.manifest import Manifest
 from chai_export.errors import ChaiError
+from chai_export.op.dtypes import ELEMENT_TYPES
 
-_NUMPY_TYPE: dict[str, Any] = {"float32": np.float32, "float16": np.float16}
 MOST_TOKENS = 1 << 30
 
 
@@ -29,8 +29,8 @@ class KvCache:
         for layer in manifest.cache_layers:
             shapes[f"key.{layer}"] = (batch, kept[layer], capacity, manifest.head_dim)
             shapes[f"value.{layer}"] = (batch, manifest.num_kv_heads, capacity, manifest.value_head_dim)
-        item = _NUMPY_TYPE[manifest.dtype]
-        self.nbytes = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()) * item().itemsize
+        item = ELEMENT_TYPES[manifest.dtype].numpy
+        self.nbytes = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()) * item.itemsize
         require_memory(self.nbytes, batch, capacity)
         self.arrays: dict[str, NDArray[Any]] = {name: np.empty(shape, item) for name, shape in shapes.items()}
 

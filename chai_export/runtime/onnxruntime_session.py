@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.manifest import Manifest
 from chai_export.errors import ChaiError, reason
+from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.runtime.cache import KvCache
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, SWITCH, find_library
 
-_ORT_TYPE = {"float32": "tensor(float)", "float16": "tensor(float16)"}
+_COMPUTED = (Dtype.FLOAT32, Dtype.FLOAT16)
+"""What ONNX Runtime's CPU provider has operators for."""
 _QUIET = 3
 
 
@@ -40,10 +42,10 @@ class OnnxRuntimeSession:
     def __init__(
         self, bundle: Bundle, heads: str = "chai", *, threads: int = 0, spin_after: bool = True
     ) -> None:
-        if bundle.manifest.dtype not in _ORT_TYPE:
+        if bundle.manifest.dtype not in _COMPUTED:
             raise ChaiError(
                 f"{bundle.path} is {bundle.manifest.dtype}, which ONNX Runtime does not compute on a CPU; "
-                "export with --dtype float32 or float16"
+                f"export with --dtype {' or '.join(_COMPUTED)}"
             )
         self._manifest = bundle.manifest
         self._heads = heads
@@ -51,7 +53,8 @@ class OnnxRuntimeSession:
         self._session = _open(bundle, self.library, threads, spin_after)
         _check_graph(self._session, bundle)
         output_types = {node.name: node.type for node in self._session.get_outputs()}
-        self._logits_type = np.float16 if output_types["logits"] == "tensor(float16)" else np.float32
+        half = ELEMENT_TYPES[Dtype.FLOAT16].onnxruntime
+        self._logits_type = np.float16 if output_types["logits"] == half else np.float32
         self._caches: list[KvCache] = []
         self._bindings: list[Any] = []
         self._head_maps: list[NDArray[np.int32]] = []
@@ -225,8 +228,8 @@ def _check_graph(session: Any, bundle: Bundle) -> None:
 
 def _signature(manifest: Manifest) -> dict[str, tuple[tuple[str, ...], tuple[int | None, ...]]]:
     """Types and sizes of the graph's inputs and outputs; None where any size will do."""
-    item = (_ORT_TYPE[manifest.dtype],)
-    int64, int32 = ("tensor(int64)",), ("tensor(int32)",)
+    item = (ELEMENT_TYPES[manifest.dtype].onnxruntime,)
+    int64, int32 = ((ELEMENT_TYPES[name].onnxruntime,) for name in ("int64", "int32"))
     maps = (int32, (manifest.num_layers, None, manifest.num_query_heads))
     signature: dict[str, tuple[tuple[str, ...], tuple[int | None, ...]]] = {
         "input_ids": (int64, (None, None)),
@@ -234,7 +237,7 @@ def _signature(manifest: Manifest) -> dict[str, tuple[tuple[str, ...], tuple[int
         "past_lengths": (int32, (None,)),
         "output_positions": (int64, (None, None)),
         "head_map": maps,
-        "logits": ((*item, "tensor(float)"), (None, None, manifest.vocab_size)),
+        "logits": ((*item, ELEMENT_TYPES["float32"].onnxruntime), (None, None, manifest.vocab_size)),
         "present_head_map": maps,
     }
     for layer in manifest.cache_layers:

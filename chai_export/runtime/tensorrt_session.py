@@ -20,6 +20,7 @@ from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.engine_record import require_engine
 from chai_export.bundle.manifest import Manifest
 from chai_export.errors import ChaiError
+from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.runtime.native import SWITCH
 from chai_export.runtime.tensorrt_device import CudaDevice
 from chai_export.runtime.tensorrt_environment import (
@@ -32,8 +33,7 @@ from chai_export.runtime.tensorrt_environment import (
 BACKEND = "tensorrt"
 PREFILL, DECODE = 0, 1
 """Indices of an engine's profiles: any S and N, and S = N = 1."""
-_CACHE_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_ENGINE_TYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16}
+_ENGINE_TYPES = {element.tensorrt: getattr(torch, element.name) for element in ELEMENT_TYPES.values()}
 _FEEDS = {
     "input_ids": torch.int64,
     "lengths": torch.int32,
@@ -227,7 +227,7 @@ class TensorRtSession:
 
     def _new_cache(self) -> dict[str, torch.Tensor]:
         m, batch, capacity = self._manifest, self._batch, self._capacity
-        item = _CACHE_TYPES[m.dtype]
+        item = getattr(torch, m.dtype)
         cache = {}
         for layer, kept in enumerate(m.heads(self._heads)):
             cache[f"key.{layer}"] = self._device.empty((batch, kept, capacity, m.head_dim), item)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from chai_export.op.cases import Case
+from chai_export.op.dtypes import ELEMENT_TYPES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +19,6 @@ pytestmark = [
 ]
 
 MAX_SHARED_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-ITEM_BYTES = {"int32": 4, "float32": 4, "float16": 2, "bfloat16": 2}
 ROWS = {
     "prefill": ((0, 70), (30, 9), (4, 0)),
     "decode": ((100, 1), (17, 1), (0, 1), (5, 0)),
@@ -62,7 +62,10 @@ def _launch_all(
 
     driver = ctypes.CDLL("libcuda.so.1")
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    sizes = {s["name"]: evaluate(s["count"], symbols) * ITEM_BYTES[s["type"]] for s in index["workspace"]}
+    sizes = {
+        s["name"]: evaluate(s["count"], symbols) * ELEMENT_TYPES[s["type"]].item_size
+        for s in index["workspace"]
+    }
     workspace = {name: torch.empty(size, dtype=torch.uint8, device="cuda") for name, size in sizes.items()}
     addresses |= {name: section.data_ptr() for name, section in workspace.items()}
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)

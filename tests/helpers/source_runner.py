@@ -8,10 +8,11 @@ import numpy as np
 import onnxruntime as ort
 
 from chai_export.bundle.bundle import Bundle
+from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.runtime.runner import load
 from tests.helpers.onnx_fixtures import Fixture
 
-TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+TYPES = {element.onnxruntime: element.numpy for element in ELEMENT_TYPES.values()}
 
 
 class SourceRunner:

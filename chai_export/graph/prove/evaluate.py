@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from chai_export.graph.match.roles import Roles, Sizes
 from chai_export.graph.prove.float32 import to_float32
+from chai_export.op.dtypes import ELEMENT_TYPES
 
 Array = NDArray[Any]
 
@@ -49,17 +50,20 @@ class Slice:
         missing = sorted(set(wanted) - set(arrays))
         if missing:
             raise EvaluationError(f"it depends on {', '.join(missing)}")
-        typed = {
-            name: arrays[name].astype(_NUMPY.get(info.type, arrays[name].dtype), copy=False)
-            for name, info in wanted.items()
-        }
+        typed = {name: _typed(arrays[name], info.type) for name, info in wanted.items()}
         try:
             return list(self.session.run(None, typed))
         except Exception as error:  # onnxruntime raises types of its own that it does not export
             raise EvaluationError(str(error).strip().splitlines()[0][:200]) from error
 
 
-_NUMPY: dict[str, type] = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
+_ELEMENT_TYPES = {element.onnxruntime: element for element in ELEMENT_TYPES.values()}
+
+
+def _typed(array: Array, onnxruntime_type: str) -> Array:
+    """``array`` in the type of a session's input; as it is where that is none of ours, such as bool."""
+    element = _ELEMENT_TYPES.get(onnxruntime_type)
+    return array if element is None else array.astype(element.numpy, copy=False)
 
 
 def cut(graph: ir.Graph, leaves: Sequence[ir.Value], outputs: Sequence[ir.Value], roles: Roles) -> Slice:

@@ -6,17 +6,14 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from chai_export.bundle.manifest import Dtype, Manifest, Source
+from chai_export.bundle.manifest import Manifest, Source
 from chai_export.errors import ChaiError
 from chai_export.graph.match.site import AttentionSite, kv_sources
+from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.function import MIN_OPSET
 from chai_export.op.schema import VERSION
 
-_DTYPES: dict[ir.DataType | None, Dtype] = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-}
+_DTYPES = {ir.DataType(ELEMENT_TYPES[dtype].onnx): dtype for dtype in Dtype}
 
 
 def draft_manifest(path: Path, source: ir.Model, sites: list[AttentionSite], probe_tokens: int) -> Manifest:
@@ -82,7 +79,7 @@ def _dtype(sites: list[AttentionSite]) -> Dtype:
     known = [_DTYPES[dtype] for dtype in dtypes if dtype in _DTYPES]
     if len(dtypes) != 1 or not known:
         found = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        raise ChaiError(f"the caches have type {found}; export with float32, float16 or bfloat16 caches")
+        raise ChaiError(f"the caches have type {found}; export with caches of {', '.join(Dtype)}")
     return known[0]
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.op import cases as version_1
-from chai_export.op.cases import ROUNDING_MARGIN, check_output, numpy_dtype, widen
+from chai_export.op.cases import ROUNDING_MARGIN, check_output, widen
+from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.op.head_map import QUANTISATION_STEPS, cluster_heads, kept_kv_heads
 from chai_export.op.v2 import pages
 from chai_export.op.v2.attend import HeadTerms, Tensor, probe_probabilities
@@ -68,7 +69,7 @@ class Case:
 
     def inputs(self, dtype: str = "float32") -> dict[str, Tensor]:
         """The inputs that the case has, by name, T being ``dtype`` (float32, float16 or bfloat16)."""
-        return _make_inputs(self, numpy_dtype(dtype))
+        return _make_inputs(self, ELEMENT_TYPES[dtype].numpy)
 
     def patterns(self) -> NDArray[np.int64]:
         """int64 [H]: query heads of one number are twins, equal in every probe."""

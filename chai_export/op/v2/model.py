@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from chai_export.op.cases import numpy_dtype
+from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.op.model import one_node_model
 from chai_export.op.schema import OP_TYPE, signature
 from chai_export.op.v2.attributes import Attributes
@@ -34,7 +34,7 @@ def node_model(
         op_type: which op.
     """
     form = Form.of(attributes, sinks=sinks, slopes=slopes)
-    element = numpy_dtype(dtype)
+    element = ELEMENT_TYPES[dtype].numpy
     width = attributes.group * 2  # any that the group divides: only the dtypes are asked for
     return one_node_model(
         signature(op_type, VERSION),

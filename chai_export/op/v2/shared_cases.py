@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chai_export.op.cases import check_output, numpy_dtype
+from chai_export.op.cases import check_output
+from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.op.head_map import assign, kept_kv_heads
 from chai_export.op.v2.attend import HeadTerms, Tensor
 from chai_export.op.v2.cases import CACHES, CASES, TERM_CASES, Case, keep_rounding_margin, widened
@@ -71,7 +72,7 @@ def _make_inputs(case: Case, dtype: str) -> dict[str, Tensor]:
     before = case.inputs(dtype)
     after = case.reference(before)
     rng = np.random.default_rng([*(ord(letter) for letter in case.name), 1])
-    element = numpy_dtype(dtype)
+    element = ELEMENT_TYPES[dtype].numpy
     query = rng.standard_normal(before["query"].shape).astype(element)[:, case.patterns()]
     query = np.ascontiguousarray(query)
     key, value = before["key"].copy(), before["value"].copy()
