@@ -34,7 +34,7 @@ from chai_export.kernels.traffic import cache_bytes, call_traffic, count_pieces
 from chai_export.op.cases import CASES, Case
 
 RESULTS = Path(__file__).parent / "results"
-SPEC = Spec("bfloat16", 32, 32, 128, 128)
+SPEC = Spec(32, 32, 128, 128, "bfloat16")
 KEPT = 8
 BATCHES = (1, 16, 64)
 LENGTHS = (2048, 8192, 32768)

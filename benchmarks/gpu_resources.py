@@ -28,13 +28,13 @@ from chai_export.kernels.blocks import architectures
 RECORD = Path(__file__).parent / "results" / "gpu-kernel-resources.json"
 
 SPECS = {
-    "small": Spec("float16", 4, 2, 32, 32),
-    "llama-7b": Spec("bfloat16", 32, 32, 128, 128),
-    "grouped": Spec("float16", 32, 8, 64, 64),
-    "multi-query": Spec("bfloat16", 128, 1, 256, 256, probe_tokens=16),
-    "float32": Spec("float32", 32, 8, 128, 128),
-    "float32-256": Spec("float32", 8, 4, 256, 256),
-    "odd": Spec("float16", 25, 5, 80, 112),
+    "small": Spec(4, 2, 32, 32, "float16"),
+    "llama-7b": Spec(32, 32, 128, 128, "bfloat16"),
+    "grouped": Spec(32, 8, 64, 64, "float16"),
+    "multi-query": Spec(128, 1, 256, 256, "bfloat16", probe_tokens=16),
+    "float32": Spec(32, 8, 128, 128, "float32"),
+    "float32-256": Spec(8, 4, 256, 256, "float32"),
+    "odd": Spec(25, 5, 80, 112, "float16"),
 }
 
 

@@ -127,7 +127,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: no CUDA device; tuning measures on one", file=sys.stderr)
         return 1
-    spec = Spec(arguments.dtype, arguments.heads, arguments.kv_heads, arguments.dim, arguments.dim)
+    spec = Spec(arguments.heads, arguments.kv_heads, arguments.dim, arguments.dim, arguments.dtype)
     major, minor = torch.cuda.get_device_capability()
     write(spec, major * 10 + minor, tune(spec, arguments.kept, choose(spec, major * 10 + minor)))
     return 0

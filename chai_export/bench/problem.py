@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.op.dtypes import ELEMENT_TYPES
+from chai_export.op.heads import HeadCounts
 
 Tensor = NDArray[Any]
 Phase = Literal["decode", "prefill"]
@@ -40,18 +41,21 @@ class Shape:
     @property
     def ceiling(self) -> float:
         """What attention can gain over all heads: 2G / (R + G)."""
-        return 2 * self.kv_heads / (self.kept + self.kv_heads)
+        return self.cache_bytes / self.bytes_read
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of full K and V caches."""
-        itemsize = ELEMENT_TYPES[self.dtype].item_size
-        return 2 * self.batch * self.kv_heads * self.length * self.head_dim * itemsize
+        return self._cache_bytes(self.kv_heads)
 
     @property
     def bytes_read(self) -> int:
         """Bytes of cache that a decoded token must read with R kept KV heads."""
-        return self.cache_bytes * (self.kept + self.kv_heads) // (2 * self.kv_heads)
+        return self._cache_bytes(self.kept)
+
+    def _cache_bytes(self, kept: int) -> int:
+        heads = HeadCounts(self.heads, self.kv_heads, self.head_dim, self.head_dim)
+        return self.batch * self.length * heads.cache_elements(kept) * ELEMENT_TYPES[self.dtype].item_size
 
 
 class Problem:

@@ -11,8 +11,9 @@ from chai_export.arguments import shown
 from chai_export.bundle.work_directory import recover
 from chai_export.errors import ChaiError
 from chai_export.files import MissingFileError, read_json
-from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
-from chai_export.op.kv_sharing import check_same_kept, check_sources, owners
+from chai_export.op.dtypes import Dtype
+from chai_export.op.heads import DecoderHeads
+from chai_export.op.kv_sharing import check_same_kept, check_sources
 
 FORMAT: Final = "chai-bundle/1"
 FILE_NAME = "manifest.json"
@@ -136,10 +137,7 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        if self.num_query_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_query_heads {self.num_query_heads} is no multiple of num_kv_heads {self.num_kv_heads}"
-            )
+        _ = self.head_counts  # raises where the counts do not fit each other
         if len(self.kept_heads) != self.num_layers:
             raise ValueError(f"kept_heads has {len(self.kept_heads)} numbers for {self.num_layers} layers")
         if max(self.kept_heads) > self.num_kv_heads:
@@ -152,20 +150,29 @@ class Manifest(_Strict):
         return self
 
     @property
+    def head_counts(self) -> DecoderHeads:
+        """Numbers and widths of the heads, and the layers that have a cache."""
+        return DecoderHeads(
+            self.num_query_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.value_head_dim,
+            num_layers=self.num_layers,
+            kv_source_layers=self.kv_source_layers,
+        )
+
+    @property
     def cache_layers(self) -> list[int]:
         """The layers that have a cache: all but those that read an earlier layer's."""
-        return owners(self.kv_source_layers, self.num_layers)
+        return self.head_counts.cache_layers
 
     def heads(self, mode: str) -> list[int]:
         """KV heads in the K cache of each layer: ``"chai"`` the kept ones, ``"all"`` every one."""
-        return self.kept_heads if mode == "chai" else [self.num_kv_heads] * self.num_layers
+        return self.kept_heads if mode == "chai" else self.head_counts.all_kept
 
     def kv_bytes_per_token(self, mode: str = "chai") -> int:
         """Bytes of K and V cache that one token of one row takes, over all layers, shared caches once."""
-        kept = self.heads(mode)
-        keys = sum(kept[layer] for layer in self.cache_layers) * self.head_dim
-        values = len(self.cache_layers) * self.num_kv_heads * self.value_head_dim
-        return (keys + values) * ELEMENT_TYPES[self.dtype].item_size
+        return self.head_counts.kv_bytes_per_token(self.heads(mode), self.dtype)
 
 
 def read_manifest(directory: Path) -> Manifest:

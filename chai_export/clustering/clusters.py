@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,6 +15,7 @@ from chai_export.bundle.manifest import first_problem
 from chai_export.bundle.targets import FileKind, json_with_format
 from chai_export.errors import ChaiError, UsageError
 from chai_export.files import MissingFileError, read_json
+from chai_export.op.heads import DecoderHeads
 from chai_export.op.kv_sharing import check_same_kept
 
 FORMAT = "chai-clusters/1"
@@ -53,22 +54,6 @@ class _File(BaseModel):
                 if len(curve) != len(curves[0]) or kept > len(curve):
                     raise ValueError(f"{name}.{layer} has {len(curve)} numbers, which do not fit the others")
         return self
-
-
-class HeadCounts(Protocol):
-    """The part of a geometry that clusters must fit."""
-
-    @property
-    def num_layers(self) -> int:
-        """L."""
-
-    @property
-    def num_kv_heads(self) -> int:
-        """G."""
-
-    @property
-    def kv_source_layers(self) -> Sequence[int] | None:
-        """The layer whose cache each layer reads; None if each has its own."""
 
 
 @dataclass(frozen=True)
@@ -164,27 +149,27 @@ class Clusters:
             "created_with": self.created_with,
         }
 
-    def check(self, geometry: HeadCounts) -> None:
+    def check(self, model: DecoderHeads) -> None:
         """Raise unless these numbers fit a model.
 
         Raises:
             ChaiError: wrong number of layers, a layer keeps fewer than 1 or more KV heads than it has, or
                 layers that read one cache keep different numbers.
         """
-        if len(self.kept_heads) != geometry.num_layers:
+        if len(self.kept_heads) != model.num_layers:
             raise ChaiError(
-                f"{self.origin} is for {len(self.kept_heads)} layers, the model has {geometry.num_layers}; "
+                f"{self.origin} is for {len(self.kept_heads)} layers, the model has {model.num_layers}; "
                 "calibrate this model"
             )
         for layer, kept in enumerate(self.kept_heads):
-            if not 1 <= kept <= geometry.num_kv_heads:
+            if not 1 <= kept <= model.num_kv_heads:
                 raise ChaiError(
                     f"{self.origin}: layer {layer} keeps {kept} KV heads, it must be between 1 and the "
-                    f"{geometry.num_kv_heads} that the model has; correct it or calibrate this model"
+                    f"{model.num_kv_heads} that the model has; correct it or calibrate this model"
                 )
-        if geometry.kv_source_layers is not None:
+        if model.kv_source_layers is not None:
             try:
-                check_same_kept(self.kept_heads, geometry.kv_source_layers)
+                check_same_kept(self.kept_heads, model.kv_source_layers)
             except ValueError as error:
                 raise ChaiError(f"{self.origin}: {error}; correct it or calibrate this model") from None
 

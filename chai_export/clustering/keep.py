@@ -21,7 +21,7 @@ import numpy as np
 
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError, UsageError
-from chai_export.models.geometry import Geometry
+from chai_export.op.heads import DecoderHeads
 from chai_export.op.kv_sharing import for_each_layer, readers
 
 ELBOW_REMAINING = 0.01
@@ -36,10 +36,10 @@ Curves = Sequence[Sequence[float]]
 class KeepRule(Protocol):
     """Chooses R for each layer."""
 
-    def check(self, geometry: Geometry) -> None:
+    def check(self, model: DecoderHeads) -> None:
         """Raise ChaiError if the rule cannot be met by such a model, before anything is measured."""
 
-    def choose(self, curves: Curves, geometry: Geometry) -> tuple[int, ...]:
+    def choose(self, curves: Curves, model: DecoderHeads) -> tuple[int, ...]:
         """R of each layer; ``curves`` is [L][G], the cost of layer l with k heads kept at [l][k-1]."""
 
 
@@ -86,12 +86,12 @@ class Elbow:
     exactly k is found; a layer without redundancy falls to the last head and keeps all.
     """
 
-    def check(self, geometry: Geometry) -> None:
+    def check(self, model: DecoderHeads) -> None:
         """Every model has an elbow."""
 
-    def choose(self, curves: Curves, geometry: Geometry) -> tuple[int, ...]:
+    def choose(self, curves: Curves, model: DecoderHeads) -> tuple[int, ...]:
         """See :class:`KeepRule`."""
-        return _same_for_readers([elbow(curve) for curve in _by_cache(curves, geometry)], geometry)
+        return _same_for_readers([elbow(curve) for curve in _by_cache(curves, model)], model)
 
 
 def elbow(curve: Sequence[float]) -> int:
@@ -116,9 +116,9 @@ class Budget:
 
     share: float
 
-    def check(self, geometry: Geometry) -> None:
+    def check(self, model: DecoderHeads) -> None:
         """Raise ChaiError when the share is out of reach; the message names the largest one."""
-        largest = geometry.kv_bytes_saved([1] * geometry.num_layers)
+        largest = model.kv_bytes_saved([1] * model.num_layers)
         if not 0.0 <= self.share <= largest + 1e-9:
             raise ChaiError(
                 f"a budget of {self.share:g} is out of reach: one KV head kept in every layer saves "
@@ -126,29 +126,28 @@ class Budget:
                 "choose --keep budget:X, X from 0 to that"
             )
 
-    def choose(self, curves: Curves, geometry: Geometry) -> tuple[int, ...]:
+    def choose(self, curves: Curves, model: DecoderHeads) -> tuple[int, ...]:
         """See :class:`KeepRule`."""
-        drop = self.heads_to_drop(geometry)
-        costs = _by_cache(curves, geometry)
-        return _same_for_readers(allocate(_elbows_first(costs, drop), drop), geometry)
+        drop = self.heads_to_drop(model)
+        costs = _by_cache(curves, model)
+        return _same_for_readers(allocate(_elbows_first(costs, drop), drop), model)
 
-    def spend(self, costs: Curves, geometry: Geometry) -> tuple[int, ...]:
+    def spend(self, costs: Curves, model: DecoderHeads) -> tuple[int, ...]:
         """R of each layer with the smallest sum of ``costs`` [caches][G], elbows not looked at."""
-        return _same_for_readers(allocate(costs, self.heads_to_drop(geometry)), geometry)
+        return _same_for_readers(allocate(costs, self.heads_to_drop(model)), model)
 
-    def heads_to_drop(self, geometry: Geometry) -> int:
+    def heads_to_drop(self, model: DecoderHeads) -> int:
         """The fewest KV heads, over all caches, whose keys amount to the share.
 
         Raises:
             ChaiError: out of reach.
         """
-        self.check(geometry)
-        widths = geometry.head_dim + geometry.value_head_dim
-        caches = len(geometry.cache_layers)
-        whole = caches * geometry.num_kv_heads * widths / geometry.head_dim
+        self.check(model)
+        caches = len(model.cache_layers)
+        whole = model.kv_elements_per_token(model.all_kept) / model.head_dim
         # The small term keeps a share such as 3/8 from asking for one head more because of its last bit.
         drop = max(0, math.ceil(self.share * whole - 1e-6))
-        return min(drop, caches * (geometry.num_kv_heads - 1))
+        return min(drop, caches * (model.num_kv_heads - 1))
 
 
 @dataclass(frozen=True)
@@ -157,26 +156,26 @@ class Numbers:
 
     clusters: Clusters
 
-    def check(self, geometry: Geometry) -> None:
+    def check(self, model: DecoderHeads) -> None:
         """Raise ChaiError when the numbers do not fit the model."""
-        self.clusters.check(geometry)
+        self.clusters.check(model)
 
-    def choose(self, curves: Curves, geometry: Geometry) -> tuple[int, ...]:
+    def choose(self, curves: Curves, model: DecoderHeads) -> tuple[int, ...]:
         """See :class:`KeepRule`."""
-        self.check(geometry)
+        self.check(model)
         return self.clusters.kept_heads
 
 
-def _by_cache(curves: Curves, geometry: Geometry) -> Curves:
+def _by_cache(curves: Curves, model: DecoderHeads) -> Curves:
     """One cost curve per cache: the sum over the layers that read it, since one R serves them all."""
     table = np.asarray(curves, dtype=np.float64)
-    groups = readers(geometry.kv_source_layers, geometry.num_layers)
+    groups = readers(model.kv_source_layers, model.num_layers)
     return [table[members].sum(axis=0).tolist() for members in groups]
 
 
-def _same_for_readers(kept: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
+def _same_for_readers(kept: Sequence[int], model: DecoderHeads) -> tuple[int, ...]:
     """R of each layer from R of each cache."""
-    return tuple(for_each_layer(kept, geometry.kv_source_layers, geometry.num_layers))
+    return tuple(for_each_layer(kept, model.kv_source_layers, model.num_layers))
 
 
 def allocate(costs: Curves, drop: int) -> tuple[int, ...]:

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.clustering.keep import Budget, elbow
-from chai_export.models.geometry import Geometry
 from chai_export.models.logits import total_kl
+from chai_export.op.heads import DecoderHeads
 from chai_export.op.kv_sharing import for_each_layer, readers
 from chai_export.progress import track
 
@@ -44,7 +44,7 @@ def spend(
     budget: Budget,
     damage: Sequence[Sequence[float]],
     error_curves: Sequence[Sequence[float]],
-    geometry: Geometry,
+    model: DecoderHeads,
 ) -> tuple[int, ...]:
     """R of each layer: the allocation of a budget with the smallest sum of damage.
 
@@ -52,11 +52,11 @@ def spend(
         budget: what to save.
         damage: [L][G], see :func:`measure_damage`.
         error_curves: [L][G], of the same calibration.
-        geometry: of the model.
+        model: of the model.
     """
-    caches = readers(geometry.kv_source_layers, geometry.num_layers)
+    caches = readers(model.kv_source_layers, model.num_layers)
     curves = [np.asarray(error_curves)[layers].sum(axis=0) for layers in caches]
-    return budget.spend(_steadied([damage[layers[0]] for layers in caches], curves), geometry)
+    return budget.spend(_steadied([damage[layers[0]] for layers in caches], curves), model)
 
 
 def _steadied(damage: Sequence[Sequence[float]], curves: Sequence[NDArray[np.float64]]) -> list[list[float]]:

@@ -133,7 +133,7 @@ def build_tensorrt(
 def spec_of(bundle: Bundle) -> Spec:
     """What the kernels of a bundle are compiled for."""
     m = bundle.manifest
-    return Spec(m.dtype, m.num_query_heads, m.num_kv_heads, m.head_dim, m.value_head_dim, m.probe_tokens)
+    return Spec(m.num_query_heads, m.num_kv_heads, m.head_dim, m.value_head_dim, m.dtype, m.probe_tokens)
 
 
 def place_kernels(spec: Spec, gpu: Gpu, given: Path | None, directory: Path) -> Path:

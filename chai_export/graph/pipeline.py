@@ -45,7 +45,7 @@ def rewrite_model(
     roles = found.roles
     assert roles is not None
     draft = draft_manifest(path, source, sites, probe_tokens)
-    clusters.check(draft)
+    clusters.check(draft.head_counts)
     prover = SiteProver(source.graph, roles, probe_tokens)
     prover.prove(sites)
 

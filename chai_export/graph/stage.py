@@ -86,7 +86,7 @@ def explain(onnx_path: str | Path, clusters: Clusters | None = None) -> Explanat
         if found.sites and not found.refusals:
             draft = draft_manifest(path, model, found.sites, 1)
             if clusters is not None:
-                clusters.check(draft)
+                clusters.check(draft.head_counts)
     except ChaiError as error:
         problem = str(error)
     kept = None if clusters is None else clusters.kept_heads

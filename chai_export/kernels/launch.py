@@ -83,7 +83,7 @@ def clustered_head_attention(
         ChaiError: shapes, dtypes or devices that do not go together, or no GPU and no interpreter.
     """
     batch, heads, tokens, head_dim = query.shape
-    spec = Spec(_dtype_name(query), heads, key.shape[1], head_dim, value.shape[3], probe_tokens)
+    spec = Spec(heads, key.shape[1], head_dim, value.shape[3], _dtype_name(query), probe_tokens)
     shape = Shape(batch, tokens, past_key.shape[1], past_key.shape[2])
     program = _program(spec, _architecture(query), blocks)
     tensors = {

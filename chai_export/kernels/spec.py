@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from chai_export.errors import ChaiError
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
+from chai_export.op.heads import HeadCounts
 
 MAX_HEADS = 128
 MAX_HEAD_DIM = 256
@@ -13,14 +14,10 @@ MAX_PROBE_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(HeadCounts):
     """A model's constants. R, C, B and S stay run-time values, so one set of cubins serves all layers."""
 
     dtype: str
-    num_query_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_head_dim: int
     probe_tokens: int = 5
 
     def __post_init__(self) -> None:
@@ -41,11 +38,6 @@ class Spec:
                 f"GPU kernels support 1 to {MAX_PROBE_TOKENS} probe tokens, got {self.probe_tokens}; "
                 "lower --probe-tokens"
             )
-
-    @property
-    def group(self) -> int:
-        """Query heads per KV head (q)."""
-        return self.num_query_heads // self.num_kv_heads
 
     @property
     def item_bytes(self) -> int:

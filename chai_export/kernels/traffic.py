@@ -75,9 +75,7 @@ def head_map_traffic(spec: Spec, shape: Shape, fresh: bool) -> Traffic:
 
 def append(spec: Spec, shape: Shape, new: int) -> Traffic:
     """bytes = 2 e m (R D + G Dv): new rows read and written."""
-    return Traffic(
-        2 * spec.item_bytes * new * (shape.kept * spec.head_dim + spec.num_kv_heads * spec.value_head_dim), 0
-    )
+    return Traffic(2 * spec.item_bytes * new * spec.cache_elements(shape.kept), 0)
 
 
 def prefill(program: Program, shape: Shape, past: int, new: int, head_map: Sequence[int]) -> Traffic:
@@ -91,7 +89,7 @@ def prefill(program: Program, shape: Shape, past: int, new: int, head_map: Seque
     launch = next(launch for launch in program.launches if launch.name == "prefill_kernel")
     pieces = count_pieces(head_map, launch.constants["MEMBERS"])
     moved = new * representatives * spec.head_dim + new * spec.num_query_heads * spec.value_head_dim
-    moved += visible * (shape.kept * spec.head_dim + spec.num_kv_heads * spec.value_head_dim)
+    moved += visible * spec.cache_elements(shape.kept)
     pairs = new * past + new * (new + 1) // 2
     flops = 2 * pairs * (pieces * spec.head_dim + spec.num_query_heads * spec.value_head_dim)
     return Traffic(spec.item_bytes * moved, flops)
@@ -135,7 +133,7 @@ def decode_merge(program: Program, shape: Shape) -> Traffic:
 
 def cache_bytes(spec: Spec, kept: int, visible: int) -> int:
     """Bytes of cache that one decoded token reads in a row: e T (R D + G Dv). With R = G, all heads."""
-    return spec.item_bytes * visible * (kept * spec.head_dim + spec.num_kv_heads * spec.value_head_dim)
+    return spec.item_bytes * visible * spec.cache_elements(kept)
 
 
 def _tiles(program: Program, visible: int) -> int:

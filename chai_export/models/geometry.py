@@ -7,59 +7,27 @@ from typing import Any
 
 from chai_export.errors import ChaiError
 from chai_export.models.families import family_of
-from chai_export.op.kv_sharing import owners
+from chai_export.op.heads import DecoderHeads
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of a decoder-only model.
+@dataclass(frozen=True, kw_only=True)
+class Geometry(DecoderHeads):
+    """Sizes of a decoder-only model; :func:`chai_export.models.kv_sources.describe_model` fills in
+    ``kv_source_layers``.
 
     Attributes:
         model_type: the family, as transformers names it ("llama", "opt", …).
-        num_layers: attention layers (L).
-        num_query_heads: query heads per layer (H).
-        num_kv_heads: KV heads per layer (G); H is a multiple of G.
-        head_dim: width of a query or key head (D).
-        value_head_dim: width of a value head (Dv).
         hidden_size: width of the residual stream.
         vocab_size: rows of the output head (V).
         max_positions: length of a position table, a hard limit in tokens; None without one.
         context_length: tokens of context that the model was trained for; None when it does not say.
-        kv_source_layers: the layer whose K and V each layer reads, itself or an earlier one; None when each
-            has its own (:func:`chai_export.models.kv_sources.describe_model` fills it in).
     """
 
     model_type: str
-    num_layers: int
-    num_query_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_head_dim: int
     hidden_size: int
     vocab_size: int
     max_positions: int | None
     context_length: int | None
-    kv_source_layers: tuple[int, ...] | None = None
-
-    @property
-    def cache_layers(self) -> list[int]:
-        """The layers that have a cache."""
-        return owners(self.kv_source_layers, self.num_layers)
-
-    @property
-    def group(self) -> int:
-        """Query heads that share one KV head (H / G)."""
-        return self.num_query_heads // self.num_kv_heads
-
-    def kv_bytes_saved(self, kept_heads: list[int] | tuple[int, ...]) -> float:
-        """Share of the KV cache that disappears when layer i keeps ``kept_heads[i]`` heads in its K cache.
-
-        A cache that several layers read counts once.
-        """
-        caches = self.cache_layers
-        dropped = sum(self.num_kv_heads - kept_heads[layer] for layer in caches) * self.head_dim
-        whole = len(caches) * self.num_kv_heads * (self.head_dim + self.value_head_dim)
-        return dropped / whole
 
 
 def describe(config: Any) -> Geometry:

@@ -228,7 +228,7 @@ def require_same_with_all_heads(model: PreTrainedModel, tolerance: float = 1e-3)
     geometry = describe(model.config)
     tokens = [(7 * index + 3) % geometry.vocab_size for index in range(12)]
     expected = model_logits(model, tokens)
-    got = Oracle(model, [geometry.num_kv_heads] * geometry.num_layers).logits(tokens)
+    got = Oracle(model, geometry.all_kept).logits(tokens)
     worst = float(np.abs(expected - got).max())
     if not worst <= tolerance * max(1.0, float(np.abs(expected).max())):
         raise ChaiError(

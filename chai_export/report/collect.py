@@ -48,7 +48,7 @@ def compiled(bundle: Bundle) -> dict[str, Any]:
         "file_bytes": sum(files.values()),
         "kv_bytes_per_token": chai,
         "kv_bytes_per_token_all_heads": every,
-        "kv_bytes_saved": 1 - chai / every,
+        "kv_bytes_saved": manifest.head_counts.kv_bytes_saved(manifest.kept_heads),
     }
 
 

@@ -36,7 +36,7 @@ def test_cubins_launched_from_the_index_agree_with_the_reference(
 
     case = Case(f"cubin_{phase}", 16, 4, 2, ROWS[phase], head_dim=64, value_dim=96, capacity=128)
     major, minor = torch.cuda.get_device_capability()
-    index_path = compile(Spec(dtype, 16, 4, 64, 96), major * 10 + minor, tmp_path)
+    index_path = compile(Spec(16, 4, 64, 96, dtype), major * 10 + minor, tmp_path)
     index = json.loads(index_path.read_text())
     inputs = case_inputs(case, dtype)
     tensors = to_tensors(inputs, dtype, "cuda")

@@ -74,7 +74,7 @@ def _outputs(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
     query, value = tensors["query"], tensors["value"]
     batch, heads, tokens, head_dim = query.shape
-    spec = Spec("float16", heads, value.shape[1], head_dim, value.shape[3])
+    spec = Spec(heads, value.shape[1], head_dim, value.shape[3], "float16")
     shape = Shape(batch, tokens, *tensors["past_key"].shape[1:3])
     major, minor = torch.cuda.get_device_capability()
     needed = workspace_bytes(spec, shape, major * 10 + minor)

@@ -65,7 +65,7 @@ def test_enqueue_agrees_with_the_reference(
     tensors = to_tensors(inputs, dtype, "cuda")
     query, value = tensors["query"], tensors["value"]
     batch, heads, tokens, head_dim = query.shape
-    spec = Spec(dtype, heads, case.kv_heads, head_dim, value.shape[3], case.probe_tokens)
+    spec = Spec(heads, case.kv_heads, head_dim, value.shape[3], dtype, case.probe_tokens)
     shape = Shape(batch, tokens, case.kept, case.capacity)
     result = Result(
         torch.full((batch, tokens, heads * value.shape[3]), float("nan"), dtype=query.dtype, device="cuda"),

@@ -35,7 +35,7 @@ from tests.tensorrt_probe import (
     build_probe,
 )
 
-SPEC = Spec("float16", 4, 2, 16, 16, 5)
+SPEC = Spec(4, 2, 16, 16, "float16", 5)
 ARCHITECTURE = 90
 
 trt: Any

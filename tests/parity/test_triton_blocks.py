@@ -29,20 +29,20 @@ def test_every_supported_model_has_block_sizes(arch: int | str) -> None:
     dims = (8, 32, 64, 80, 128, 160, 256)
     for dtype, dim, value_dim in itertools.product(("float32", "float16", "bfloat16"), dims, dims):
         program = build_program(
-            Spec(dtype, 8, 4, dim, value_dim), choose(Spec(dtype, 8, 4, dim, value_dim), arch)
+            Spec(8, 4, dim, value_dim, dtype), choose(Spec(8, 4, dim, value_dim, dtype), arch)
         )
         assert len(program.launches) == 8
 
 
 def test_an_architecture_without_block_sizes_is_refused() -> None:
     with pytest.raises(ChaiError, match="no kernels for sm_75"):
-        choose(Spec("float16", 8, 8, 64, 64), 75)
+        choose(Spec(8, 8, 64, 64, "float16"), 75)
 
 
 def test_tuning_adds_a_rule_for_its_model_and_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tuned, other = Spec("float32", 8, 8, 128, 128), Spec("float32", 8, 8, 64, 64)
+    tuned, other = Spec(8, 8, 128, 128, "float32"), Spec(8, 8, 64, 64, "float32")
     before = choose(other, 90)
     file = tmp_path / "blocks.json"
     shutil.copy(BLOCKS_FILE, file)
@@ -57,7 +57,7 @@ def test_tuning_adds_a_rule_for_its_model_and_leaves_the_others(
 
 def test_decode_moves_what_the_design_says_and_little_more() -> None:
     """(R·D + G·Dv)·T bytes of cache, plus weights and partial results of under one percent."""
-    spec = Spec("bfloat16", 32, 32, 128, 128)
+    spec = Spec(32, 32, 128, 128, "bfloat16")
     program = build_program(spec, choose(spec, 90))
     traffic = call_traffic(program, gpu_tune.Shape(16, 1, 8, 8192), 8191, 1, [h // 4 * 4 for h in range(32)])
     cache = 16 * cache_bytes(spec, 8, 8192)
@@ -69,7 +69,7 @@ def test_prefill_counts_the_scores_of_every_piece() -> None:
     assert count_pieces([0] * 25 + list(range(25, 32)), 2) == 20
     assert count_pieces([h // 4 * 4 for h in range(32)], 4) == 8
     assert count_pieces(list(range(32)), 2) == 32
-    spec = Spec("bfloat16", 32, 32, 128, 128)
+    spec = Spec(32, 32, 128, 128, "bfloat16")
     program = build_program(spec, choose(spec, 90))
     shape = gpu_tune.Shape(1, 10, 8, 10)
     flops = call_traffic(program, shape, 0, 10, [h // 4 * 4 for h in range(32)])["prefill_kernel"].flops

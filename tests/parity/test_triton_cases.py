@@ -109,7 +109,7 @@ def test_head_map_equals_the_reference_for_the_same_integers(heads: int, kv_head
 
 
 def test_workspace_is_enough_for_every_smaller_call() -> None:
-    spec = Spec("float16", 32, 8, 128, 128)
+    spec = Spec(32, 8, 128, 128, "float16")
     largest = workspace_bytes(spec, Shape(64, 1, 8, 4096), 90)
     for batch in (1, 2, 7, 33, 63, 64):
         for capacity in (1, 100, 4095, 4096):
@@ -135,7 +135,7 @@ def _blocks(
     score_programs: int | None = None,
     value_programs: int | None = None,
 ) -> Blocks:
-    base = choose(Spec("float32", 8, 8, 16, 16), 80 if DEVICE == "cuda" else INTERPRETER)
+    base = choose(Spec(8, 8, 16, 16, "float32"), 80 if DEVICE == "cuda" else INTERPRETER)
     old = base.kernels["prefill"]
     changed = KernelBlocks(old.constants | (prefill or {}), old.num_warps, old.num_stages)
     return Blocks(

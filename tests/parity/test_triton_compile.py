@@ -24,7 +24,7 @@ from chai_export.kernels.formula import evaluate
 
 triton = pytest.importorskip("triton")
 
-SMALL = Spec("float16", 4, 2, 32, 32)
+SMALL = Spec(4, 2, 32, 32, "float16")
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-kernel-resources.json"
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB per block, CUDA programming guide
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -119,7 +119,7 @@ def test_same_source_gives_the_same_bytes_in_another_folder(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     program = (
         "import chai_export\nfrom chai_export.kernels import Spec, compile\n"
-        "compile(Spec('float16', 4, 2, 32, 32), 90, 'out', only=['decode_scores_kernel', 'append_kernel'])\n"
+        "compile(Spec(4, 2, 32, 32, 'float16'), 90, 'out', only=['decode_scores_kernel', 'append_kernel'])\n"
         f"assert chai_export.__file__.startswith({str(tmp_path)!r})\n"
     )
     search = os.pathsep.join([str(package.parent), *sys.path])
@@ -159,7 +159,7 @@ def test_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> 
 
 
 def test_a_failing_compiler_leaves_no_files(tmp_path: Path) -> None:
-    spec = Spec("float16", 4, 2, 32, 32)
+    spec = Spec(4, 2, 32, 32, "float16")
     object.__setattr__(spec, "head_dim", 512)  # past the check here, so that the compiling process meets it
     with pytest.raises(ChaiError, match=r"kernels for sm_90 failed: .*head_dim up to 256, got 512; install"):
         compile(spec, 90, tmp_path)
@@ -168,11 +168,11 @@ def test_a_failing_compiler_leaves_no_files(tmp_path: Path) -> None:
 
 def test_a_model_outside_the_limits_is_refused() -> None:
     with pytest.raises(ChaiError, match="up to 256, got 288"):
-        Spec("float16", 4, 4, 288, 288)
+        Spec(4, 4, 288, 288, "float16")
     with pytest.raises(ChaiError, match="1 to 128 query heads, got 256"):
-        Spec("float16", 256, 8, 64, 64)
+        Spec(256, 8, 64, 64, "float16")
     with pytest.raises(ChaiError, match="not a multiple of 3 KV heads"):
-        Spec("float16", 4, 3, 64, 64)
+        Spec(4, 3, 64, 64, "float16")
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def _run_guarded(case: Case, inputs: dict[str, np.ndarray], dtype: str) -> tuple
     tensors = {name: guarded.place(tensor) for name, tensor in to_tensors(inputs, dtype, DEVICE).items()}
     batch, heads, tokens, head_dim = tensors["query"].shape
     value_dim, kv_heads = tensors["value"].shape[3], tensors["key"].shape[1]
-    spec = Spec(dtype, heads, kv_heads, head_dim, value_dim, case.probe_tokens)
+    spec = Spec(heads, kv_heads, head_dim, value_dim, dtype, case.probe_tokens)
     shape = Shape(batch, tokens, *tensors["past_key"].shape[1:3])
     architecture = INTERPRETER
     if DEVICE == "cuda":

@@ -12,11 +12,11 @@ import pytest
 from chai_export.clustering.clusters import Clusters
 from chai_export.clustering.keep import allocate, elbow, parse_keep
 from chai_export.errors import ChaiError, UsageError
-from chai_export.models.geometry import Geometry
+from chai_export.op.heads import DecoderHeads
 
 
 def geometry(layers=4, groups=8, head_dim=16, value_head_dim=16):
-    return Geometry("llama", layers, 16, groups, head_dim, value_head_dim, 64, 100, None, 128)
+    return DecoderHeads(16, groups, head_dim, value_head_dim, num_layers=layers)
 
 
 def random_curves(layers=4, groups=8, seed=0):

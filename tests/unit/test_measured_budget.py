@@ -11,8 +11,8 @@ from chai_export.clustering.calibrate import calibrate
 from chai_export.clustering.keep import Budget, allocate, elbow
 from chai_export.clustering.measured_budget import heads_to_try, measure_damage, predicted, spend
 from chai_export.errors import UsageError
-from chai_export.models.geometry import Geometry
 from chai_export.models.oracle import Oracle, model_logits
+from chai_export.op.heads import DecoderHeads
 from chai_export.quality.divergence import Divergence
 from tests.planted import distinct, planted_model
 
@@ -57,7 +57,7 @@ def test_a_measured_budget_is_the_best_sum_of_all_allocations(model, curves):
 def test_past_the_elbows_the_error_curves_have_a_say_and_before_them_none():
     steep = [9.0, 6.0, 0.05, 0.04, 0.03, 0.02, 0.01, 0.0]  # elbow 3
     gentle = [9.0, 6.0, 0.05, 0.004, 0.003, 0.002, 0.001, 0.0]  # elbow 4
-    shape = Geometry("llama", 2, 8, 8, 16, 16, 64, 100, None, 128)
+    shape = DecoderHeads(8, 8, 16, 16, num_layers=2)
     assert [elbow(curve) for curve in (steep, gentle)] == [3, 4]
     # Too few sequences: the first layer seems to lose nothing past its elbow.
     damage = [[2.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.5, 0.4, 0.3, 8e-4, 6e-4, 4e-4, 2e-4, 0.0]]

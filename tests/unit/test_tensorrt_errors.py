@@ -95,7 +95,7 @@ def test_kernels_for_another_gpu_or_model_are_refused(bundle: Bundle, tmp_path: 
     write_kernels(spec, 80, tmp_path / "old")
     with pytest.raises(ChaiError, match="are for sm_80 and this GPU is sm_90; compile them for this machine"):
         place_kernels(spec, GPU, tmp_path / "old", target)
-    write_kernels(Spec("float16", 4, 2, 16, 16), 90, tmp_path / "other")
+    write_kernels(Spec(4, 2, 16, 16, "float16"), 90, tmp_path / "other")
     with pytest.raises(ChaiError, match="and the model needs"):
         place_kernels(spec, GPU, tmp_path / "other", target)
     with pytest.raises(ChaiError, match="holds no kernels"):

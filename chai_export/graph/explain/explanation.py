@@ -103,7 +103,8 @@ class Explanation:
             miss = f"{node.op_type} {node.name!r}: {finding.reason}"
             return {**row, "matched_up_to": reached, "stopped_by": miss}
         parts = asdict(describe_parts(finding))
-        heads = f"{finding.num_query_heads} query, {finding.num_kv_heads} KV, dim {finding.head_dim}"
+        counts = finding.heads
+        heads = f"{counts.num_query_heads} query, {counts.num_kv_heads} KV, dim {counts.head_dim}"
         matched = (
             f"{parts['attention']}; mask {parts['mask']}; RoPE {parts['rope']}; Q/K norm {parts['norm']}; "
             f"Q/K weights {parts['weights']}; cache {parts['cache']}"

@@ -57,9 +57,9 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
     if not math.isclose(values.scale, 1.0):
         raise NoMatch(node, f"the value is multiplied by {values.scale:g} after the cache", Reached.CACHE)
     source, query_scale = strip_scale(query)
-    geometry = site_geometry(node, source, keys, values)
+    heads = site_geometry(node, source, keys, values)
     given = node.attributes.get("scale")
-    own = given.as_float() if given is not None else 1.0 / math.sqrt(geometry.head_dim)
+    own = given.as_float() if given is not None else 1.0 / math.sqrt(heads.head_dim)
     causal = node.attributes.get("is_causal")
     return AttentionSite(
         form=_form(keys, own_cache, opset),
@@ -70,10 +70,7 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
         output=output,
         chain=ScoreChain(mask=mask, causal=causal is not None and causal.as_int() == 1),
         scale=own * query_scale * keys.scale,
-        num_query_heads=geometry.query_heads,
-        num_kv_heads=geometry.kv_heads,
-        head_dim=geometry.head_dim,
-        value_head_dim=geometry.value_head_dim,
+        heads=heads,
         right_padding="any" if valid is None else "none",
     )
 

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import onnx_ir as ir
 
 from chai_export.graph.match.miss import NoMatch, Reached
 from chai_export.graph.match.site import CachedHeads
 from chai_export.graph.read.sizes import axis_size
+from chai_export.op.heads import HeadCounts
 
 
-@dataclass(frozen=True)
-class HeadSizes:
-    """H, G, D and Dv of one attention."""
-
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    value_head_dim: int
-
-
-def site_geometry(node: ir.Node, query: ir.Value, key: CachedHeads, value: CachedHeads) -> HeadSizes:
+def site_geometry(node: ir.Node, query: ir.Value, key: CachedHeads, value: CachedHeads) -> HeadCounts:
     """Sizes of a site whose query is [B, H, S, D].
 
     Raises:
@@ -48,7 +37,7 @@ def site_geometry(node: ir.Node, query: ir.Value, key: CachedHeads, value: Cache
         raise NoMatch(
             node, f"{heads} query heads, {kv_heads} key heads and {value_heads} value heads", Reached.RETURN
         )
-    return HeadSizes(heads, kv_heads, dim, value_dim)
+    return HeadCounts(heads, kv_heads, dim, value_dim)
 
 
 def _first(*sizes: int | None) -> int | None:

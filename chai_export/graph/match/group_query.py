@@ -67,7 +67,7 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
         if past is None or not past.is_graph_input():
             raise NoMatch(node, f"the past {what} is no graph input, so there is no cache", Reached.OPERANDS)
         caches.append(CachedHeads(past, new, present))
-    sizes = site_geometry(node, query, *caches)
+    heads = site_geometry(node, query, *caches)
     given = node.attributes.get("scale")
     scale = given.as_float() if given is not None else 0.0
     rotated = query.producer()
@@ -80,11 +80,8 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
         value=caches[1],
         output=output,
         chain=ScoreChain(causal=True),
-        scale=scale or 1.0 / math.sqrt(sizes.head_dim),
-        num_query_heads=sizes.query_heads,
-        num_kv_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim,
-        value_head_dim=sizes.value_head_dim,
+        scale=scale or 1.0 / math.sqrt(heads.head_dim),
+        heads=heads,
         right_padding="fresh",
     )
 

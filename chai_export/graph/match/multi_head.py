@@ -54,7 +54,7 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
     value = _cached(node, inputs[2], inputs[7], 2, "the value")
     if not math.isclose(value.scale, 1.0):
         raise NoMatch(node, f"the value is multiplied by {value.scale:g} after the cache", Reached.CACHE)
-    sizes = site_geometry(node, query, key, value)
+    heads = site_geometry(node, query, key, value)
     given = node.attributes.get("scale")
     scale = given.as_float() if given is not None else 0.0
     causal = node.attributes.get("unidirectional")
@@ -66,11 +66,8 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
         value=value,
         output=output,
         chain=ScoreChain(mask=inputs[5], causal=causal is not None and causal.as_int() == 1),
-        scale=(scale or 1.0 / math.sqrt(sizes.head_dim)) * key.scale,
-        num_query_heads=sizes.query_heads,
-        num_kv_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim,
-        value_head_dim=sizes.value_head_dim,
+        scale=(scale or 1.0 / math.sqrt(heads.head_dim)) * key.scale,
+        heads=heads,
     )
 
 

@@ -188,9 +188,9 @@ def find_roles(graph: ir.Graph, caches: Iterable[ir.Value], sites: Sequence[Atte
         valid_lengths=valid_lengths,
         fixed=True in fixed,
         cache_sizes={
-            cache.past: (site.num_kv_heads, dim)
+            cache.past: (site.heads.num_kv_heads, dim)
             for site in sites
-            for cache, dim in ((site.key, site.head_dim), (site.value, site.value_head_dim))
+            for cache, dim in ((site.key, site.heads.head_dim), (site.value, site.heads.value_head_dim))
         },
     )
 

@@ -9,6 +9,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from chai_export.graph.match.form import Form
+from chai_export.op.heads import HeadCounts
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,7 @@ class AttentionSite:
     output: ir.Value
     chain: ScoreChain
     scale: float
-    num_query_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_head_dim: int
+    heads: HeadCounts
     chunks: bool = True
     right_padding: Literal["any", "fresh", "none"] = "any"
     layer: int = -1

@@ -74,7 +74,7 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
     if not math.isclose(values.scale, 1.0):
         raise NoMatch(after, f"the value is multiplied by {values.scale:g} after the cache", Reached.CACHE)
     source, query_scale = strip_scale(query)
-    geometry = site_geometry(product, source, keys, values)
+    heads = site_geometry(product, source, keys, values)
     logits = node.inputs[0]
     return AttentionSite(
         form=_form(node, keys),
@@ -85,10 +85,7 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
         output=after.outputs[0],
         chain=ScoreChain(scores=product.outputs[0], logits=logits),
         scale=query_scale * keys.scale,
-        num_query_heads=geometry.query_heads,
-        num_kv_heads=geometry.kv_heads,
-        head_dim=geometry.head_dim,
-        value_head_dim=geometry.value_head_dim,
+        heads=heads,
     )
 
 

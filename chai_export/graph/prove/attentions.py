@@ -108,9 +108,9 @@ class SiteProver:
 
 
 def _random_arrays(site: AttentionSite, sizes: Sizes, generator: np.random.Generator) -> dict[str, Array]:
-    kv, dim, value_dim = site.num_kv_heads, site.head_dim, site.value_head_dim
+    kv, dim, value_dim = site.heads.num_kv_heads, site.heads.head_dim, site.heads.value_head_dim
     shapes = {
-        "query": (sizes.batch, site.num_query_heads, sizes.tokens, dim),
+        "query": (sizes.batch, site.heads.num_query_heads, sizes.tokens, dim),
         "key": (sizes.batch, kv, sizes.tokens, dim),
         "value": (sizes.batch, kv, sizes.tokens, value_dim),
         "past_key": (sizes.batch, kv, sizes.past, dim),
@@ -132,7 +132,7 @@ def _op_inputs(
     """
     room = ((0, 0), (0, 0), (0, sizes.tokens), (0, 0))
     caches = {name: np.pad(arrays[name], room, constant_values=np.nan) for name in ("past_key", "past_value")}
-    heads = np.arange(site.num_query_heads, dtype=np.int32)
+    heads = np.arange(site.heads.num_query_heads, dtype=np.int32)
     identity = np.broadcast_to(heads, (sizes.batch, heads.size)).copy()
     values = {
         **arrays,

@@ -94,7 +94,7 @@ class MaskProver:
         except EvaluationError as error:
             raise MaskError(f"the mask cannot be evaluated: {error}") from error
         if site is not None and chain.scores is not None and not self._runs(part, chain, fed):
-            fed = replace(fed, heads=site.num_query_heads)
+            fed = replace(fed, heads=site.heads.num_query_heads)
         scales = []
         chunks = True
         for sizes in _SIZES:

@@ -112,9 +112,9 @@ def _case(
     tokens = generator.integers(0, vocabulary, (sizes.batch, sizes.tokens)).astype(np.int64)
     caches = []
     for site in with_cache(sites):
-        shape = (sizes.batch, site.num_kv_heads, sizes.past)
-        key = generator.standard_normal((*shape, site.head_dim), np.float32)
-        caches.append((key, generator.standard_normal((*shape, site.value_head_dim), np.float32)))
+        shape = (sizes.batch, site.heads.num_kv_heads, sizes.past)
+        key = generator.standard_normal((*shape, site.heads.head_dim), np.float32)
+        caches.append((key, generator.standard_normal((*shape, site.heads.value_head_dim), np.float32)))
     return _Case(sizes, lengths, tokens, caches)
 
 
@@ -137,7 +137,7 @@ def _source_inputs(case: _Case, row: int, roles: Roles, sites: list[AttentionSit
 
 def _bundle_inputs(case: _Case, sites: list[AttentionSite]) -> dict[str, Array]:
     sizes = case.sizes
-    heads = np.arange(sites[0].num_query_heads, dtype=np.int32)
+    heads = np.arange(sites[0].heads.num_query_heads, dtype=np.int32)
     positions = np.broadcast_to(np.arange(sizes.tokens, dtype=np.int64), case.tokens.shape)
     inputs: dict[str, Array] = {
         "input_ids": case.tokens,

@@ -25,8 +25,8 @@ def replace_cache_shapes(builder: Builder, sites: list[AttentionSite], input_ids
     such value; whoever still asks for it keeps the old cache alive and is refused later.
     """
     for site in sites:
-        for cache, dim in ((site.key, site.head_dim), (site.value, site.value_head_dim)):
-            known = {1: site.num_kv_heads, 3: dim}
+        for cache, dim in ((site.key, site.heads.head_dim), (site.value, site.heads.value_head_dim)):
+            known = {1: site.heads.num_kv_heads, 3: dim}
             for value in (cache.past, cache.present):
                 for node in list(value.consumers()):
                     if node.op_type == "Shape" and node.domain == "":

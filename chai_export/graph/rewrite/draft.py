@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import onnx_ir as ir
@@ -11,6 +12,7 @@ from chai_export.errors import ChaiError
 from chai_export.graph.match.site import AttentionSite, kv_sources
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.function import MIN_OPSET
+from chai_export.op.heads import HeadCounts
 from chai_export.op.schema import VERSION
 
 _DTYPES = {ir.DataType(ELEMENT_TYPES[dtype].onnx): dtype for dtype in Dtype}
@@ -24,17 +26,14 @@ def draft_manifest(path: Path, source: ir.Model, sites: list[AttentionSite], pro
             vocabulary size is not stated.
     """
     opset = require_opset(path, source)
-    shape = _common_geometry(sites)
+    heads = _common_heads(sites)
     return Manifest(
         op_version=VERSION,
         dtype=_dtype(sites),
         num_layers=len(sites),
-        num_query_heads=shape.num_query_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        value_head_dim=shape.value_head_dim,
+        **asdict(heads),
         vocab_size=_vocabulary(source),
-        kept_heads=[shape.num_kv_heads] * len(sites),
+        kept_heads=[heads.num_kv_heads] * len(sites),
         kv_source_layers=kv_sources(sites),
         probe_tokens=probe_tokens,
         opset=opset,
@@ -55,22 +54,21 @@ def require_opset(path: Path, source: ir.Model) -> int:
     return opset
 
 
-def _common_geometry(sites: list[AttentionSite]) -> AttentionSite:
-    """The sizes that all layers share.
+def _common_heads(sites: list[AttentionSite]) -> HeadCounts:
+    """The heads that all layers share.
 
     Raises:
-        ChaiError: a layer has other sizes than the first.
+        ChaiError: a layer has other heads than the first.
     """
-    first = sites[0]
-    names = ("num_query_heads", "num_kv_heads", "head_dim", "value_head_dim")
+    first = sites[0].heads
     for site in sites:
-        different = [name for name in names if getattr(site, name) != getattr(first, name)]
-        if different:
-            name = different[0]
-            raise ChaiError(
-                f"layer {site.layer} has {name} {getattr(site, name)}, layer 0 has {getattr(first, name)}; "
-                "choose a model whose layers have equal heads"
-            )
+        pairs = zip(asdict(first).items(), asdict(site.heads).values(), strict=True)
+        for (name, wanted), found in pairs:
+            if found != wanted:
+                raise ChaiError(
+                    f"layer {site.layer} has {name} {found}, layer 0 has {wanted}; "
+                    "choose a model whose layers have equal heads"
+                )
     return first
 
 

@@ -50,12 +50,17 @@ def make_interface(input_ids: ir.Value, sites: list[AttentionSite]) -> Interface
     input_ids.shape = ir.Shape(["batch", "tokens"])
     lengths = graph_input("lengths", small, ["batch"])
     past_lengths = graph_input("past_lengths", small, ["batch"])
-    heads = sites[0].num_query_heads
+    heads = sites[0].heads.num_query_heads
     keys, values = {}, {}
     for site in with_cache(sites):
         dtype = site.key.past.dtype or ir.DataType.FLOAT
-        key_dims: list[str | int] = ["batch", f"kept_heads_{site.layer}", "capacity", site.head_dim]
-        value_dims: list[str | int] = ["batch", site.num_kv_heads, "capacity", site.value_head_dim]
+        key_dims: list[str | int] = ["batch", f"kept_heads_{site.layer}", "capacity", site.heads.head_dim]
+        value_dims: list[str | int] = [
+            "batch",
+            site.heads.num_kv_heads,
+            "capacity",
+            site.heads.value_head_dim,
+        ]
         keys[site.layer] = graph_input(f"past_key.{site.layer}", dtype, key_dims)
         values[site.layer] = graph_input(f"past_value.{site.layer}", dtype, value_dims)
     return Interface(

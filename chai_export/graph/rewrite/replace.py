@@ -115,7 +115,7 @@ def _connect(builder: Builder, site: AttentionSite, attended: ir.Value) -> None:
 
     Exporters move the heads back with Transpose and Reshape, which the op has done already.
     """
-    width = site.num_query_heads * site.value_head_dim
+    width = site.heads.num_query_heads * site.heads.value_head_dim
     for node in list(site.output.consumers()):
         perm = node.attributes.get("perm")
         if node.op_type != "Transpose" or perm is None or list(perm.as_ints()) != _TO_TOKENS:
@@ -131,7 +131,7 @@ def _connect(builder: Builder, site: AttentionSite, attended: ir.Value) -> None:
             else:
                 reader.replace_input_with(0, attended)
     if site.output.uses():
-        by_head = builder.integers(0, 0, site.num_query_heads, site.value_head_dim)
+        by_head = builder.integers(0, 0, site.heads.num_query_heads, site.heads.value_head_dim)
         split = builder.op("Reshape", attended, by_head)
         ir.convenience.replace_all_uses_with(site.output, builder.op("Transpose", split, perm=_TO_TOKENS))
 
