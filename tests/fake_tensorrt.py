@@ -49,6 +49,11 @@ class FakeEngine:
     def get_tensor_dtype(self, name: str) -> Any:
         return SimpleNamespace(name={**self.inputs, **self.outputs}[name])
 
+    def get_tensor_shape(self, name: str) -> list[int]:
+        nodes = (*self.session.get_inputs(), *self.session.get_outputs())
+        shape = next(node.shape for node in nodes if node.name == name)
+        return [size if isinstance(size, int) else -1 for size in shape]
+
     def create_execution_context(self) -> FakeContext:
         self.contexts.append(FakeContext(self))
         return self.contexts[-1]

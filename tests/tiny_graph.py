@@ -5,7 +5,7 @@ Its truth is computed with NumPy and the op's reference, so tests of the runner 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,19 @@ from onnx import numpy_helper
 from chai_export.bundle.atomic import atomic_directory
 from chai_export.bundle.bundle import MODEL_FILE, Bundle, finalise
 from chai_export.bundle.environment import save_environment
+from chai_export.bundle.graph_io import GraphValue, graph_io
 from chai_export.bundle.manifest import GenerationSettings, Manifest, Source
 from chai_export.bundle.parts import BUNDLE
+from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.function import function_proto
 from chai_export.op.head_map import kept_kv_heads
+from chai_export.op.heads import DecoderHeads
 from chai_export.op.reference import clustered_head_attention
 from chai_export.op.schema import DOMAIN, VERSION
 from chai_export.op.shared_reference import shared_clustered_head_attention
 
 OPSET = 20
 _DOT = "_DOT_"  # ONNX's text form has no dots in names
-ONNX_TYPE = {"float32": "float", "float16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -107,19 +109,9 @@ class TinyModel:
         return rows.reshape(1, rows.shape[1], heads, -1).transpose(0, 2, 1, 3)
 
     def graph(self) -> onnx.ModelProto:
-        t, layers = ONNX_TYPE[self.dtype], range(len(self.kept))
-        maps = f"int32[{len(self.kept)}, batch, {self.heads}]"
-        inputs = [
-            "int64[batch, tokens] input_ids", "int32[batch] lengths", "int32[batch] past_lengths",
-            "int64[batch, outputs] output_positions", f"{maps} head_map",
-        ]  # fmt: skip
-        outputs = [f"{t}[batch, outputs, {self.vocab}] logits", f"{maps} present_head_map"]
-        for i in filter(self._has_cache, layers):
-            for direction, dims in (("past", inputs), ("present", outputs)):
-                dims.append(f"{t}[batch, kept_heads_{i}, capacity, {self.head_dim}] {direction}_key{_DOT}{i}")
-                dims.append(
-                    f"{t}[batch, {self.kv_heads}, capacity, {self.value_dim}] {direction}_value{_DOT}{i}"
-                )
+        layers = range(len(self.kept))
+        io = graph_io(self._head_counts(), Dtype(self.dtype), self.vocab)
+        inputs, outputs = ([_declared(value) for value in values] for values in (io.inputs, io.outputs))
         nodes = [_EMBED, *(self._layer(i) for i in layers)]
         map_names = ", ".join(f"new_map_{i}" for i in layers)
         nodes.append(f"present_head_map = Concat <axis = 0> ({map_names})")
@@ -170,19 +162,18 @@ class TinyModel:
         lines.append(f"hidden_{i + 1} = Add (hidden_{i}, back_{i})")
         return "\n".join(lines)
 
+    def _head_counts(self) -> DecoderHeads:
+        sizes = (self.heads, self.kv_heads, self.head_dim, self.value_dim)
+        return DecoderHeads(*sizes, num_layers=len(self.kept), kv_source_layers=self.sources)
+
     def manifest(self, **changes: Any) -> Manifest:
         values: dict[str, Any] = {
             "op_version": VERSION,
             "dtype": self.dtype,
-            "num_layers": len(self.kept),
-            "num_query_heads": self.heads,
-            "num_kv_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "value_head_dim": self.value_dim,
+            **asdict(self._head_counts()),
             "vocab_size": self.vocab,
             "max_positions": self.positions,
             "kept_heads": list(self.kept),
-            "kv_source_layers": None if self.sources is None else list(self.sources),
             "probe_tokens": self.probe,
             "opset": OPSET,
             "source": Source(kind="onnx", name="tiny"),
@@ -201,6 +192,12 @@ class TinyModel:
                 settings = found.model_copy(update={"eos_token_ids": eos})
             finalise(directory, self.manifest(**{"generation": settings, **changes}))
         return Bundle.load(path)
+
+
+def _declared(value: GraphValue) -> str:
+    """An input or output in ONNX's text form."""
+    kind = ELEMENT_TYPES[value.dtype].onnxruntime.removeprefix("tensor(").removesuffix(")")
+    return f"{kind}[{', '.join(map(str, value.dims))}] {value.name.replace('.', _DOT)}"
 
 
 _EMBED = """

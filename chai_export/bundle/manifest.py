@@ -8,6 +8,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from chai_export.arguments import shown
+from chai_export.bundle.graph_io import GraphIO, graph_io
 from chai_export.bundle.work_directory import recover
 from chai_export.errors import ChaiError
 from chai_export.files import MissingFileError, read_json
@@ -165,6 +166,11 @@ class Manifest(_Strict):
     def cache_layers(self) -> list[int]:
         """The layers that have a cache: all but those that read an earlier layer's."""
         return self.head_counts.cache_layers
+
+    @property
+    def io(self) -> GraphIO:
+        """Inputs and outputs of the bundle's graph."""
+        return graph_io(self.head_counts, self.dtype, self.vocab_size)
 
     def heads(self, mode: str) -> list[int]:
         """KV heads in the K cache of each layer: ``"chai"`` the kept ones, ``"all"`` every one."""

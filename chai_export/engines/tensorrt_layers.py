@@ -15,6 +15,16 @@ import onnx
 from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle, check_files
+from chai_export.bundle.graph_io import (
+    BATCH,
+    CAPACITY,
+    INPUT_IDS,
+    LENGTHS,
+    OUTPUT_POSITIONS,
+    OUTPUTS,
+    TOKENS,
+    kept_sizes,
+)
 from chai_export.engines.tensorrt import BACKEND, DIRECTORY, KERNELS, build_error, check_network, parse_error
 from chai_export.engines.tensorrt_network import plugin_network, portable_network
 from chai_export.errors import ChaiError
@@ -84,19 +94,15 @@ def compare_layers(bundle: Bundle, *, tokens: int = DEFAULT_TOKENS, seed: int = 
 
 def _feeds(bundle: Bundle, tokens: int, seed: int) -> dict[str, NDArray[Any]]:
     """One fresh row of random tokens, caches of that capacity."""
-    m = bundle.manifest
-    item = ELEMENT_TYPES[m.dtype].numpy
-    random = np.random.default_rng(seed)
+    manifest = bundle.manifest
+    sizes = {BATCH: 1, TOKENS: tokens, OUTPUTS: 1, CAPACITY: tokens, **kept_sizes(manifest.kept_heads)}
     feeds: dict[str, NDArray[Any]] = {
-        "input_ids": random.integers(0, m.vocab_size, (1, tokens)),
-        "lengths": np.array([tokens], np.int32),
-        "past_lengths": np.zeros(1, np.int32),
-        "output_positions": np.array([[tokens - 1]], np.int64),
-        "head_map": np.zeros((m.num_layers, 1, m.num_query_heads), np.int32),
+        value.name: np.zeros(value.shape(sizes), ELEMENT_TYPES[value.dtype].numpy)
+        for value in manifest.io.inputs
     }
-    for layer, kept in enumerate(m.kept_heads):
-        feeds[f"past_key.{layer}"] = np.zeros((1, kept, tokens, m.head_dim), item)
-        feeds[f"past_value.{layer}"] = np.zeros((1, m.num_kv_heads, tokens, m.value_head_dim), item)
+    feeds[INPUT_IDS] = np.random.default_rng(seed).integers(0, manifest.vocab_size, (1, tokens))
+    feeds[LENGTHS][:] = tokens
+    feeds[OUTPUT_POSITIONS][:] = tokens - 1
     return feeds
 
 

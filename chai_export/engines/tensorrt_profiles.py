@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from chai_export.bundle.graph_io import BATCH, CAPACITY, OUTPUTS, TOKENS, kept_sizes
 from chai_export.bundle.manifest import Manifest
 from chai_export.runtime.scheduler import LONGEST_CHUNK
 
@@ -45,25 +46,12 @@ def _profile(
     outputs: tuple[int, int, int],
 ) -> dict[str, Range]:
     """Each tuple holds the smallest, likely and largest size."""
-    kv_heads = manifest.num_kv_heads
-    capacity = (1, max_seq, max_seq)
-    rows: Mapping[str, list[Shape]] = {
-        "input_ids": list(zip(batch, tokens, strict=True)),
-        "lengths": [(b,) for b in batch],
-        "past_lengths": [(b,) for b in batch],
-        "output_positions": list(zip(batch, outputs, strict=True)),
-        "head_map": [(manifest.num_layers, b, manifest.num_query_heads) for b in batch],
-    }
-    caches: dict[str, list[Shape]] = {}
-    for layer, least in enumerate(manifest.kept_heads):
-        kept = (least, least, kv_heads)
-        caches[f"past_key.{layer}"] = [
-            (b, r, c, manifest.head_dim) for b, r, c in zip(batch, kept, capacity, strict=True)
-        ]
-        caches[f"past_value.{layer}"] = [
-            (b, kv_heads, c, manifest.value_head_dim) for b, c in zip(batch, capacity, strict=True)
-        ]
-    return {name: Range(*shapes) for name, shapes in {**rows, **caches}.items()}
+    kept = (manifest.kept_heads, manifest.kept_heads, manifest.head_counts.all_kept)
+    sizes = [
+        {BATCH: b, TOKENS: s, OUTPUTS: n, CAPACITY: c, **kept_sizes(r)}
+        for b, s, n, c, r in zip(batch, tokens, outputs, (1, max_seq, max_seq), kept, strict=True)
+    ]
+    return {value.name: Range(*map(value.shape, sizes)) for value in manifest.io.inputs}
 
 
 def trtexec_shapes(profile: Mapping[str, Range]) -> list[str]:

@@ -52,8 +52,8 @@ def rewrite_model(
     target = load_graph(path)
     again = survey_again(target, found)
     assert again.roles is not None
-    transform(target, again.sites, again.roles, probe_tokens)
-    check_result(target)
+    transform(target, again.sites, again.roles, draft.io, probe_tokens)
+    check_result(target, draft.io)
     limit = position_limit(target.graph)
     how = write_model(target, source, directory, take=take)
     attentions = f"{len(sites)} attentions cut out of the source (max difference {prover.max_abs_diff:.2g})"

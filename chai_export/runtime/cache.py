@@ -8,6 +8,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from chai_export.bundle.graph_io import BATCH, CAPACITY, kept_sizes
 from chai_export.bundle.manifest import Manifest
 from chai_export.errors import ChaiError
 from chai_export.op.dtypes import ELEMENT_TYPES
@@ -16,7 +17,7 @@ MOST_TOKENS = 1 << 30
 
 
 class KvCache:
-    """K caches [B,R_i,C,D] and V caches [B,G,C,Dv] by graph name, without "past_" or "present_".
+    """K caches [B,R_i,C,D] and V caches [B,G,C,Dv] by the name of the graph's input.
 
     What has not been written is undefined: the op never reads it.
     """
@@ -24,11 +25,8 @@ class KvCache:
     def __init__(self, manifest: Manifest, heads: str, batch: int, capacity: int) -> None:
         self.batch = batch
         self.capacity = capacity
-        shapes: dict[str, tuple[int, int, int, int]] = {}
-        kept = manifest.heads(heads)
-        for layer in manifest.cache_layers:
-            shapes[f"key.{layer}"] = (batch, kept[layer], capacity, manifest.head_dim)
-            shapes[f"value.{layer}"] = (batch, manifest.num_kv_heads, capacity, manifest.value_head_dim)
+        sizes = {BATCH: batch, CAPACITY: capacity, **kept_sizes(manifest.heads(heads))}
+        shapes = {cache.past.name: cache.past.shape(sizes) for cache in manifest.io.caches}
         item = ELEMENT_TYPES[manifest.dtype].numpy
         self.nbytes = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()) * item.itemsize
         require_memory(self.nbytes, batch, capacity)

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
-from chai_export.bundle.manifest import Manifest
+from chai_export.bundle.graph_io import HEAD_MAP, LOGITS, PRESENT_HEAD_MAP
 from chai_export.errors import ChaiError, reason
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.runtime.cache import KvCache
@@ -23,6 +23,7 @@ from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, SWITCH, find_library
 
 _COMPUTED = (Dtype.FLOAT32, Dtype.FLOAT16)
 """What ONNX Runtime's CPU provider has operators for."""
+_ELEMENT_TYPES = {element.onnxruntime: name for name, element in ELEMENT_TYPES.items()}
 _QUIET = 3
 
 
@@ -52,9 +53,9 @@ class OnnxRuntimeSession:
         self.library = find_library(ONNXRUNTIME_LIBRARY)
         self._session = _open(bundle, self.library, threads, spin_after)
         _check_graph(self._session, bundle)
-        output_types = {node.name: node.type for node in self._session.get_outputs()}
-        half = ELEMENT_TYPES[Dtype.FLOAT16].onnxruntime
-        self._logits_type = np.float16 if output_types["logits"] == half else np.float32
+        self._io = bundle.manifest.io
+        types = {node.name: _ELEMENT_TYPES[node.type] for node in self._session.get_outputs()}
+        self._logits_type = ELEMENT_TYPES[types[LOGITS]].numpy
         self._caches: list[KvCache] = []
         self._bindings: list[Any] = []
         self._head_maps: list[NDArray[np.int32]] = []
@@ -132,16 +133,12 @@ class OnnxRuntimeSession:
         """Feed new tokens; see :meth:`chai_export.runtime.session.Session.step`."""
         assert np.all((lengths == 0) | (past_lengths + lengths <= self.capacity))
         binding = self._bindings[self._turn]
-        feeds = {
-            "input_ids": input_ids,
-            "lengths": lengths,
-            "past_lengths": past_lengths,
-            "output_positions": output_positions,
-        }
-        for name, array in feeds.items():
-            binding.bind_ortvalue_input(name, _value(np.ascontiguousarray(array)))
+        for value, array in zip(
+            self._io.step, (input_ids, lengths, past_lengths, output_positions), strict=True
+        ):
+            binding.bind_ortvalue_input(value.name, _value(np.ascontiguousarray(array)))
         logits = np.empty((*output_positions.shape, self._manifest.vocab_size), self._logits_type)
-        binding.bind_ortvalue_output("logits", _value(logits))
+        binding.bind_ortvalue_output(LOGITS, _value(logits))
         self._session.run_with_iobinding(binding)
         self._turn = 1 - self._turn
         return logits.astype(np.float32, copy=False)
@@ -160,11 +157,11 @@ class OnnxRuntimeSession:
         for turn in range(2):
             binding = self._session.io_binding()
             past, present = values[turn % len(values)], values[(turn + 1) % len(values)]
-            for name in past:
-                binding.bind_ortvalue_input(f"past_{name}", past[name])
-                binding.bind_ortvalue_output(f"present_{name}", present[name])
-            binding.bind_ortvalue_input("head_map", maps[turn])
-            binding.bind_ortvalue_output("present_head_map", maps[1 - turn])
+            for cache in self._io.caches:
+                binding.bind_ortvalue_input(cache.past.name, past[cache.past.name])
+                binding.bind_ortvalue_output(cache.present.name, present[cache.past.name])
+            binding.bind_ortvalue_input(HEAD_MAP, maps[turn])
+            binding.bind_ortvalue_output(PRESENT_HEAD_MAP, maps[1 - turn])
             self._bindings.append(binding)
 
 
@@ -199,53 +196,12 @@ def _open(bundle: Bundle, library: Any, threads: int, spin_after: bool) -> Any:
 
 def _check_graph(session: Any, bundle: Bundle) -> None:
     """Compare names, types and known sizes of the graph with the manifest, before garbage can come out."""
-    expected = _signature(bundle.manifest)
-    given = {node.name: node for node in chain(session.get_inputs(), session.get_outputs())}
-    missing, extra = sorted(expected.keys() - given), sorted(given.keys() - expected)
-    if missing or extra:
-        raise ChaiError(
-            f"{bundle.model_path} does not fit its manifest: it "
-            + " and ".join(
-                f"{verb} {', '.join(names[:3])}"
-                for verb, names in (("lacks", missing), ("has", extra))
-                if names
-            )
-            + "; export or rewrite again"
-        )
-    for name, (types, shape) in expected.items():
-        node = given[name]
-        sizes_differ = len(node.shape) != len(shape) or any(
-            isinstance(have, int) and want is not None and have != want
-            for have, want in zip(node.shape, shape, strict=False)
-        )
-        if node.type not in types or sizes_differ:
-            wanted = ["?" if size is None else size for size in shape]
-            raise ChaiError(
-                f"{bundle.model_path} does not fit its manifest: {name} is {node.type} {node.shape} and "
-                f"should be {types[0]} {wanted}; export or rewrite again"
-            )
-
-
-def _signature(manifest: Manifest) -> dict[str, tuple[tuple[str, ...], tuple[int | None, ...]]]:
-    """Types and sizes of the graph's inputs and outputs; None where any size will do."""
-    item = (ELEMENT_TYPES[manifest.dtype].onnxruntime,)
-    int64, int32 = ((ELEMENT_TYPES[name].onnxruntime,) for name in ("int64", "int32"))
-    maps = (int32, (manifest.num_layers, None, manifest.num_query_heads))
-    signature: dict[str, tuple[tuple[str, ...], tuple[int | None, ...]]] = {
-        "input_ids": (int64, (None, None)),
-        "lengths": (int32, (None,)),
-        "past_lengths": (int32, (None,)),
-        "output_positions": (int64, (None, None)),
-        "head_map": maps,
-        "logits": ((*item, ELEMENT_TYPES["float32"].onnxruntime), (None, None, manifest.vocab_size)),
-        "present_head_map": maps,
+    given = {
+        node.name: (_ELEMENT_TYPES.get(node.type, node.type), node.shape)
+        for node in chain(session.get_inputs(), session.get_outputs())
     }
-    for layer in manifest.cache_layers:
-        for direction in ("past", "present"):
-            # The K cache's second size is free: it decides between kept heads and all heads.
-            signature[f"{direction}_key.{layer}"] = (item, (None, None, None, manifest.head_dim))
-            signature[f"{direction}_value.{layer}"] = (
-                item,
-                (None, manifest.num_kv_heads, None, manifest.value_head_dim),
-            )
-    return signature
+    difference = bundle.manifest.io.difference(given)
+    if difference is not None:
+        raise ChaiError(
+            f"{bundle.model_path} does not fit its manifest: {difference}; export or rewrite again"
+        )

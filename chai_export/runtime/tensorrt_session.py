@@ -18,6 +18,15 @@ from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.engine_record import require_engine
+from chai_export.bundle.graph_io import (
+    BATCH,
+    CAPACITY,
+    HEAD_MAP,
+    LOGITS,
+    OUTPUT_POSITIONS,
+    PRESENT_HEAD_MAP,
+    kept_sizes,
+)
 from chai_export.bundle.manifest import Manifest
 from chai_export.errors import ChaiError
 from chai_export.op.dtypes import ELEMENT_TYPES
@@ -33,13 +42,7 @@ from chai_export.runtime.tensorrt_environment import (
 BACKEND = "tensorrt"
 PREFILL, DECODE = 0, 1
 """Indices of an engine's profiles: any S and N, and S = N = 1."""
-_ENGINE_TYPES = {element.tensorrt: getattr(torch, element.name) for element in ELEMENT_TYPES.values()}
-_FEEDS = {
-    "input_ids": torch.int64,
-    "lengths": torch.int32,
-    "past_lengths": torch.int32,
-    "output_positions": torch.int64,
-}
+_ELEMENT_TYPES = {element.tensorrt: name for name, element in ELEMENT_TYPES.items()}
 
 
 class TensorRtSession:
@@ -65,7 +68,8 @@ class TensorRtSession:
         self._device = device or CudaDevice()
         self._engine = engine
         _check_engine(engine, manifest)
-        self._logits_type = _ENGINE_TYPES[engine.get_tensor_dtype("logits").name]
+        self._io = manifest.io
+        self._logits_type = getattr(torch, _ELEMENT_TYPES[engine.get_tensor_dtype(LOGITS).name])
         self._contexts = [self._context(profile) for profile in (PREFILL, DECODE)]
         self._batch = 0
         self._capacity = 0
@@ -150,12 +154,8 @@ class TensorRtSession:
             ChaiError: TensorRT refuses the shapes or the step.
         """
         assert np.all((lengths == 0) | (past_lengths + lengths <= self.capacity))
-        arrays: dict[str, NDArray[Any]] = {
-            "input_ids": input_ids,
-            "lengths": lengths,
-            "past_lengths": past_lengths,
-            "output_positions": output_positions,
-        }
+        given: tuple[NDArray[Any], ...] = (input_ids, lengths, past_lengths, output_positions)
+        arrays = {value.name: array for value, array in zip(self._io.step, given, strict=True)}
         with self._device.in_stream():
             if input_ids.shape[1] == 1 and output_positions.shape[1] == 1:
                 logits = self._decode_step(arrays)
@@ -190,7 +190,10 @@ class TensorRtSession:
         return decode.logits
 
     def _feeds(self, arrays: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
-        feeds = {name: self._device.empty(array.shape, _FEEDS[name]) for name, array in arrays.items()}
+        feeds = {
+            value.name: self._device.empty(arrays[value.name].shape, getattr(torch, value.dtype))
+            for value in self._io.step
+        }
         _fill(feeds, arrays)
         return feeds
 
@@ -198,13 +201,15 @@ class TensorRtSession:
         """Set every shape and address of a context; returns the tensor that receives the logits."""
         context = self._contexts[profile]
         past, present = self._caches[0], self._caches[-1]
-        inputs = {**feeds, "head_map": self._head_map, **{f"past_{n}": t for n, t in past.items()}}
-        shape = (*feeds["output_positions"].shape, self._manifest.vocab_size)
-        logits = self._device.empty(shape, self._logits_type)
+        caches = self._io.caches
+        logits = self._device.empty(
+            (*feeds[OUTPUT_POSITIONS].shape, self._manifest.vocab_size), self._logits_type
+        )
+        inputs = {**feeds, HEAD_MAP: self._head_map, **{c.past.name: past[c.past.name] for c in caches}}
         outputs = {
-            "logits": logits,
-            "present_head_map": self._present_head_map,
-            **{f"present_{n}": t for n, t in present.items()},
+            LOGITS: logits,
+            PRESENT_HEAD_MAP: self._present_head_map,
+            **{c.present.name: present[c.past.name] for c in caches},
         }
         for name, tensor in inputs.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
@@ -226,15 +231,11 @@ class TensorRtSession:
             self._caches.reverse()
 
     def _new_cache(self) -> dict[str, torch.Tensor]:
-        m, batch, capacity = self._manifest, self._batch, self._capacity
-        item = getattr(torch, m.dtype)
-        cache = {}
-        for layer, kept in enumerate(m.heads(self._heads)):
-            cache[f"key.{layer}"] = self._device.empty((batch, kept, capacity, m.head_dim), item)
-            cache[f"value.{layer}"] = self._device.empty(
-                (batch, m.num_kv_heads, capacity, m.value_head_dim), item
-            )
-        return cache
+        """K and V caches by the name of their input."""
+        kept = kept_sizes(self._manifest.heads(self._heads))
+        sizes = {BATCH: self._batch, CAPACITY: self._capacity, **kept}
+        pasts = [cache.past for cache in self._io.caches]
+        return {p.name: self._device.empty(p.shape(sizes), getattr(torch, p.dtype)) for p in pasts}
 
     def _drop(self) -> None:
         self._decode, self._bound, self._caches = None, (), []
@@ -316,11 +317,13 @@ def _logger(tensorrt: Any) -> Any:
 
 
 def _check_engine(engine: Any, manifest: Manifest) -> None:
-    """Compare the names of an engine's inputs and outputs with the manifest's."""
-    expected = {*_FEEDS, "head_map", "present_head_map", "logits"}
-    for layer in range(manifest.num_layers):
-        expected |= {f"{time}_{kind}.{layer}" for time in ("past", "present") for kind in ("key", "value")}
-    found = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
-    if found != expected:
-        different = ", ".join(sorted(found ^ expected)[:3])
-        raise ChaiError(f"the engine is of another model (it differs in {different}); build it again")
+    """Compare an engine's inputs and outputs with the manifest's."""
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    types = {name: engine.get_tensor_dtype(name).name for name in names}
+    # TensorRT has -1 for a size that a call decides.
+    dims = {name: [dim if dim >= 0 else None for dim in engine.get_tensor_shape(name)] for name in names}
+    difference = manifest.io.difference(
+        {name: (_ELEMENT_TYPES.get(types[name], types[name]), dims[name]) for name in names}
+    )
+    if difference is not None:
+        raise ChaiError(f"the engine is of another model: {difference}; build it again")

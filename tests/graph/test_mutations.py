@@ -231,8 +231,8 @@ def test_a_wrong_rewrite_does_not_pass_the_proof(tmp_path: Path, monkeypatch: py
     """The whole-model proof by itself: break the wiring and not the attention."""
     transform = pipeline.transform
 
-    def swapped(model, sites, roles, probe_tokens):  # type: ignore[no-untyped-def]
-        transform(model, sites, roles, probe_tokens)
+    def swapped(model, *arguments):  # type: ignore[no-untyped-def]
+        transform(model, *arguments)
         positions = next(node for node in model.graph if node.outputs[0].name == "token_positions")
         column = positions.inputs[0].producer().inputs[0]
         positions.replace_input_with(0, column)  # without the length of the past

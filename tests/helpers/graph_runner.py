@@ -8,6 +8,18 @@ import numpy as np
 import onnxruntime as ort
 
 from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.graph_io import (
+    BATCH,
+    CAPACITY,
+    HEAD_MAP,
+    INPUT_IDS,
+    LENGTHS,
+    LOGITS,
+    OUTPUT_POSITIONS,
+    PAST_LENGTHS,
+    PRESENT_HEAD_MAP,
+    kept_sizes,
+)
 
 
 class GraphRunner:
@@ -25,13 +37,13 @@ class GraphRunner:
         query_heads = np.arange(manifest.num_query_heads, dtype=np.int32)
         shape = (manifest.num_layers, batch, manifest.num_query_heads)
         self.head_map = np.broadcast_to(query_heads, shape).copy()
-        self.caches: dict[str, np.ndarray] = {}
-        for layer in manifest.cache_layers:
-            key = (batch, manifest.heads(heads)[layer], capacity, manifest.head_dim)
-            value = (batch, manifest.num_kv_heads, capacity, manifest.value_head_dim)
-            # Whatever stands beyond the lengths must not matter.
-            self.caches[f"past_key.{layer}"] = np.full(key, np.nan, np.float32)
-            self.caches[f"past_value.{layer}"] = np.full(value, np.nan, np.float32)
+        sizes = {BATCH: batch, CAPACITY: capacity, **kept_sizes(manifest.heads(heads))}
+        self._pairs = [(cache.past.name, cache.present.name) for cache in manifest.io.caches]
+        # Whatever stands beyond the lengths must not matter.
+        self.caches = {
+            cache.past.name: np.full(cache.past.shape(sizes), np.nan, np.float32)
+            for cache in manifest.io.caches
+        }
 
     def step(self, rows: Sequence[Sequence[int]], positions: np.ndarray | None = None) -> np.ndarray:
         """Feed new tokens of each row, padded on the right; logits [B, N, V] (all tokens by default)."""
@@ -43,17 +55,17 @@ class GraphRunner:
         if positions is None:
             positions = np.broadcast_to(np.arange(width), (self.batch, width)).astype(np.int64)
         feeds = {
-            "input_ids": ids,
-            "lengths": lengths,
-            "past_lengths": self.past_lengths,
-            "output_positions": positions,
-            "head_map": self.head_map,
+            INPUT_IDS: ids,
+            LENGTHS: lengths,
+            PAST_LENGTHS: self.past_lengths,
+            OUTPUT_POSITIONS: positions,
+            HEAD_MAP: self.head_map,
             **self.caches,
         }
         names = [output.name for output in self.session.get_outputs()]
         results = dict(zip(names, self.session.run(None, feeds), strict=True))
-        self.head_map = results["present_head_map"]
-        for name in self.caches:
-            self.caches[name] = results[name.replace("past", "present")]
+        self.head_map = results[PRESENT_HEAD_MAP]
+        for past, present in self._pairs:
+            self.caches[past] = results[present]
         self.past_lengths = self.past_lengths + lengths
-        return results["logits"]
+        return results[LOGITS]

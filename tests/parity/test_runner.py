@@ -314,7 +314,7 @@ def test_cache_bytes_are_those_of_the_positions_in_use(runner):
         ({"head_dim": 9}, r"past_key\.0 is .* should be"),
         ({"num_layers": 3, "kept_heads": [2, 3, 3]}, r"lacks past_key\.2"),
         ({"num_layers": 1, "kept_heads": [2]}, r"has past_key\.1"),
-        ({"dtype": "float16"}, "should be tensor"),
+        ({"dtype": "float16"}, "should be float16"),
     ],
 )
 def test_a_graph_that_does_not_fit_its_manifest_is_refused(tmp_path, change, message):

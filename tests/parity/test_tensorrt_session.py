@@ -124,7 +124,14 @@ def test_a_shape_outside_the_profile_says_what_to_build(bundles):
 
 
 def test_an_engine_of_another_model_is_refused(bundles, tmp_path: Path):
-    other = TinyModel(kept=(2, 3, 1)).write(tmp_path / "other")
     engine = FakeEngine(bundles["mha"], MAX_BATCH, MAX_SEQ)
-    with pytest.raises(ChaiError, match="the engine is of another model"):
-        TensorRtSession(other.manifest, "chai", engine, in_place=True, device=HostDevice())  # type: ignore[arg-type]
+    for number, (model, difference) in enumerate(
+        (
+            (TinyModel(kept=(2, 3, 1)), r"it lacks past_key\.2"),
+            (TinyModel(dtype="float16"), r"past_key\.0 is float32 .* should be float16"),
+            (TinyModel(vocab=41), r"logits is float32 \[None, None, 40\] and should be float32"),
+        )
+    ):
+        other = model.write(tmp_path / f"other{number}").manifest
+        with pytest.raises(ChaiError, match=f"the engine is of another model: {difference}"):
+            TensorRtSession(other, "chai", engine, in_place=True, device=HostDevice())  # type: ignore[arg-type]

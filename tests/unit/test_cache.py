@@ -13,8 +13,8 @@ from tests.tiny_graph import TinyModel
 def test_key_caches_are_compact_and_value_caches_full():
     model = TinyModel(kept=(2, 3), kv_heads=4, head_dim=8, value_dim=4)
     shapes = {n: a.shape for n, a in KvCache(model.manifest(), "chai", 5, 7).arrays.items()}
-    assert shapes == {"key.0": (5, 2, 7, 8), "key.1": (5, 3, 7, 8)} | {
-        f"value.{i}": (5, 4, 7, 4) for i in (0, 1)
+    assert shapes == {"past_key.0": (5, 2, 7, 8), "past_key.1": (5, 3, 7, 8)} | {
+        f"past_value.{i}": (5, 4, 7, 4) for i in (0, 1)
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from chai_export.runtime import tensorrt_session as session_module
 from chai_export.runtime.native import SWITCH
 from chai_export.runtime.tensorrt_environment import Gpu
 from tests.played_tensorrt import GPU, MODEL, Played, attributes, make_played, op_nodes
+from tests.tiny_graph import TinyModel
 
 pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install 'chai-export[dev]'")
 
@@ -75,16 +75,8 @@ def test_profiles_span_every_batch_length_and_number_of_kept_heads(bundle: Bundl
 
 
 def test_a_long_prompt_is_fed_in_chunks_that_cover_the_probe() -> None:
-    manifest = SimpleNamespace(
-        num_layers=1,
-        num_query_heads=2,
-        num_kv_heads=2,
-        head_dim=4,
-        value_head_dim=4,
-        kept_heads=[1],
-        probe_tokens=600,
-    )
-    prefill, _ = profiles(manifest, 2, 4096)  # type: ignore[arg-type]
+    manifest = TinyModel(probe=600).manifest()
+    prefill, _ = profiles(manifest, 2, 4096)
     assert prefill["input_ids"].most == (2, 600)
 
 

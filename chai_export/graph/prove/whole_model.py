@@ -11,6 +11,18 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from chai_export.bundle.graph_io import (
+    HEAD_MAP,
+    INPUT_IDS,
+    LENGTHS,
+    LOGITS,
+    OUTPUT_POSITIONS,
+    PAST_LENGTHS,
+    past_key,
+    past_value,
+    present_key,
+    present_value,
+)
 from chai_export.errors import ChaiError
 from chai_export.graph.match.roles import Roles, Sizes
 from chai_export.graph.match.site import AttentionSite, with_cache
@@ -61,20 +73,13 @@ def prove_model(
             their = next(theirs)
             tolerance = RELATIVE_TOLERANCE * max(1.0, float(np.abs(their[logits_name]).max()))
             end = case.sizes.past + int(valid)
-            pairs = [("the logits", their[logits_name][0, :valid], my["logits"][row, :valid])]
+            pairs = [("the logits", their[logits_name][0, :valid], my[LOGITS][row, :valid])]
             for site in with_cache(sites):
                 keys = their[str(site.key.present.name)][0, :, :end]
                 values = their[str(site.value.present.name)][0, :, :end]
-                pairs.append(
-                    (f"the keys of layer {site.layer}", keys, my[f"present_key.{site.layer}"][row, :, :end])
-                )
-                pairs.append(
-                    (
-                        f"the values of layer {site.layer}",
-                        values,
-                        my[f"present_value.{site.layer}"][row, :, :end],
-                    )
-                )
+                i = site.layer
+                pairs.append((f"the keys of layer {i}", keys, my[present_key(i)][row, :, :end]))
+                pairs.append((f"the values of layer {i}", values, my[present_value(i)][row, :, :end]))
             for what, a, b in pairs:
                 difference = float(np.max(np.abs(a - b), initial=0.0)) if a.shape == b.shape else float("inf")
                 if not difference <= tolerance:
@@ -140,23 +145,23 @@ def _bundle_inputs(case: _Case, sites: list[AttentionSite]) -> dict[str, Array]:
     heads = np.arange(sites[0].heads.num_query_heads, dtype=np.int32)
     positions = np.broadcast_to(np.arange(sizes.tokens, dtype=np.int64), case.tokens.shape)
     inputs: dict[str, Array] = {
-        "input_ids": case.tokens,
-        "lengths": case.lengths,
-        "past_lengths": np.full(sizes.batch, sizes.past, np.int32),
-        "output_positions": positions.copy(),
-        "head_map": np.broadcast_to(heads, (len(sites), sizes.batch, heads.size)).copy(),
+        INPUT_IDS: case.tokens,
+        LENGTHS: case.lengths,
+        PAST_LENGTHS: np.full(sizes.batch, sizes.past, np.int32),
+        OUTPUT_POSITIONS: positions.copy(),
+        HEAD_MAP: np.broadcast_to(heads, (len(sites), sizes.batch, heads.size)).copy(),
     }
     room = ((0, 0), (0, 0), (0, sizes.tokens), (0, 0))
     for site, (key, value) in zip(with_cache(sites), case.caches, strict=True):
-        inputs[f"past_key.{site.layer}"] = np.pad(key, room, constant_values=np.nan)
-        inputs[f"past_value.{site.layer}"] = np.pad(value, room, constant_values=np.nan)
+        inputs[past_key(site.layer)] = np.pad(key, room, constant_values=np.nan)
+        inputs[past_value(site.layer)] = np.pad(value, room, constant_values=np.nan)
     return inputs
 
 
 def _vocabulary(source: ir.Model) -> int:
     """A number of token ids that surely exist: the first 64 of any vocabulary, or its size if known."""
     for value in source.graph.outputs:
-        if value.name == "logits" and value.shape is not None and isinstance(value.shape[2], int):
+        if value.name == LOGITS and value.shape is not None and isinstance(value.shape[2], int):
             return int(value.shape[2])
     return 64
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from chai_export.bundle.graph_io import GraphIO
 from chai_export.errors import ChaiError
 from chai_export.graph.match.site import AttentionSite
 from chai_export.graph.read.builder import Builder
 from chai_export.graph.read.constants import integers
 from chai_export.graph.read.shapes import infer_shapes
+from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.op.schema import register_schema_once
 
 
@@ -111,19 +113,18 @@ def state_shapes(model: ir.Model, *, forget: bool) -> None:
     infer_shapes(model)
 
 
-_INPUTS = ("input_ids", "lengths", "past_lengths", "output_positions", "head_map")
-
-
-def check_result(model: ir.Model) -> None:
-    """The graph that docs/how-it-works.md describes, well formed.
+def check_result(model: ir.Model, io: GraphIO) -> None:
+    """The graph has the inputs and outputs of ``io`` and is well formed.
 
     Raises:
         ChaiError: an initializer or value is missing, or the model checker finds a fault: an error of the
             rewrite or of the source graph.
     """
-    names = [value.name for value in model.graph.inputs]
-    if tuple(names[: len(_INPUTS)]) != _INPUTS:
-        raise ChaiError(f"the rewritten graph has inputs {names}; report this model")
+    difference = io.difference(
+        {str(value.name): _described(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    )
+    if difference is not None:
+        raise ChaiError(f"the rewritten graph is not what it should be: {difference}; report this model")
     # The checker passes over operators of domains that it does not know.
     foreign = [node for node in model.graph if node.domain == "" and node.op_type in _ONNXRUNTIME_ONLY]
     for node in foreign:
@@ -141,3 +142,14 @@ def check_result(model: ir.Model) -> None:
     finally:
         for node in foreign:
             node.domain = ""
+
+
+_ELEMENT_TYPES = {element.onnx: name for name, element in ELEMENT_TYPES.items()}
+
+
+def _described(value: ir.Value) -> tuple[str, list[int | str | None]]:
+    dtype = value.dtype or ir.DataType.UNDEFINED
+    dims: list[int | str | None] = []
+    for dim in value.shape or ():
+        dims.append(dim if isinstance(dim, int) else None)
+    return _ELEMENT_TYPES.get(dtype.value, dtype.name), dims

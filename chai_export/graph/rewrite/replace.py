@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from chai_export.bundle.graph_io import (
+    HEAD_MAP,
+    LENGTHS,
+    PAST_LENGTHS,
+    PRESENT_HEAD_MAP,
+    past_key,
+    past_value,
+    present_key,
+    present_value,
+)
 from chai_export.graph.match.site import AttentionSite, with_cache
 from chai_export.graph.read.builder import Builder
-from chai_export.graph.rewrite.interface import Interface
 from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE
 
 _TO_TOKENS = [0, 2, 1, 3]
 
 
 def replace_sites(
-    builder: Builder, sites: list[AttentionSite], interface: Interface, probe_tokens: int
+    builder: Builder, sites: list[AttentionSite], inputs: dict[str, ir.Value], probe_tokens: int
 ) -> list[ir.Value]:
     """Replace every site's output; return the new graph outputs that follow the logits.
 
@@ -25,35 +34,35 @@ def replace_sites(
     nodes: list[ir.Node] = []
     for site in sites:
         i = site.layer
-        past_map = builder.op("Gather", interface.head_map, builder.integer(i), axis=0, name=f"head_map.{i}")
+        past_map = builder.op("Gather", inputs[HEAD_MAP], builder.integer(i), axis=0, name=f"head_map.{i}")
         if site.source_layer is None:
-            node = _own(builder, site, interface, past_map, probe_tokens)
+            node = _own(builder, site, inputs, past_map, probe_tokens)
         else:
-            node = _shared(builder, site, nodes[site.source_layer], interface, past_map, probe_tokens)
+            node = _shared(builder, site, nodes[site.source_layer], inputs, past_map, probe_tokens)
         nodes.append(node)
         attended = node.outputs[0]
         attended.type = ir.TensorType(site.key.past.dtype or ir.DataType.FLOAT)
         _connect(builder, site, attended)
     caches = [present for site in with_cache(sites) for present in nodes[site.layer].outputs[1:3]]
     maps = [builder.op("Unsqueeze", node.outputs[-1], builder.integers(0)) for node in nodes]
-    head_map = builder.op("Concat", *maps, axis=0, name="present_head_map")
-    head_map.type, head_map.shape = interface.head_map.type, interface.head_map.shape
+    head_map = builder.op("Concat", *maps, axis=0, name=PRESENT_HEAD_MAP)
+    head_map.type, head_map.shape = inputs[HEAD_MAP].type, inputs[HEAD_MAP].shape
     return [head_map, *caches]
 
 
 def _own(
-    builder: Builder, site: AttentionSite, interface: Interface, past_map: ir.Value, probe_tokens: int
+    builder: Builder, site: AttentionSite, inputs: dict[str, ir.Value], past_map: ir.Value, probe_tokens: int
 ) -> ir.Node:
     """A node with a cache."""
     i = site.layer
-    pasts = (interface.past_keys[i], interface.past_values[i])
+    pasts = (inputs[past_key(i)], inputs[past_value(i)])
     node = _node(
         builder,
         site,
         OP_TYPE,
         (site.query, site.key.new, site.value.new, *pasts, past_map),
-        (f"attention.{i}", f"present_key.{i}", f"present_value.{i}", f"present_head_map.{i}"),
-        interface,
+        (f"attention.{i}", present_key(i), present_value(i), f"present_head_map.{i}"),
+        inputs,
         probe_tokens,
     )
     for present, past in zip(node.outputs[1:3], pasts, strict=True):
@@ -66,7 +75,7 @@ def _shared(
     builder: Builder,
     site: AttentionSite,
     producer: ir.Node,
-    interface: Interface,
+    inputs: dict[str, ir.Value],
     past_map: ir.Value,
     probe_tokens: int,
 ) -> ir.Node:
@@ -79,7 +88,7 @@ def _shared(
         SHARED_OP_TYPE,
         (site.query, site.key.new, present_key, present_value, kept_map, past_map),
         (f"attention.{i}", f"present_head_map.{i}"),
-        interface,
+        inputs,
         probe_tokens,
     )
 
@@ -90,14 +99,14 @@ def _node(
     op_type: str,
     inputs: tuple[ir.Value, ...],
     outputs: tuple[str, ...],
-    interface: Interface,
+    graph_inputs: dict[str, ir.Value],
     probe_tokens: int,
 ) -> ir.Node:
     first = builder.op(
         op_type,
         *inputs,
-        interface.past_lengths,
-        interface.lengths,
+        graph_inputs[PAST_LENGTHS],
+        graph_inputs[LENGTHS],
         domain=DOMAIN,
         name=f"attention.{site.layer}",
         outputs=outputs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from chai_export.bundle.graph_io import LOGITS, OUTPUT_POSITIONS, GraphIO, GraphValue
 from chai_export.errors import ChaiError
 from chai_export.graph.match.roles import Roles
 from chai_export.graph.match.site import AttentionSite
@@ -16,7 +17,7 @@ from chai_export.graph.rewrite.cleanup import (
     state_shapes,
     tidy,
 )
-from chai_export.graph.rewrite.interface import make_interface, token_positions
+from chai_export.graph.rewrite.interface import make_inputs, token_positions
 from chai_export.graph.rewrite.positions import replace_derived_positions
 from chai_export.graph.rewrite.replace import replace_sites
 from chai_export.graph.rewrite.select_outputs import select_outputs
@@ -24,10 +25,12 @@ from chai_export.op.function import function_proto
 from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE, VERSION
 
 
-def transform(model: ir.Model, sites: list[AttentionSite], roles: Roles, probe_tokens: int) -> None:
+def transform(
+    model: ir.Model, sites: list[AttentionSite], roles: Roles, io: GraphIO, probe_tokens: int
+) -> None:
     """Replace attention, caches, mask and positions of a normalised model, in place.
 
-    Afterwards the graph has the inputs and outputs of docs/how-it-works.md and carries the bodies of its ops.
+    Afterwards the graph has the inputs and outputs of ``io`` and carries the bodies of its ops.
 
     Raises:
         ChaiError: old inputs are used for something the rewrite does not know.
@@ -35,26 +38,26 @@ def transform(model: ir.Model, sites: list[AttentionSite], roles: Roles, probe_t
     graph = model.graph
     opset = model.opset_imports[""]
     builder = Builder(graph)
-    interface = make_interface(roles.input_ids, sites)
+    inputs = make_inputs(roles.input_ids, io)
     logits = _logits(graph, sites)
-    presents = replace_sites(builder, sites, interface, probe_tokens)
-    selected = select_outputs(builder, logits, interface.output_positions)
+    presents = replace_sites(builder, sites, inputs, probe_tokens)
+    selected = select_outputs(builder, logits, inputs[OUTPUT_POSITIONS])
     graph.outputs.clear()
     graph.outputs.extend([selected, *presents])
-    _describe_logits(selected, logits)
+    _describe_logits(selected, logits, io.logits)
     if roles.position_ids is not None:
-        ir.convenience.replace_all_uses_with(roles.position_ids, token_positions(builder, interface))
+        ir.convenience.replace_all_uses_with(roles.position_ids, token_positions(builder, inputs))
     drop_dead_nodes(model)
     replace_cache_shapes(builder, sites, roles.input_ids)
     replace_position_shapes(builder, roles.cache_position, roles.input_ids)
     drop_dead_nodes(model)
     if roles.position_ids is None:
-        replace_derived_positions(builder, roles, token_positions(builder, interface))
+        replace_derived_positions(builder, roles, token_positions(builder, inputs))
         drop_dead_nodes(model)
     old = [value for value in graph.inputs if value is not roles.input_ids]
     require_no_uses(old)
     graph.inputs.clear()
-    graph.inputs.extend(interface.inputs)
+    graph.inputs.extend(inputs.values())
     op_types = {OP_TYPE if site.source_layer is None else SHARED_OP_TYPE for site in sites}
     for op_type in sorted(op_types):
         function = ir.serde.deserialize_function(function_proto(opset, op_type))
@@ -74,7 +77,7 @@ def _logits(graph: ir.Graph, sites: list[AttentionSite]) -> ir.Value:
     """
     presents = {id(cache.present) for site in sites for cache in (site.key, site.value)}
     rest = [value for value in graph.outputs if id(value) not in presents]
-    named = [value for value in rest if value.name == "logits"]
+    named = [value for value in rest if value.name == LOGITS]
     if named:
         rest = named
     if len(rest) != 1:
@@ -86,10 +89,9 @@ def _logits(graph: ir.Graph, sites: list[AttentionSite]) -> ir.Value:
     return rest[0]
 
 
-def _describe_logits(selected: ir.Value, logits: ir.Value) -> None:
-    vocabulary = logits.shape[2] if logits.shape is not None else None
+def _describe_logits(selected: ir.Value, logits: ir.Value, wanted: GraphValue) -> None:
     selected.type = logits.type
-    selected.shape = ir.Shape(["batch", "outputs", vocabulary])
+    selected.shape = ir.Shape(list(wanted.dims))
     if selected is not logits:
         logits.name = f"{logits.name}_of_all_tokens"
-    selected.name = "logits"
+    selected.name = wanted.name

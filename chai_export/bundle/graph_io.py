@@ -1,0 +1,158 @@
+"""The inputs and outputs of a bundle's graph: names, types and sizes, made from its manifest.
+
+Whoever writes, checks, feeds or binds a graph asks here; docs/how-it-works.md shows the same as a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from chai_export.op.dtypes import Dtype
+from chai_export.op.heads import DecoderHeads
+
+INPUT_IDS = "input_ids"
+LENGTHS = "lengths"
+PAST_LENGTHS = "past_lengths"
+OUTPUT_POSITIONS = "output_positions"
+HEAD_MAP = "head_map"
+LOGITS = "logits"
+PRESENT_HEAD_MAP = "present_head_map"
+
+BATCH, TOKENS, OUTPUTS, CAPACITY = "batch", "tokens", "outputs", "capacity"
+"""Sizes that a call decides: B, S, N and C. The R of a K cache is a fourth, see :func:`kept_heads`."""
+
+
+def past_key(layer: int) -> str:
+    """Name of the input with a layer's K cache."""
+    return f"past_key.{layer}"
+
+
+def past_value(layer: int) -> str:
+    """Name of the input with a layer's V cache."""
+    return f"past_value.{layer}"
+
+
+def present_key(layer: int) -> str:
+    """Name of the output with a layer's K cache."""
+    return f"present_key.{layer}"
+
+
+def present_value(layer: int) -> str:
+    """Name of the output with a layer's V cache."""
+    return f"present_value.{layer}"
+
+
+def kept_heads(layer: int) -> str:
+    """The size R of a layer's K cache, which a call decides too."""
+    return f"kept_heads_{layer}"
+
+
+@dataclass(frozen=True)
+class GraphValue:
+    """One input or output.
+
+    ``dtypes`` are names of :data:`~chai_export.op.dtypes.ELEMENT_TYPES`, of which a graph has one. ``dims``
+    are numbers, or symbols for sizes that a call decides.
+    """
+
+    name: str
+    dtypes: tuple[str, ...]
+    dims: tuple[int | str, ...]
+
+    @property
+    def dtype(self) -> str:
+        """The first of ``dtypes``, for values that can have but one."""
+        return self.dtypes[0]
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Dims with numbers for the symbols."""
+        return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in self.dims)
+
+
+@dataclass(frozen=True)
+class CacheIO:
+    """A cache that is read as ``past`` and written as ``present``."""
+
+    layer: int
+    past: GraphValue
+    present: GraphValue
+
+
+@dataclass(frozen=True)
+class GraphIO:
+    """All inputs and outputs. ``step`` are the inputs that change with every call, ``caches`` K before V."""
+
+    step: tuple[GraphValue, ...]
+    head_map: GraphValue
+    logits: GraphValue
+    present_head_map: GraphValue
+    caches: tuple[CacheIO, ...]
+
+    @property
+    def inputs(self) -> list[GraphValue]:
+        """In the order of the graph."""
+        return [*self.step, self.head_map, *(cache.past for cache in self.caches)]
+
+    @property
+    def outputs(self) -> list[GraphValue]:
+        """In the order of the graph."""
+        return [self.logits, self.present_head_map, *(cache.present for cache in self.caches)]
+
+    def difference(self, given: Mapping[str, tuple[str, Sequence[int | str | None]]]) -> str | None:
+        """Where a graph differs, in words, or None.
+
+        Args:
+            given: element type (as :data:`~chai_export.op.dtypes.ELEMENT_TYPES` names it) and dims of each
+                input and output by name; dims that are no numbers go with any.
+        """
+        expected = {value.name: value for value in (*self.inputs, *self.outputs)}
+        missing, extra = sorted(expected.keys() - given), sorted(given.keys() - expected)
+        if missing or extra:
+            found = (("lacks", missing), ("has", extra))
+            return "it " + " and ".join(f"{verb} {', '.join(names[:3])}" for verb, names in found if names)
+        for name, value in expected.items():
+            dtype, dims = given[name]
+            if dtype not in value.dtypes or not _fits(dims, value.dims):
+                wanted = ["?" if isinstance(dim, str) else dim for dim in value.dims]
+                return f"{name} is {dtype} {list(dims)} and should be {' or '.join(value.dtypes)} {wanted}"
+        return None
+
+
+def graph_io(heads: DecoderHeads, dtype: Dtype, vocab_size: int) -> GraphIO:
+    """Inputs and outputs of a graph with these heads and caches in ``dtype``; its logits may be float32."""
+    stored = (str(dtype),)
+    maps = (heads.num_layers, BATCH, heads.num_query_heads)
+    caches = []
+    for layer in heads.cache_layers:
+        key = (BATCH, kept_heads(layer), CAPACITY, heads.head_dim)
+        value = (BATCH, heads.num_kv_heads, CAPACITY, heads.value_head_dim)
+        for past, present, dims in (
+            (past_key(layer), present_key(layer), key),
+            (past_value(layer), present_value(layer), value),
+        ):
+            caches.append(CacheIO(layer, GraphValue(past, stored, dims), GraphValue(present, stored, dims)))
+    return GraphIO(
+        step=(
+            GraphValue(INPUT_IDS, ("int64",), (BATCH, TOKENS)),
+            GraphValue(LENGTHS, ("int32",), (BATCH,)),
+            GraphValue(PAST_LENGTHS, ("int32",), (BATCH,)),
+            GraphValue(OUTPUT_POSITIONS, ("int64",), (BATCH, OUTPUTS)),
+        ),
+        head_map=GraphValue(HEAD_MAP, ("int32",), maps),
+        logits=GraphValue(LOGITS, tuple(dict.fromkeys((*stored, "float32"))), (BATCH, OUTPUTS, vocab_size)),
+        present_head_map=GraphValue(PRESENT_HEAD_MAP, ("int32",), maps),
+        caches=tuple(caches),
+    )
+
+
+def kept_sizes(kept: Sequence[int]) -> dict[str, int]:
+    """Sizes of the K caches by symbol, for kept KV heads by layer."""
+    return {kept_heads(layer): number for layer, number in enumerate(kept)}
+
+
+def _fits(dims: Sequence[int | str | None], wanted: Sequence[int | str]) -> bool:
+    return len(dims) == len(wanted) and all(
+        not isinstance(have, int) or not isinstance(want, int) or have == want
+        for have, want in zip(dims, wanted, strict=True)
+    )
