@@ -5,6 +5,7 @@ Python would go on with many: ``int(2.7)`` is 2, ``int("7")`` is 7, the items of
 
 from __future__ import annotations
 
+import numbers
 import operator
 import os
 from pathlib import Path
@@ -48,6 +49,16 @@ def as_integer(value: object) -> int | None:
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):  # a tensor of several values, or of floats
+        return None
+
+
+def as_real(value: object) -> float | None:
+    """``value`` as a float if it is a number of any library that a float can hold, else None."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
         return None
 
 

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from chai_export.arguments import as_integer, shown
 from chai_export.bundle.manifest import GenerationSettings
+from chai_export.bundle.sampling_rules import wanted_instead
 from chai_export.errors import ChaiError
+from chai_export.progress import note
 
 GENERATION_FILE = "generation_config.json"
 _TOKENIZER_MARK = "tokenizer_config.json"
@@ -30,7 +33,7 @@ def save_environment(
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
         sources.append({name: getattr(tokenizer, name, None) for name in _ID_NAMES})
-    defaults = {k: v for k, v in _plain(generation_config).items() if v is not None and not k.startswith("_")}
+    defaults = _usable_defaults(_plain(generation_config))
     settings = GenerationSettings(
         eos_token_ids=_first_ids(sources, "eos_token_id"),
         bos_token_id=_first_id(sources, "bos_token_id"),
@@ -67,6 +70,24 @@ def load_tokenizer(directory: Path) -> Any | None:
         ) from error
 
 
+def _usable_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
+    """What the model's makers set, without values that no sampler can use; each of those is noted.
+
+    A model is worth more than a slip in its generation_config.json, so it is exported without that value.
+    """
+    defaults = {}
+    for name, value in generation_config.items():
+        if value is None or name.startswith("_"):
+            continue
+        wanted = wanted_instead(name, value) if name in _SAMPLING_NAMES else None
+        if wanted is None:
+            defaults[name] = value
+        else:
+            note(f"{GENERATION_FILE} of the model has {name} {shown(value)}, which is left out: not {wanted}")
+    return defaults
+
+
+_SAMPLING_NAMES = ("temperature", "top_k", "top_p", "repetition_penalty")
 _ID_NAMES = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
@@ -81,7 +102,7 @@ def _first_ids(sources: list[dict[str, Any]], name: str) -> list[int]:
         value = source.get(name)
         ids = value if isinstance(value, list | tuple) else [value]
         # Negative ids stand for "none" in some configurations.
-        valid = [int(i) for i in ids if i is not None and int(i) >= 0]
+        valid = [i for i in map(as_integer, ids) if i is not None and i >= 0]
         if valid:
             return valid
     return []

@@ -5,11 +5,20 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from chai_export.arguments import shown
 from chai_export.bundle.graph_io import GraphIO, graph_io
 from chai_export.bundle.work_directory import recover
+from chai_export.bundle.sampling_rules import wanted_instead
 from chai_export.errors import ChaiError
 from chai_export.files import MissingFileError, read_json
 from chai_export.op.dtypes import Dtype
@@ -64,6 +73,14 @@ class GenerationSettings(_Strict):
     top_k: int | None = None
     top_p: float | None = None
     repetition_penalty: float | None = None
+
+    @field_validator("top_k", "top_p", "repetition_penalty", mode="before")
+    @classmethod
+    def _usable(cls, value: object, info: ValidationInfo) -> object:
+        wanted = None if value is None else wanted_instead(str(info.field_name), value)
+        if wanted is not None:
+            raise ValueError(f"it is {shown(value)} and should be {wanted}")
+        return value
 
 
 class EngineRecord(_Strict):

@@ -49,6 +49,7 @@ def execute(arguments: argparse.Namespace) -> int:
     from chai_export.runtime.prompts import read_prompt_file
     from chai_export.runtime.report import run_report
     from chai_export.runtime.runner import load
+    from chai_export.runtime.sampling import SamplingSettings
 
     prompts: list[str | Sequence[int]] = [*arguments.prompt, *map(_token_ids, arguments.token_ids)]
     if arguments.prompt_file:
@@ -57,14 +58,14 @@ def execute(arguments: argparse.Namespace) -> int:
         raise UsageError("no prompt; give --prompt TEXT, --prompt-file FILE or --token-ids 1,2,3")
     if arguments.stream and (len(prompts) > 1 or arguments.json):
         raise UsageError("--stream prints one text as it comes; give one prompt and no --json")
+    names = ("temperature", "top_k", "top_p", "seed")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    SamplingSettings(**given)  # before the bundle is loaded: what is out of range is refused at once
     runner = load(arguments.bundle, backend=arguments.backend, heads=arguments.heads)
     generations = runner.generate(
         prompts,
         max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
+        **given,
         stop=arguments.stop,
         chat=arguments.chat,
         max_seq=arguments.max_seq,

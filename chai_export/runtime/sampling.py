@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chai_export.arguments import shown
+from chai_export.bundle.sampling_rules import wanted_instead
 from chai_export.errors import ChaiError, UsageError
 
+_FLAGS = {name: f"--{name.replace('_', '-')}" for name in ("temperature", "top_k", "top_p", "seed")}
+_LARGEST = float(np.finfo(np.float64).max)
 DEFAULT_TOP_K = 50
 """What transformers takes when neither the caller nor the model names a top_k."""
 
@@ -30,16 +34,16 @@ class SamplingSettings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"--temperature is {self.temperature}; give 0 (greedy) or more")
-        if self.top_k < 0:
-            raise UsageError(f"--top-k is {self.top_k}; give 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"--top-p is {self.top_p}; give a number above 0 and up to 1 (off)")
-        if self.repetition_penalty <= 0:
-            raise UsageError(f"the repetition penalty is {self.repetition_penalty}; give a number above 0")
-        if self.seed is not None and self.seed < 0:
-            raise UsageError(f"--seed is {self.seed}; give 0 or more")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.name == "seed":
+                continue
+            wanted = wanted_instead(field.name, value)
+            if wanted is not None:
+                raise UsageError(f"{_FLAGS.get(field.name, field.name)} is {shown(value)}; give {wanted}")
+            # Numbers of other libraries would bring their own precision along.
+            convert = int if field.name in ("top_k", "seed") else float
+            object.__setattr__(self, field.name, convert(value))
 
 
 class Sampler:
@@ -63,33 +67,46 @@ class Sampler:
         Raises:
             ChaiError: the logits are not finite.
         """
+        tokens, probabilities = self.distribution(logits, context)
+        if len(tokens) == 1:
+            return int(tokens[0])
+        mass = probabilities.cumsum()
+        chosen = np.searchsorted(mass, self._random.random() * mass[-1], side="right")
+        return int(tokens[min(int(chosen), len(tokens) - 1)])
+
+    def distribution(
+        self, logits: NDArray[np.float32], context: Sequence[int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """What :meth:`choose` draws from: token ids, ascending, and their probabilities, which sum to 1.
+
+        Raises:
+            ChaiError: the logits are not finite.
+        """
         if not np.isfinite(logits.max()):
             raise ChaiError(
                 "the model's logits are not finite; export with --dtype float32 instead of float16"
             )
         settings = self._settings
+        scores = logits.astype(np.float64)
         if settings.repetition_penalty != 1.0:
-            logits = _penalised(logits, context, settings.repetition_penalty)
+            scores = _penalised(scores, context, settings.repetition_penalty)
         if settings.temperature == 0:
-            return int(logits.argmax())
-        tokens, probabilities = candidates(logits, settings)
-        mass = probabilities.cumsum()
-        chosen = np.searchsorted(mass, self._random.random() * mass[-1], side="right")
-        return int(tokens[min(int(chosen), len(tokens) - 1)])
+            return np.array([scores.argmax()]), np.ones(1)
+        return candidates(scores, settings)
 
 
 def candidates(
-    logits: NDArray[np.float32], settings: SamplingSettings
+    logits: NDArray[np.floating[Any]], settings: SamplingSettings
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Tokens that survive temperature, top-k and top-p (ascending ids) and their probabilities (sum 1).
 
     As in transformers, tokens that tie with the k-th stay, and top-p keeps the token that crosses the mass.
     """
-    scores = logits.astype(np.float64) / settings.temperature
+    scores = logits.astype(np.float64)
     tokens = np.arange(len(scores))
     if 0 < settings.top_k < len(scores):
         tokens = np.flatnonzero(scores >= np.partition(scores, -settings.top_k)[-settings.top_k])
-    probabilities = _softmax(scores[tokens])
+    probabilities = _softmax(scores[tokens], settings.temperature)
     if settings.top_p < 1:
         rising = np.argsort(probabilities, kind="stable")
         dropped = probabilities[rising].cumsum() <= 1 - settings.top_p
@@ -99,15 +116,23 @@ def candidates(
     return tokens, probabilities
 
 
-def _penalised(logits: NDArray[np.float32], context: Sequence[int], penalty: float) -> NDArray[np.float32]:
-    """Logits of tokens seen before, divided by the penalty if positive and multiplied if negative."""
+def _penalised(scores: NDArray[np.float64], context: Sequence[int], penalty: float) -> NDArray[np.float64]:
+    """Scores of tokens seen before, divided by the penalty if positive and multiplied if negative.
+
+    What overflows is the largest number there is; minus infinity, a token that never comes, stays.
+    """
     seen = np.unique(np.asarray(context, np.int64))
-    changed = logits.copy()
-    changed[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    seen = seen[np.isfinite(scores[seen])]
+    changed = scores.copy()
+    with np.errstate(over="ignore"):
+        moved = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+    changed[seen] = np.clip(moved, -_LARGEST, _LARGEST)
     return changed
 
 
-def _softmax(scores: NDArray[Any]) -> NDArray[np.float64]:
-    weights: NDArray[np.float64] = np.exp(scores - scores.max())
+def _softmax(scores: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+    """Probabilities. The maximum is subtracted first, so a tiny temperature leaves just the likeliest."""
+    with np.errstate(over="ignore"):
+        weights: NDArray[np.float64] = np.exp((scores - scores.max()) / temperature)
     weights /= weights.sum()
     return weights
