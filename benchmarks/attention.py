@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from chai_export.bench.attention import bench_attention, default_cases
+from chai_export.bench.phase import Phase
 from chai_export.bench.problem import Shape
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,7 +34,7 @@ def main() -> None:
 def half_precision() -> list[Shape]:
     """float16 storage at one length each."""
     heads = (32, 32, 8, 128)
-    return [Shape("decode", 1, *heads, 8192, "float16"), Shape("prefill", 1, *heads, 2048, "float16")]
+    return [Shape(Phase.DECODE, 1, *heads, 8192, "float16"), Shape(Phase.PREFILL, 1, *heads, 2048, "float16")]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from chai_export.arguments import require_at_least_one
 from chai_export.bench import machine
 from chai_export.bench.op_session import OpSession
 from chai_export.bench.peers import PEERS, SkippedError
+from chai_export.bench.phase import Phase
 from chai_export.bench.problem import Problem, Shape
 from chai_export.bench.timing import Timing, interleaved
 from chai_export.errors import ChaiError, reason
@@ -37,8 +38,8 @@ PROMPTS = (2048, 8192)
 def default_cases(*, dtype: str = "float32", head_dim: int = 128) -> list[Shape]:
     """Heads as in a 7B model, multi-head and grouped, kept and not: the cases that the project reports."""
     heads = ((32, 32, 8), (32, 8, 4), (32, 32, 32))
-    decode = [Shape("decode", b, *h, head_dim, t, dtype) for h in heads for b in (1, 8) for t in LENGTHS]
-    prefill = [Shape("prefill", 1, *h, head_dim, t, dtype) for h in heads for t in PROMPTS]
+    decode = [Shape(Phase.DECODE, b, *h, head_dim, t, dtype) for h in heads for b in (1, 8) for t in LENGTHS]
+    prefill = [Shape(Phase.PREFILL, 1, *h, head_dim, t, dtype) for h in heads for t in PROMPTS]
     return decode + prefill
 
 
@@ -138,6 +139,6 @@ def _row(case: Shape, timings: dict[str, Timing], skipped: dict[str, str]) -> di
         "speedup_vs_best_peer": peers[best].median / chai.median,
         "spread": {name: timing.spread for name, timing in timings.items()},
     }
-    if case.phase == "decode":
+    if case.phase is Phase.DECODE:
         row["bandwidth_gb_s"] = case.bytes_read / chai.median / 1e6
     return row

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.choices import Backend
 from chai_export.errors import ChaiError, last_line
 from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.runtime.scheduler import chunk_length
@@ -39,7 +40,7 @@ class BundleDecoder:
 
     def __init__(self, bundle: Bundle, heads: str, capacity: int, threads: int) -> None:
         # Decoders take turns: idle threads of one must not take the cores of the next.
-        self._session = open_session(bundle, "onnxruntime", heads, threads=threads, spin_after=False)
+        self._session = open_session(bundle, Backend.ONNXRUNTIME, heads, threads=threads, spin_after=False)
         self._capacity = capacity
         self._query_heads = bundle.manifest.num_query_heads
         self._length = 0

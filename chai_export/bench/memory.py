@@ -14,9 +14,10 @@ import numpy as np
 from chai_export.arguments import require_at_least_one
 from chai_export.bench import machine
 from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.choices import Heads
 from chai_export.errors import ChaiError, last_line
 
-MODES = ("chai", "all")
+MODES = tuple(Heads)
 
 
 def bench_memory(bundle: str | Path, *, prompt_tokens: int = 1024, new_tokens: int = 8) -> dict[str, Any]:

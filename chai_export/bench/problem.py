@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chai_export.bench.phase import Phase
 from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.op.heads import HeadCounts
 
 Tensor = NDArray[Any]
-Phase = Literal["decode", "prefill"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Shape:
     @property
     def tokens(self) -> int:
         """New tokens per row (S)."""
-        return 1 if self.phase == "decode" else self.length
+        return 1 if self.phase is Phase.DECODE else self.length
 
     @property
     def past(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from chai_export.bundle.atomic import atomic_file
 from chai_export.bundle.bundle import MODEL_FILE, Bundle, check_files
+from chai_export.bundle.choices import Backend
 from chai_export.bundle.manifest import FILE_NAME, EngineRecord, manifest_text, read_manifest
 from chai_export.errors import ChaiError
 
@@ -30,7 +31,7 @@ def add_engine(bundle: Bundle, record: EngineRecord) -> Bundle:
 
 def require_engine(
     bundle: Bundle,
-    backend: str,
+    backend: Backend,
     *,
     runtime: str,
     runtime_version: str,

@@ -16,9 +16,10 @@ from pydantic import (
 )
 
 from chai_export.arguments import shown
+from chai_export.bundle.choices import Backend, Heads, SourceKind
 from chai_export.bundle.graph_io import GraphIO, graph_io
-from chai_export.bundle.work_directory import recover
 from chai_export.bundle.sampling_rules import wanted_instead
+from chai_export.bundle.work_directory import recover
 from chai_export.errors import ChaiError
 from chai_export.files import MissingFileError, read_json
 from chai_export.op.dtypes import Dtype
@@ -46,7 +47,7 @@ class FileRecord(_Strict):
 class Source(_Strict):
     """Where the model came from: a Hugging Face model ("hf") or another exporter's graph ("onnx")."""
 
-    kind: Literal["hf", "onnx"]
+    kind: SourceKind
     name: str
     model_type: str | None = None
 
@@ -90,7 +91,7 @@ class EngineRecord(_Strict):
     are None: ONNX Runtime has neither a GPU architecture nor (with the function body) a plugin.
     """
 
-    backend: str
+    backend: Backend
     runtime_version: str
     model_sha256: str
     max_batch: Count
@@ -141,7 +142,7 @@ class Manifest(_Strict):
     static: StaticMembership | None = None
     generation: GenerationSettings = GenerationSettings()
     files: dict[str, FileRecord] = {}
-    engines: dict[str, EngineRecord] = {}
+    engines: dict[Backend, EngineRecord] = {}
     created_with: str
 
     @field_validator("files")
@@ -189,11 +190,15 @@ class Manifest(_Strict):
         """Inputs and outputs of the bundle's graph."""
         return graph_io(self.head_counts, self.dtype, self.vocab_size)
 
-    def heads(self, mode: str) -> list[int]:
-        """KV heads in the K cache of each layer: ``"chai"`` the kept ones, ``"all"`` every one."""
-        return self.kept_heads if mode == "chai" else self.head_counts.all_kept
+    def heads(self, mode: Heads | str) -> list[int]:
+        """KV heads in the K cache of each layer: ``"chai"`` the kept ones, ``"all"`` every one.
 
-    def kv_bytes_per_token(self, mode: str = "chai") -> int:
+        Raises:
+            UsageError: another mode.
+        """
+        return self.kept_heads if Heads(mode) is Heads.CHAI else self.head_counts.all_kept
+
+    def kv_bytes_per_token(self, mode: Heads | str = Heads.CHAI) -> int:
         """Bytes of K and V cache that one token of one row takes, over all layers, shared caches once."""
         return self.head_counts.kv_bytes_per_token(self.heads(mode), self.dtype)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chai_export.arguments import require_at_least_one
+from chai_export.bench.phase import Phase
 from chai_export.cli.output import print_json, print_table
 from chai_export.errors import UsageError
 from chai_export.progress import note
@@ -49,7 +50,7 @@ def _add_attention(subparsers: Any) -> None:
     command = _subparser(
         subparsers, "attention", "The op alone, against GroupQueryAttention, Attention-23 and torch."
     )
-    command.add_argument("--phase", choices=["decode", "prefill"], help="(default: both)")
+    command.add_argument("--phase", choices=Phase.words(), help="(default: both)")
     command.add_argument("--length", metavar="T", type=int, action="append", help="tokens; may be repeated")
     command.add_argument("--batch", metavar="B", type=int, action="append", help="rows; may be repeated")
     command.add_argument(
@@ -92,7 +93,7 @@ def _attention(arguments: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def _cases(arguments: argparse.Namespace) -> list[Any]:
-    from chai_export.bench.problem import Phase, Shape
+    from chai_export.bench.problem import Shape
 
     heads = arguments.heads
     kv_heads = arguments.kv_heads if arguments.kv_heads is not None else heads
@@ -102,7 +103,7 @@ def _cases(arguments: argparse.Namespace) -> list[Any]:
             f"--heads {heads} --kv-heads {kv_heads} --kept {kept} do not fit; heads must be a multiple of "
             "kv-heads, and kept at most kv-heads"
         )
-    phases: list[Phase] = [arguments.phase] if arguments.phase else ["decode", "prefill"]
+    phases = [Phase(arguments.phase)] if arguments.phase else list(Phase)
     return [
         Shape(phase, batch, heads, kv_heads, kept, arguments.head_dim, length, arguments.dtype)
         for phase in phases

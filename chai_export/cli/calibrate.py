@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chai_export.cli.output import print_json, print_table
+from chai_export.clustering.measure import Measure
 from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.progress import note
 
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens that decide the head map (default %(default)s; the paper's is 5)",
     )  # fmt: skip
     parser.add_argument(
-        "--measure", metavar="WHAT", default="error",
+        "--measure", metavar="WHAT", default=Measure.ERROR,
         help="what a budget minimises: error (the curves, default) or kl (from the model: slower, better)",
     )  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the error curves (.png or .svg)")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from chai_export.bundle.choices import Backend
 from chai_export.cli.output import print_json, print_table
 
 NAME = "eval"
@@ -48,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=32,
         help="tokens to make for each (default %(default)s)",
     )
-    parser.add_argument("--backend", metavar="NAME", default="onnxruntime", help="(default %(default)s)")
+    parser.add_argument(
+        "--backend", metavar="NAME", default=Backend.ONNXRUNTIME, help="(default %(default)s)"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 

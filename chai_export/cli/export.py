@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from chai_export.bundle.choices import Membership
 from chai_export.cli.inspect import print_bundle
 from chai_export.op.dtypes import Dtype
 from chai_export.progress import note
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens that decide the head map (default: as calibrated, 5 where the clusters do not say)",
     )  # fmt: skip
     parser.add_argument(
-        "--membership", choices=["online", "static"], default="online",
+        "--membership", choices=Membership.words(), default=Membership.ONLINE,
         help="head maps from each sequence, or fixed now, with unused projections cut away",
     )  # fmt: skip
     parser.add_argument("--text", metavar="FILE", type=Path, help="calibration text for --membership static")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from chai_export.bundle.choices import Backend
 from chai_export.cli.output import print_json
 from chai_export.progress import note
 
@@ -26,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval", metavar="FILE", type=Path, help="output of `eval --json`")
     parser.add_argument("--verify", metavar="FILE", type=Path, help="output of `verify --json`")
     parser.add_argument("--compare", metavar="FILE", type=Path, help="output of `compare --json`")
-    parser.add_argument("--backend", metavar="NAME", default="onnxruntime", help="(default %(default)s)")
+    parser.add_argument(
+        "--backend", metavar="NAME", default=Backend.ONNXRUNTIME, help="(default %(default)s)"
+    )
 
 
 def execute(arguments: argparse.Namespace) -> int:

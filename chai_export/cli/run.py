@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from chai_export.bundle.choices import Backend, Heads
 from chai_export.cli.output import print_json
 from chai_export.errors import UsageError
 from chai_export.progress import note
@@ -37,9 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", metavar="TEXT", action="append", default=[], help="end a text here; may be repeated"
     )
     parser.add_argument("--max-seq", metavar="N", type=int, help="largest prompt plus text, in tokens")
-    parser.add_argument("--backend", metavar="NAME", default="onnxruntime", help="(default %(default)s)")
     parser.add_argument(
-        "--heads", choices=["chai", "all"], default="chai", help="all: plain multi-head attention"
+        "--backend", metavar="NAME", default=Backend.ONNXRUNTIME, help="(default %(default)s)"
+    )
+    parser.add_argument(
+        "--heads", choices=Heads.words(), default=Heads.CHAI, help="all: plain multi-head attention"
     )
     parser.add_argument("--stream", action="store_true", help="print text as it comes (one prompt)")
 

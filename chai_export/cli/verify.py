@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from chai_export.bundle.choices import Backend
 from chai_export.cli.output import print_json, print_table
 
 NAME = "verify"
@@ -23,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", metavar="FILE", type=Path, help="text for the prompts (default: random tokens)"
     )
-    parser.add_argument("--backend", metavar="NAME", default="onnxruntime", help="(default %(default)s)")
+    parser.add_argument(
+        "--backend", metavar="NAME", default=Backend.ONNXRUNTIME, help="(default %(default)s)"
+    )
     parser.add_argument(
         "--polygraphy",
         action="store_true",

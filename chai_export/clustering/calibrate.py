@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from chai_export.clustering.clusters import Clusters
 from chai_export.clustering.curves import ErrorCurves
-from chai_export.clustering.keep import Budget, KeepRule, parse_keep
+from chai_export.clustering.keep import Budget, parse_keep
+from chai_export.clustering.measure import Measure
 from chai_export.clustering.measured_budget import measure_damage, spend
 from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.clustering.state import load_state, require_state_place, save_state, state_key
@@ -40,7 +41,7 @@ def calibrate(
     seq_len: int = 256,
     state: str | Path | None = None,
     probe_tokens: int = MEASURED_PROBE_TOKENS,
-    measure: str = "error",
+    measure: Measure | str = Measure.ERROR,
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
 ) -> Clusters:
@@ -76,7 +77,9 @@ def calibrate(
 
     _check_settings(samples, seq_len, probe_tokens)
     rule = parse_keep(keep)
-    _check_measure(measure, rule, keep)
+    measure = Measure(measure)
+    if measure is Measure.KL and not isinstance(rule, Budget):
+        raise UsageError(f"--measure kl needs a budget to spend, not --keep {keep}; use --keep budget:SHARE")
     if state is not None:
         require_state_place(Path(state))
     loaded = load_model(model, trust_remote_code=trust_remote_code)
@@ -102,7 +105,7 @@ def calibrate(
 
     error_curves = curves.normalised()
     damage: tuple[tuple[float, ...], ...] = ()
-    if measure == "kl" and isinstance(rule, Budget):
+    if measure is Measure.KL and isinstance(rule, Budget):
         sequences = spread_windows(tokens, leading[: seq_len - 1], _DAMAGE_SEQUENCES, seq_len)
         damage = measure_damage(
             loaded, sequences, error_curves, probe_tokens=probe_tokens, sources=geometry.kv_source_layers
@@ -155,13 +158,6 @@ def _check_settings(samples: int, seq_len: int, probe_tokens: int) -> None:
         raise UsageError(f"--probe-tokens must be at least 1, not {probe_tokens}")
     if seq_len < probe_tokens:
         raise UsageError(f"--seq-len {seq_len} is shorter than the probe of {probe_tokens} tokens; raise it")
-
-
-def _check_measure(measure: str, rule: KeepRule, keep: str) -> None:
-    if measure not in ("error", "kl"):
-        raise UsageError(f"--measure {measure}: choose error or kl")
-    if measure == "kl" and not isinstance(rule, Budget):
-        raise UsageError(f"--measure kl needs a budget to spend, not --keep {keep}; use --keep budget:SHARE")
 
 
 def _tokenizer_of(model: str | Path | PreTrainedModel) -> PreTrainedTokenizerBase | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.choices import Backend
 from chai_export.bundle.engine_record import add_engine
 from chai_export.bundle.manifest import EngineRecord
 from chai_export.errors import ChaiError, UsageError
-from chai_export.runtime.session import require_backend
 
 DEFAULT_MAX_SEQ = 4096
 """Tokens when neither the caller nor the model names a length."""
@@ -16,7 +16,7 @@ DEFAULT_MAX_SEQ = 4096
 
 def build(
     bundle: str | Path | Bundle,
-    backend: str = "onnxruntime",
+    backend: Backend | str = Backend.ONNXRUNTIME,
     max_batch: int = 8,
     max_seq: int | None = None,
     *,
@@ -34,13 +34,13 @@ def build(
         kernels: "tensorrt" only: directory of kernels compiled elsewhere, instead of compiling them.
 
     Raises:
-        UsageError: a limit is below 1, or an argument is of another backend.
-        ChaiError: the bundle is not valid or cannot be written, the backend is unknown or cannot run it, the
-            caches of these limits do not fit in memory, or the model has fewer positions.
+        UsageError: the backend is unknown, a limit is below 1, or an argument is of another backend.
+        ChaiError: the bundle is not valid or cannot be written, the backend cannot run it, the caches of
+            these limits do not fit in memory, or the model has fewer positions.
     """
-    require_backend(backend)
+    backend = Backend(backend)
     for flag, option in (("--builder-memory", builder_memory), ("--kernels", kernels)):
-        if option is not None and backend != "tensorrt":
+        if option is not None and backend is not Backend.TENSORRT:
             raise UsageError(f"{flag} is for --backend tensorrt; leave it out for {backend}")
     limits = (("--max-batch", max_batch), ("--max-seq", max_seq), ("--builder-memory", builder_memory))
     for flag, value in limits:
@@ -54,7 +54,7 @@ def build(
         raise ChaiError(
             f"--max-seq is {max_seq} and the model has learned {manifest.max_positions} positions; lower it"
         )
-    if backend == "tensorrt":
+    if backend is Backend.TENSORRT:
         from chai_export.engines.tensorrt import build_tensorrt
 
         given = Path(kernels) if kernels is not None else None

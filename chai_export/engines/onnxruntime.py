@@ -14,6 +14,7 @@ import onnxruntime as ort
 
 from chai_export import __version__
 from chai_export.bundle.bundle import MODEL_FILE, Bundle
+from chai_export.bundle.choices import Backend
 from chai_export.bundle.manifest import EngineRecord
 from chai_export.errors import ChaiError
 from chai_export.runtime.cache import require_memory
@@ -30,7 +31,7 @@ def build_onnxruntime(bundle: Bundle, max_batch: int, max_seq: int) -> EngineRec
     manifest = bundle.manifest
     session = OnnxRuntimeSession(bundle)
     buffers = 1 if session.in_place else 2
-    require_memory(buffers * max_batch * max_seq * manifest.kv_bytes_per_token("chai"), max_batch, max_seq)
+    require_memory(buffers * max_batch * max_seq * manifest.kv_bytes_per_token(), max_batch, max_seq)
     tokens = min(manifest.probe_tokens + 1, max_seq)
     session.begin(max_batch, tokens)
     logits = session.step(
@@ -42,7 +43,7 @@ def build_onnxruntime(bundle: Bundle, max_batch: int, max_seq: int) -> EngineRec
     if not np.isfinite(logits).all():
         raise ChaiError(f"{bundle.model_path} gives logits that are not finite; export with --dtype float32")
     return EngineRecord(
-        backend="onnxruntime",
+        backend=Backend.ONNXRUNTIME,
         runtime_version=ort.__version__,
         model_sha256=manifest.files[MODEL_FILE].sha256,
         max_batch=max_batch,

@@ -16,6 +16,7 @@ from typing import Any
 from chai_export import __version__
 from chai_export.bundle.atomic import atomic_directory, atomic_file
 from chai_export.bundle.bundle import ENGINES_DIRECTORY, MODEL_FILE, Bundle, record_files
+from chai_export.bundle.choices import Backend, Heads
 from chai_export.bundle.hashing import sha256_file
 from chai_export.bundle.manifest import EngineRecord, FileRecord
 from chai_export.bundle.parts import ENGINE
@@ -39,8 +40,7 @@ from chai_export.runtime.tensorrt_environment import (
     version_of,
 )
 
-BACKEND = "tensorrt"
-DIRECTORY = f"{ENGINES_DIRECTORY}/{BACKEND}"
+DIRECTORY = f"{ENGINES_DIRECTORY}/{Backend.TENSORRT}"
 PLAN_FILE = "engine.plan"
 NETWORK_FILE = "tensorrt.onnx"
 KERNELS = "kernels"
@@ -96,7 +96,7 @@ def build_tensorrt(
         atomic_file(bundle.path / NETWORK_FILE) as network,
     ):
         # Beside the weights it refers to, for as long as it is parsed.
-        source = bundle.path / f".{BACKEND}.onnx"
+        source = bundle.path / f".{Backend.TENSORRT}.onnx"
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(source.unlink, missing_ok=True)
             place: Path | None = None
@@ -116,7 +116,7 @@ def build_tensorrt(
         files[NETWORK_FILE] = FileRecord(sha256=sha256_file(network), size=network.stat().st_size)
     settings["trtexec"] = trtexec_line(shapes, plugin, builder_memory)
     return EngineRecord(
-        backend=BACKEND,
+        backend=Backend.TENSORRT,
         runtime_version=tensorrt.__version__,
         model_sha256=bundle.manifest.files[MODEL_FILE].sha256,
         max_batch=max_batch,
@@ -269,7 +269,8 @@ def _prove(tensorrt: Any, bundle: Bundle, plan: Any, in_place: bool, max_batch: 
 
     from chai_export.runtime.tensorrt_session import TensorRtSession, load_engine
 
-    session = TensorRtSession(bundle.manifest, "chai", load_engine(tensorrt, bytes(plan)), in_place=in_place)
+    engine = load_engine(tensorrt, bytes(plan))
+    session = TensorRtSession(bundle.manifest, Heads.CHAI, engine, in_place=in_place)
     tokens = 1
     session.begin(max_batch, tokens)
     logits = session.step(

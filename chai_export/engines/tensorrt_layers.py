@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle, check_files
+from chai_export.bundle.choices import Backend
 from chai_export.bundle.graph_io import (
     BATCH,
     CAPACITY,
@@ -25,7 +26,7 @@ from chai_export.bundle.graph_io import (
     TOKENS,
     kept_sizes,
 )
-from chai_export.engines.tensorrt import BACKEND, DIRECTORY, KERNELS, build_error, check_network, parse_error
+from chai_export.engines.tensorrt import DIRECTORY, KERNELS, build_error, check_network, parse_error
 from chai_export.engines.tensorrt_network import plugin_network, portable_network
 from chai_export.errors import ChaiError
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
@@ -67,10 +68,10 @@ def compare_layers(bundle: Bundle, *, tokens: int = DEFAULT_TOKENS, seed: int = 
         ChaiError: as :func:`chai_export.engines.tensorrt.build_tensorrt`; or the bundle has no engine, its
             engine has no plugin, or it is bfloat16, which ONNX Runtime does not compute on a CPU.
     """
-    build = f"`chai-export build {bundle.path} --backend {BACKEND}`"
-    record = bundle.manifest.engines.get(BACKEND)
+    build = f"`chai-export build {bundle.path} --backend {Backend.TENSORRT}`"
+    record = bundle.manifest.engines.get(Backend.TENSORRT)
     if record is None or record.plugin_version is None:
-        raise ChaiError(f"{bundle.path} has no {BACKEND} engine with the plugin; run {build} first")
+        raise ChaiError(f"{bundle.path} has no {Backend.TENSORRT} engine with the plugin; run {build} first")
     if bundle.manifest.dtype == Dtype.BFLOAT16:
         raise ChaiError("ONNX Runtime computes no bfloat16 on a CPU; compare a bundle of --dtype float32")
     check_files(bundle.path, record.files, again=f"run {build} again")

@@ -15,9 +15,10 @@ import onnx
 from chai_export import __version__
 from chai_export.bundle.atomic import atomic_directory
 from chai_export.bundle.bundle import Bundle, check_files
+from chai_export.bundle.choices import Backend
 from chai_export.bundle.manifest import EngineRecord, write_manifest
 from chai_export.bundle.targets import DirectoryKind, json_object, with_parents
-from chai_export.engines.tensorrt import BACKEND, DIRECTORY, PLAN_FILE
+from chai_export.engines.tensorrt import DIRECTORY, PLAN_FILE
 from chai_export.errors import ChaiError, UsageError
 from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.runtime.native import find_library
@@ -46,10 +47,10 @@ def write_model_repository(bundle: Bundle, directory: str | Path, *, name: str =
         ChaiError: the bundle has no TensorRT engine, its files were changed, the plugin library is missing,
             or the directory cannot be written.
     """
-    build = f"`chai-export build {bundle.path} --backend {BACKEND}`"
-    record = bundle.manifest.engines.get(BACKEND)
+    build = f"`chai-export build {bundle.path} --backend {Backend.TENSORRT}`"
+    record = bundle.manifest.engines.get(Backend.TENSORRT)
     if record is None:
-        raise ChaiError(f"{bundle.path} has no {BACKEND} engine; run {build} first")
+        raise ChaiError(f"{bundle.path} has no {Backend.TENSORRT} engine; run {build} first")
     check_files(bundle.path, record.files, again=f"run {build} again")
     library = find_library(TENSORRT_LIBRARY)
     if record.plugin_version is not None and library is None:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chai_export.bundle.choices import Membership, SourceKind
 from chai_export.errors import ChaiError, UsageError
+from chai_export.op.dtypes import Dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,9 +33,9 @@ def export(
     clusters: Clusters | str | Path,
     out_dir: str | Path,
     *,
-    dtype: str = "float32",
+    dtype: Dtype | str = Dtype.FLOAT32,
     probe_tokens: int | None = None,
-    membership: str = "online",
+    membership: Membership | str = Membership.ONLINE,
     text: Text | Iterable[Text] | None = None,
     trust_remote_code: bool = False,
 ) -> Bundle:
@@ -52,7 +54,7 @@ def export(
         trust_remote_code: run Python code that the model brings along.
 
     Raises:
-        UsageError: ``membership`` is unknown, or static without a text.
+        UsageError: ``dtype`` or ``membership`` is unknown, or static without a text.
         ChaiError: the model cannot be loaded or expressed (layer and reason), clusters do not fit, the proof
             fails, or the output cannot be written.
     """
@@ -68,9 +70,8 @@ def export(
     from chai_export.models.kv_sources import kv_source_layers
     from chai_export.models.loading import load_model
 
-    if membership not in ("online", "static"):
-        raise UsageError(f"--membership {membership}: choose online or static")
-    if membership == "static" and text is None:
+    dtype, membership = Dtype(dtype), Membership(membership)
+    if membership is Membership.STATIC and text is None:
         raise UsageError("--membership static decides the head maps now; give calibration text with --text")
     chosen = load_clusters(clusters)
     probe = probe_length(probe_tokens, chosen)
@@ -79,7 +80,7 @@ def export(
         loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
         source, surroundings = _describe(model, loaded, chosen)
         static = None
-        if membership == "static":
+        if membership is Membership.STATIC:
             assert text is not None
             if kv_source_layers(loaded) is not None:
                 raise ChaiError(
@@ -128,4 +129,4 @@ def _describe(
         max_positions=geometry.max_positions,
         context_length=geometry.context_length,
     )
-    return Source(kind="hf", name=name, model_type=geometry.model_type), surroundings
+    return Source(kind=SourceKind.HF, name=name, model_type=geometry.model_type), surroundings

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chai_export.bundle.choices import SourceKind
 from chai_export.errors import ChaiError
 from chai_export.graph.explain.explanation import Explanation
 
@@ -55,7 +56,7 @@ def rewrite(
     sources = [path, *data_files(path), clusters, tokenizer]
     surroundings = _surroundings(tokenizer, path.parent)
     model_type = (surroundings.config or {}).get("model_type")
-    source = Source(kind="onnx", name=path.name, model_type=model_type)
+    source = Source(kind=SourceKind.ONNX, name=path.name, model_type=model_type)
     probe = probe_length(probe_tokens, chosen)
     with atomic_directory(out_dir, BUNDLE, sources=sources) as directory:
         draft = rewrite_model(path, chosen, directory, probe)

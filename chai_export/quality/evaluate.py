@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chai_export.bundle.choices import Backend
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.text import MOST_TOKENS, Text, leading_special_tokens, read_tokens
 from chai_export.models.windows import consecutive_windows
@@ -34,7 +35,7 @@ def evaluate(
     bundle: str | Path,
     text: Text | Iterable[Text],
     *,
-    backend: str = "onnxruntime",
+    backend: Backend | str = Backend.ONNXRUNTIME,
     max_tokens: int | None = None,
     window: int = 512,
     prompts: int = 4,

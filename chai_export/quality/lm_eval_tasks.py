@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chai_export.bundle.choices import Backend
 from chai_export.bundle.manifest import read_manifest
 from chai_export.errors import ChaiError, UsageError, reason
 from chai_export.models.text import leading_special_tokens
@@ -22,7 +23,7 @@ def evaluate_tasks(
     bundle: str | Path,
     tasks: Sequence[str],
     *,
-    backend: str = "onnxruntime",
+    backend: str = Backend.ONNXRUNTIME,
     task_path: str | Path | None = None,
     limit: int | None = None,
     reference: str | Path | None = None,

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from chai_export.bundle.choices import Backend
 from chai_export.errors import ChaiError
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
 from chai_export.progress import track
@@ -46,7 +47,7 @@ def verify(
     reference: str | Path | PreTrainedModel,
     *,
     text: Text | None = None,
-    backend: str = "onnxruntime",
+    backend: Backend | str = Backend.ONNXRUNTIME,
     tolerance: float | None = None,
     new_tokens: int = 64,
     trust_remote_code: bool = False,

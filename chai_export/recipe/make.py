@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chai_export.bundle.atomic import atomic_file, reserved
+from chai_export.bundle.choices import Membership
 from chai_export.bundle.manifest import FILE_NAME as MANIFEST
 from chai_export.bundle.manifest import read_manifest
 from chai_export.bundle.parts import BUNDLE
@@ -65,7 +66,7 @@ class _Make:
         self._report = report
         self._cache = StageCache(output)
         self._clusters = output / "clusters.json"
-        self._static = recipe.export.membership == "static"
+        self._static = recipe.export.membership is Membership.STATIC
         self._result = MakeResult(output, output / "bundle")
 
     def run(self) -> MakeResult:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from chai_export.bundle.choices import Backend, Membership
 from chai_export.bundle.manifest import first_problem
+from chai_export.clustering.measure import Measure
 from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.errors import ChaiError, reason
 from chai_export.files import check_plain, read_text
@@ -30,20 +32,20 @@ class CalibrateSettings(_Settings):
     samples: Count = 128
     seq_len: Count = 256
     keep: str = "elbow"
-    measure: Literal["error", "kl"] = "error"
+    measure: Measure = Measure.ERROR
 
 
 class ExportSettings(_Settings):
     """Settings of the export; see `chai-export export --help`."""
 
     dtype: Dtype = Dtype.FLOAT32
-    membership: Literal["online", "static"] = "online"  # static maps are decided on calibrate.text
+    membership: Membership = Membership.ONLINE  # static maps are decided on calibrate.text
 
 
 class BuildSettings(_Settings):
     """Settings of the engine; see `chai-export build --help`."""
 
-    backend: str = "onnxruntime"
+    backend: Backend = Backend.ONNXRUNTIME
     max_batch: Count = 8
     max_seq: Count | None = None
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from chai_export.bundle.choices import Backend
 from chai_export.bundle.targets import FileKind, contains
 from chai_export.errors import UsageError
 from chai_export.report import collect
@@ -25,7 +26,7 @@ def report(
     evaluation: str | Path | None = None,
     verification: str | Path | None = None,
     comparison: str | Path | None = None,
-    backend: str = "onnxruntime",
+    backend: Backend | str = Backend.ONNXRUNTIME,
 ) -> dict[str, Any]:
     """Write one self-contained HTML page about a bundle.
 

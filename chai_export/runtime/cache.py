@@ -8,6 +8,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from chai_export.bundle.choices import Heads
 from chai_export.bundle.graph_io import BATCH, CAPACITY, kept_sizes
 from chai_export.bundle.manifest import Manifest
 from chai_export.errors import ChaiError
@@ -22,7 +23,7 @@ class KvCache:
     What has not been written is undefined: the op never reads it.
     """
 
-    def __init__(self, manifest: Manifest, heads: str, batch: int, capacity: int) -> None:
+    def __init__(self, manifest: Manifest, heads: Heads | str, batch: int, capacity: int) -> None:
         self.batch = batch
         self.capacity = capacity
         sizes = {BATCH: batch, CAPACITY: capacity, **kept_sizes(manifest.heads(heads))}

@@ -15,6 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.choices import Heads
 from chai_export.bundle.graph_io import HEAD_MAP, LOGITS, PRESENT_HEAD_MAP
 from chai_export.errors import ChaiError, reason
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
@@ -41,7 +42,7 @@ class OnnxRuntimeSession:
     """
 
     def __init__(
-        self, bundle: Bundle, heads: str = "chai", *, threads: int = 0, spin_after: bool = True
+        self, bundle: Bundle, heads: Heads | str = Heads.CHAI, *, threads: int = 0, spin_after: bool = True
     ) -> None:
         if bundle.manifest.dtype not in _COMPUTED:
             raise ChaiError(

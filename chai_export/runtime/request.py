@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from chai_export.runtime.detokenizer import Detokenizer
 from chai_export.runtime.sampling import Sampler
-from chai_export.runtime.stopping import StopStrings
+from chai_export.runtime.stopping import StopReason, StopStrings
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Request:
     on_text: Callable[[int, str], None] | None = None
     cached: int = 0
     text: str = ""
-    stop_reason: str | None = None
+    stop_reason: StopReason | None = None
     head_map: NDArray[np.int32] | None = None
     token_times: list[float] = field(default_factory=list)
 
@@ -74,21 +74,21 @@ class Request:
         if self.stop_reason and not self.stop.found:
             self._finish_text()
 
-    def _reason(self, *, is_eos: bool) -> str | None:
+    def _reason(self, *, is_eos: bool) -> StopReason | None:
         if is_eos:
-            return "eos"
+            return StopReason.EOS
         if self.stop.found:
-            return "stop"
+            return StopReason.STOP
         if len(self.ids) - self.prompt_tokens >= self.limits.max_new_tokens:
-            return "length"
+            return StopReason.LENGTH
         # The token just chosen would have to be fed at a position that does not exist.
-        return "capacity" if len(self.ids) > self.limits.max_positions else None
+        return StopReason.CAPACITY if len(self.ids) > self.limits.max_positions else None
 
     def _finish_text(self) -> None:
         rest = self.stop.push(self.detokenizer.flush()) if self.detokenizer else ""
         self._show(rest + self.stop.flush())
-        if self.stop.found and self.stop_reason != "eos":
-            self.stop_reason = "stop"
+        if self.stop.found and self.stop_reason is not StopReason.EOS:
+            self.stop_reason = StopReason.STOP
 
     def _show(self, text: str) -> None:
         self.text += text

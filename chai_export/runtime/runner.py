@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from typing import Any
 
@@ -13,17 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.choices import Backend, Heads
 from chai_export.errors import ChaiError, UsageError
 from chai_export.runtime.cache import MOST_TOKENS
 from chai_export.runtime.detokenizer import Detokenizer
+from chai_export.runtime.one_at_a_time import one_at_a_time
 from chai_export.runtime.prompts import Prompt, encode_prompt, require_fits, require_stops_possible
 from chai_export.runtime.request import Limits, Request
 from chai_export.runtime.sampling import DEFAULT_TOP_K, Sampler, SamplingSettings
 from chai_export.runtime.scheduler import Scheduler, chunk_length, first_capacity
 from chai_export.runtime.session import Session, open_session
-from chai_export.runtime.stopping import StopStrings
+from chai_export.runtime.stopping import StopReason, StopStrings
 
-HEADS = ("chai", "all")
 DEFAULT_MAX_BATCH = 8
 
 
@@ -40,7 +42,7 @@ class Generation:
     text: str | None
     token_ids: list[int]
     prompt_tokens: int
-    stop_reason: str
+    stop_reason: StopReason
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Timings:
 
 def load(
     path: str | Path,
-    backend: str = "onnxruntime",
-    heads: str = "chai",
+    backend: Backend | str = Backend.ONNXRUNTIME,
+    heads: Heads | str = Heads.CHAI,
     *,
     max_batch: int | None = None,
     threads: int = 0,
@@ -73,16 +75,15 @@ def load(
         threads: threads within an operator; 0 lets the backend decide.
 
     Raises:
-        UsageError: ``heads`` or ``max_batch`` is wrong.
-        ChaiError: the bundle is not valid, the backend is unknown or cannot run it, or its engine was built
-            for a smaller batch.
+        UsageError: ``backend``, ``heads`` or ``max_batch`` is wrong.
+        ChaiError: the bundle is not valid, the backend cannot run it, or its engine was built for a smaller
+            batch.
     """
-    if heads not in HEADS:
-        raise UsageError(f"heads is {heads!r}; give one of: {', '.join(HEADS)}")
+    backend, heads = Backend(backend), Heads(heads)
     if max_batch is not None and max_batch < 1:
         raise UsageError(f"max_batch is {max_batch}; give 1 or more")
     bundle = Bundle.load(path)
-    if heads == "all" and bundle.manifest.static is not None:
+    if heads is Heads.ALL and bundle.manifest.static is not None:
         raise ChaiError(
             f"{path} has static membership: the heads it does not keep were cut away; use heads chai, or "
             "export with --membership online"
@@ -93,20 +94,31 @@ def load(
     return runner
 
 
-class Runner:
-    """Generates text and logits. Get one from :func:`load`. Not thread-safe.
+@dataclass(frozen=True)
+class _LastCall:
+    """What a finished call leaves behind; replaced as a whole."""
 
-    ``timings``, ``head_maps``, ``kv_cache_bytes`` and ``kv_cache_bytes_all_heads`` tell about the last call.
+    timings: Timings = Timings()
+    head_maps: NDArray[np.int32] | None = None
+    peak_tokens: int = 0
+
+
+class Runner:
+    """Generates text and logits. Get one from :func:`load`.
+
+    A runner has one set of caches, so it does one thing at a time: while :meth:`generate` or :meth:`logits`
+    runs, a second call, from another thread or from inside ``on_text``, raises UsageError and disturbs
+    nothing. ``timings``, ``head_maps``, ``kv_cache_bytes`` and ``kv_cache_bytes_all_heads`` tell about the
+    last call that was finished.
     """
 
     def __init__(
-        self, bundle: Bundle, session: Session, backend: str, heads: str, max_batch: int | None = None
+        self, bundle: Bundle, session: Session, backend: Backend, heads: Heads, max_batch: int | None = None
     ) -> None:
         self.bundle = bundle
         self.session = session
         self.backend = backend
         self.heads = heads
-        self.timings = Timings()
         self._engine = bundle.manifest.engines.get(backend)
         most = self._engine.max_batch if self._engine else None
         if max_batch is not None and most is not None and max_batch > most:
@@ -115,13 +127,18 @@ class Runner:
                 f"`chai-export build {bundle.path} --backend {backend} --max-batch {max_batch}`"
             )
         self._max_batch = max_batch or most or DEFAULT_MAX_BATCH
-        self._head_maps: NDArray[np.int32] | None = None
-        self._peak_tokens = 0
+        self._running = Lock()
+        self._last = _LastCall()
 
     @cached_property
     def tokenizer(self) -> Any | None:
         """The bundle's tokenizer, loaded on first use; None if it has none."""
         return self.bundle.tokenizer()
+
+    @property
+    def timings(self) -> Timings:
+        """Of the last call of :meth:`generate`; zeros after :meth:`logits`."""
+        return self._last.timings
 
     @property
     def head_maps(self) -> NDArray[np.int32]:
@@ -130,9 +147,9 @@ class Runner:
         Raises:
             UsageError: nothing was run yet.
         """
-        if self._head_maps is None:
+        if self._last.head_maps is None:
             raise UsageError("there are no head maps yet; call generate or logits first")
-        return self._head_maps
+        return self._last.head_maps
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -140,13 +157,14 @@ class Runner:
 
         Counted are the positions in use, not memory set aside for growth, padding or a second buffer.
         """
-        return self._peak_tokens * self.bundle.manifest.kv_bytes_per_token(self.heads)
+        return self._last.peak_tokens * self.bundle.manifest.kv_bytes_per_token(self.heads)
 
     @property
     def kv_cache_bytes_all_heads(self) -> int:
         """The same positions with every KV head in the K cache."""
-        return self._peak_tokens * self.bundle.manifest.kv_bytes_per_token("all")
+        return self._last.peak_tokens * self.bundle.manifest.kv_bytes_per_token(Heads.ALL)
 
+    @one_at_a_time
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -177,10 +195,11 @@ class Runner:
             chat: give each text as a user's turn to the tokenizer's chat template.
             ignore_eos: go on after an end-of-sequence token.
             max_seq: most tokens of prompt and text together.
-            on_text: called with (index of the prompt, new text) as soon as text is certain.
+            on_text: called with (index of the prompt, new text) as soon as text is certain. What it raises
+                ends the call and is raised here.
 
         Raises:
-            UsageError: an argument is out of range.
+            UsageError: an argument is out of range, or another call of this runner goes on.
             ChaiError: a prompt is empty or too long, or the caches do not fit in memory.
         """
         tokenizer = self.tokenizer  # loaded now, so that loading is not counted as time to the first token
@@ -202,11 +221,14 @@ class Runner:
             detokenizer = Detokenizer(tokenizer, ids) if tokenizer is not None else None
             stops = StopStrings(stop)
             requests.append(Request(index, ids, limits, Sampler(settings), stops, detokenizer, on_text))
-        if requests:
-            self._run(requests, positions)
-        self.timings = _timings(requests, began)
+        peak_tokens = self._run(requests, positions) if requests else 0
+        maps = [r.head_map for r in requests if r.head_map is not None]
+        self._last = _LastCall(
+            _timings(requests, began), np.stack(maps, axis=1) if maps else None, peak_tokens
+        )
         return [_generation(p, r) for p, r in zip(prompts, requests, strict=True)]
 
+    @one_at_a_time
     def logits(self, token_ids: Sequence[int], chunks: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Logits after every token of one fresh sequence: float32 [T,V].
 
@@ -215,7 +237,7 @@ class Runner:
             chunks: feed that many tokens at a time; they sum to T and the first covers the probe.
 
         Raises:
-            UsageError: the chunks are wrong.
+            UsageError: the chunks are wrong, or another call of this runner goes on.
             ChaiError: no tokens, an id outside the vocabulary, or more tokens than positions.
         """
         manifest = self.bundle.manifest
@@ -234,11 +256,11 @@ class Runner:
                 np.arange(length, dtype=np.int64)[None],
             )[0]
             start += length
-        self._head_maps = self.session.head_map
-        self._peak_tokens = len(ids)
+        self._last = _LastCall(Timings(), self.session.head_map, len(ids))
         return result
 
-    def _run(self, requests: list[Request], positions: int) -> None:
+    def _run(self, requests: list[Request], positions: int) -> int:
+        """Generate for every request; the largest number of tokens that the caches held at one time."""
         manifest = self.bundle.manifest
         scheduler = Scheduler(
             self.session,
@@ -248,8 +270,7 @@ class Runner:
             probe_tokens=manifest.probe_tokens,
         )
         scheduler.run(requests)
-        self._peak_tokens = scheduler.peak_tokens
-        self._head_maps = np.stack([r.head_map for r in requests if r.head_map is not None], axis=1)
+        return scheduler.peak_tokens
 
     def _sampling(
         self,

@@ -8,9 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
-from chai_export.errors import ChaiError
-
-BACKENDS = ("onnxruntime", "tensorrt")
+from chai_export.bundle.choices import Backend, Heads
 
 
 class Session(Protocol):
@@ -65,22 +63,15 @@ class Session(Protocol):
         ...
 
 
-def require_backend(name: str) -> None:
-    """Raise ChaiError unless ``name`` is a backend of this version."""
-    if name not in BACKENDS:
-        raise ChaiError(
-            f"backend {name!r} is not available in this version; use one of: {', '.join(BACKENDS)}"
-        )
-
-
-def open_session(bundle: Bundle, backend: str, heads: str, **options: Any) -> Session:
+def open_session(bundle: Bundle, backend: Backend | str, heads: Heads | str, **options: Any) -> Session:
     """Load ``bundle`` with a backend; ``heads`` is "chai" or "all" (same graph, R = G).
 
     Raises:
-        ChaiError: the backend is unknown or cannot run this bundle.
+        UsageError: the backend or the mode is unknown.
+        ChaiError: the backend cannot run this bundle.
     """
-    require_backend(backend)
-    if backend == "tensorrt":
+    backend, heads = Backend(backend), Heads(heads)
+    if backend is Backend.TENSORRT:
         from chai_export.runtime.tensorrt_session import open_tensorrt_session
 
         return open_tensorrt_session(bundle, heads)

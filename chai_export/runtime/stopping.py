@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from chai_export.choice import Choice
 from chai_export.errors import UsageError
+
+
+class StopReason(Choice):
+    """What ended a text: an end-of-sequence token, a stop string, ``max_new_tokens``, no position left."""
+
+    EOS = "eos"
+    STOP = "stop"
+    LENGTH = "length"
+    CAPACITY = "capacity"
 
 
 class StopStrings:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.choices import Backend, Heads
 from chai_export.bundle.engine_record import require_engine
 from chai_export.bundle.graph_io import (
     BATCH,
@@ -39,7 +40,6 @@ from chai_export.runtime.tensorrt_environment import (
     require_plugin,
 )
 
-BACKEND = "tensorrt"
 PREFILL, DECODE = 0, 1
 """Indices of an engine's profiles: any S and N, and S = N = 1."""
 _ELEMENT_TYPES = {element.tensorrt: name for name, element in ELEMENT_TYPES.items()}
@@ -60,7 +60,13 @@ class TensorRtSession:
     """
 
     def __init__(
-        self, manifest: Manifest, heads: str, engine: Any, *, in_place: bool, device: CudaDevice | None = None
+        self,
+        manifest: Manifest,
+        heads: Heads | str,
+        engine: Any,
+        *,
+        in_place: bool,
+        device: CudaDevice | None = None,
     ) -> None:
         self._manifest = manifest
         self._heads = heads
@@ -255,7 +261,7 @@ def _fill(feeds: dict[str, torch.Tensor], arrays: dict[str, NDArray[Any]]) -> No
         tensor.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
 
 
-def open_tensorrt_session(bundle: Bundle, heads: str) -> TensorRtSession:
+def open_tensorrt_session(bundle: Bundle, heads: Heads) -> TensorRtSession:
     """The session of a bundle's TensorRT engine.
 
     Raises:
@@ -263,13 +269,15 @@ def open_tensorrt_session(bundle: Bundle, heads: str) -> TensorRtSession:
     """
     tensorrt = import_tensorrt()
     gpu = require_gpu()
-    known = bundle.manifest.engines.get(BACKEND)
+    known = bundle.manifest.engines.get(Backend.TENSORRT)
     needs_plugin = known is not None and known.plugin_version is not None
     if needs_plugin and require_plugin(tensorrt) is None:
-        raise ChaiError(f"the {BACKEND} engine of {bundle.path} needs the plugin; leave {SWITCH} unset")
+        raise ChaiError(
+            f"the {Backend.TENSORRT} engine of {bundle.path} needs the plugin; leave {SWITCH} unset"
+        )
     record = require_engine(
         bundle,
-        BACKEND,
+        Backend.TENSORRT,
         runtime="TensorRT",
         runtime_version=tensorrt.__version__,
         gpu_architecture=gpu.target,

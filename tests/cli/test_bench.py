@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from chai_export.bench import machine
+from chai_export.bench.phase import Phase
 from chai_export.bench.problem import Problem, Shape, head_map
 from chai_export.bench.timing import interleaved
 from chai_export.bundle.bundle import Bundle
@@ -172,7 +173,7 @@ def test_one_round_without_warm_up_is_one_call_and_has_no_spread():
 
 
 def test_problem_shares_its_memory_and_has_one_large_cluster():
-    problem = Problem(Shape("decode", 2, 8, 4, 2, 16, 32))
+    problem = Problem(Shape(Phase.DECODE, 2, 8, 4, 2, 16, 32))
     inputs = problem.op_inputs(2)
     assert inputs["past_key"].base is not None
     assert inputs["past_key"].shape == (2, 2, 32, 16)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from chai_export.bundle.manifest import Manifest, read_manifest, write_manifest
-from chai_export.errors import ChaiError
+from chai_export.errors import ChaiError, UsageError
 from tests.tiny_graph import TinyModel
 
 
@@ -80,3 +80,11 @@ def test_cache_bytes_count_kept_keys_and_all_values():
     assert manifest.kv_bytes_per_token("chai") == 4 * ((2 + 3) * 8 + 2 * 4 * 4)
     assert manifest.kv_bytes_per_token("all") == 4 * ((4 + 4) * 8 + 2 * 4 * 4)
     assert TinyModel(dtype="float16").manifest().kv_bytes_per_token() == manifest.kv_bytes_per_token() // 2
+
+
+@pytest.mark.parametrize("mode", ["anything", "", "CHAI", None, True])
+def test_a_mode_that_there_is_not_is_refused_where_it_is_asked_for(mode):
+    manifest = TinyModel().manifest()
+    for ask in (manifest.heads, manifest.kv_bytes_per_token):
+        with pytest.raises(UsageError, match=r"^heads is .*; give one of: chai, all$"):
+            ask(mode)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from chai_export.bundle.choices import SourceKind
 from chai_export.bundle.manifest import Manifest, Source
 from chai_export.errors import ChaiError
 from chai_export.graph.match.site import AttentionSite, kv_sources
@@ -37,7 +38,7 @@ def draft_manifest(path: Path, source: ir.Model, sites: list[AttentionSite], pro
         kv_source_layers=kv_sources(sites),
         probe_tokens=probe_tokens,
         opset=opset,
-        source=Source(kind="onnx", name=path.name),
+        source=Source(kind=SourceKind.ONNX, name=path.name),
         created_with=_created_with(),
     )
 
