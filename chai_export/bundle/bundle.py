@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chai_export.bundle.file_names import require_inside
 from chai_export.bundle.hashing import has_sha256, sha256_file
 from chai_export.bundle.manifest import FILE_NAME, FileRecord, Manifest, read_manifest, write_manifest
 from chai_export.errors import ChaiError
@@ -115,11 +116,13 @@ def check_files(root: Path, files: dict[str, FileRecord], *, again: str) -> None
     """Compare files on disk with their records.
 
     Raises:
-        ChaiError: one is missing, unreadable or differs; names the file and says what to run ``again``.
+        ChaiError: one is missing, unreadable, differs or lies outside ``root``; names the file and says what
+            to run ``again``.
     """
     for name, record in files.items():
         path = root / name
         try:
+            require_inside(root, path)
             same = path.stat().st_size == record.size and has_sha256(path, record.sha256)
         except FileNotFoundError:
             raise ChaiError(f"{path} is missing; {again}") from None

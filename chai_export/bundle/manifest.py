@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+import json
+from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import (
@@ -15,8 +16,9 @@ from pydantic import (
     model_validator,
 )
 
-from chai_export.arguments import shown
+from chai_export.arguments import MOST, shown
 from chai_export.bundle.choices import Backend, Heads, SourceKind
+from chai_export.bundle.file_names import FileName
 from chai_export.bundle.graph_io import GraphIO, graph_io
 from chai_export.bundle.sampling_rules import wanted_instead
 from chai_export.bundle.work_directory import recover
@@ -29,7 +31,8 @@ from chai_export.op.kv_sharing import check_same_kept, check_sources
 FORMAT: Final = "chai-bundle/1"
 FILE_NAME = "manifest.json"
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Large = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -99,7 +102,7 @@ class EngineRecord(_Strict):
     op_version: Count
     gpu_architecture: str | None = None
     plugin_version: str | None = None
-    files: dict[str, FileRecord] = {}
+    files: dict[FileName, FileRecord] = {}
     settings: dict[str, str | int | float | bool] = {}
     created_with: str
 
@@ -109,7 +112,7 @@ class StaticMembership(_Strict):
 
     head_maps: list[list[Annotated[int, Field(ge=0)]]]
     parameters_saved: Annotated[int, Field(ge=0)]
-    parameters_before: Count
+    parameters_before: Large
     flops_saved_per_token: Annotated[int, Field(ge=0)]
 
 
@@ -135,24 +138,15 @@ class Manifest(_Strict):
     context_length: Count | None = None
     kept_heads: list[Count]
     kv_source_layers: list[int] | None = Field(default=None, exclude_if=lambda layers: layers is None)
-    probe_tokens: Count = 5
+    probe_tokens: Count
     opset: Count
     source: Source
     proof: Proof | None = None
     static: StaticMembership | None = None
     generation: GenerationSettings = GenerationSettings()
-    files: dict[str, FileRecord] = {}
+    files: dict[FileName, FileRecord] = {}
     engines: dict[Backend, EngineRecord] = {}
     created_with: str
-
-    @field_validator("files")
-    @classmethod
-    def _inside(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
-        for name in files:
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts:
-                raise ValueError(f"{name} lies outside the bundle")
-        return files
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -166,7 +160,19 @@ class Manifest(_Strict):
         if self.kv_source_layers is not None:
             check_sources(self.kv_source_layers, self.num_layers)
             check_same_kept(self.kept_heads, self.kv_source_layers)
+        if self.static is not None:
+            self._check_head_maps(self.static.head_maps)
+        for backend, record in self.engines.items():
+            if record.backend != backend:
+                raise ValueError(f"the engine of {backend} says that it is one of {record.backend}")
         return self
+
+    def _check_head_maps(self, maps: list[list[int]]) -> None:
+        heads = self.num_query_heads
+        if len(maps) != self.num_layers or any(len(each) != heads or max(each) >= heads for each in maps):
+            raise ValueError(
+                f"static.head_maps are not {self.num_layers} maps of {heads} query heads to query heads"
+            )
 
     @property
     def head_counts(self) -> DecoderHeads:
@@ -226,7 +232,8 @@ def read_manifest(directory: Path) -> Manifest:
             f"{FORMAT!r}; {again} with it"
         )
     try:
-        return Manifest.model_validate(content)
+        # As JSON and strictly: 4.0, true and "4" are no counts, in the C++ runner neither.
+        return Manifest.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         raise ChaiError(f"{path} is not valid: {first_problem(error)}; {again}") from error
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.choices import Heads
 from chai_export.bundle.graph_io import HEAD_MAP, LOGITS, PRESENT_HEAD_MAP
+from chai_export.bundle.op_nodes import check_op_nodes
 from chai_export.errors import ChaiError, reason
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.runtime.cache import KvCache
@@ -206,3 +207,4 @@ def _check_graph(session: Any, bundle: Bundle) -> None:
         raise ChaiError(
             f"{bundle.model_path} does not fit its manifest: {difference}; export or rewrite again"
         )
+    check_op_nodes(bundle)

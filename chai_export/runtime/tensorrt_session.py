@@ -29,6 +29,7 @@ from chai_export.bundle.graph_io import (
     kept_sizes,
 )
 from chai_export.bundle.manifest import Manifest
+from chai_export.bundle.op_nodes import check_op_nodes
 from chai_export.errors import ChaiError
 from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.runtime.native import SWITCH
@@ -283,7 +284,13 @@ def open_tensorrt_session(bundle: Bundle, heads: Heads) -> TensorRtSession:
         gpu_architecture=gpu.target,
         plugin_version=PLUGIN_VERSION if needs_plugin else None,
     )
-    plan = next(name for name in record.files if name.endswith(".plan"))
+    check_op_nodes(bundle)
+    plan = next((name for name in record.files if name.endswith(".plan")), None)
+    if plan is None:
+        raise ChaiError(
+            f"the {Backend.TENSORRT} engine of {bundle.path} has no .plan file; run `chai-export build "
+            f"{bundle.path} --backend {Backend.TENSORRT}` again"
+        )
     engine = load_engine(tensorrt, (bundle.path / plan).read_bytes())
     return TensorRtSession(bundle.manifest, heads, engine, in_place=needs_plugin)
 

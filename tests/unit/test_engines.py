@@ -56,7 +56,7 @@ def test_limits_below_one_are_wrong_usage(path, limits):
 
 @pytest.mark.parametrize("call", [ce.build, ce.load])
 def test_an_unknown_backend_names_those_there_are(path, call):
-    with pytest.raises(ChaiError, match=r"'abacus' is not available .*use one of: onnxruntime"):
+    with pytest.raises(UsageError, match=r"^backend is 'abacus'; give one of: onnxruntime, tensorrt$"):
         call(path, backend="abacus")
 
 

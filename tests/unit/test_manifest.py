@@ -34,7 +34,7 @@ def test_manifest_survives_writing_and_reading(tmp_path, manifest):
         ({"kv_source_layers": [1, 1]}, "layer 0 reads the cache of layer 1, which has none before it"),
         ({"kv_source_layers": [0, 0]}, "layer 1 keeps 3 KV heads and reads the cache of layer 0"),
         ({"colour": "blue"}, "colour: Extra inputs"),
-        ({"files": {"../passwd": {"sha256": "0" * 64, "size": 1}}}, "outside the bundle"),
+        ({"files": {"../passwd": {"sha256": "0" * 64, "size": 1}}}, "no path inside the bundle"),
         ({"opset": None}, "opset: Input should be a valid integer"),
     ],
 )
