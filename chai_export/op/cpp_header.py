@@ -74,11 +74,12 @@ inline constexpr const char* kAttributeNames[] = {{
 
 def _parameters(kind: str, parameters: tuple[Parameter, ...]) -> str:
     rows = "\n".join(map(_row, parameters))
-    indices = "\n".join(f"  {_constant(p.name)}," for p in parameters)
+    indices = "\n".join(
+        f"inline constexpr std::size_t {_constant(p.name)} = {index};" for index, p in enumerate(parameters)
+    )
     return f"""
-enum {kind} : std::size_t {{
+// {kind}s by position.
 {indices}
-}};
 
 inline constexpr Parameter k{kind}s[] = {{
 {rows}

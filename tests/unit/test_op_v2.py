@@ -194,7 +194,7 @@ def test_bad_page_tables_are_refused(table, message):
     ("bits", "width", "group", "message"),
     [
         (8, 20, 8, "group must divide the head dim 20, got 8"),
-        (4, 9, 3, "4 bits need an even head dim, got 9"),
+        (4, 9, 3, "4 bits need an even group, got 3"),
         (8, 16, 0, "group must divide"),
         (3, 16, 8, "bits must be one of 0, 16, 8, 4, got 3"),
     ],

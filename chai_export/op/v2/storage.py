@@ -39,8 +39,8 @@ class Storage:
             raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, got {self.bits}")
         if self.quantised and (self.group < 1 or self.width % self.group):
             raise ValueError(f"group must divide the head dim {self.width}, got {self.group}")
-        if self.bits == 4 and self.width % 2:
-            raise ValueError(f"4 bits need an even head dim, got {self.width}")
+        if self.bits == 4 and self.group % 2:
+            raise ValueError(f"4 bits need an even group, got {self.group}")
 
     @property
     def quantised(self) -> bool:

@@ -28,16 +28,15 @@ namespace clustered_head_attention_v1 {
 inline constexpr char kOpType[] = "ClusteredHeadAttention";
 inline constexpr std::int64_t kVersion = 1;
 
-enum Input : std::size_t {
-  kQuery,
-  kKey,
-  kValue,
-  kPastKey,
-  kPastValue,
-  kPastHeadMap,
-  kPastLengths,
-  kLengths,
-};
+// Inputs by position.
+inline constexpr std::size_t kQuery = 0;
+inline constexpr std::size_t kKey = 1;
+inline constexpr std::size_t kValue = 2;
+inline constexpr std::size_t kPastKey = 3;
+inline constexpr std::size_t kPastValue = 4;
+inline constexpr std::size_t kPastHeadMap = 5;
+inline constexpr std::size_t kPastLengths = 6;
+inline constexpr std::size_t kLengths = 7;
 
 inline constexpr Parameter kInputs[] = {
     {"query", Type::T, 4, false},  // [B,H,S,D]
@@ -50,12 +49,11 @@ inline constexpr Parameter kInputs[] = {
     {"lengths", Type::M, 1, false},  // [B]
 };
 
-enum Output : std::size_t {
-  kOutput,
-  kPresentKey,
-  kPresentValue,
-  kPresentHeadMap,
-};
+// Outputs by position.
+inline constexpr std::size_t kOutput = 0;
+inline constexpr std::size_t kPresentKey = 1;
+inline constexpr std::size_t kPresentValue = 2;
+inline constexpr std::size_t kPresentHeadMap = 3;
 
 inline constexpr Parameter kOutputs[] = {
     {"output", Type::T, 3, false},  // [B,S,H*Dv]
@@ -83,16 +81,15 @@ namespace shared_clustered_head_attention_v1 {
 inline constexpr char kOpType[] = "SharedClusteredHeadAttention";
 inline constexpr std::int64_t kVersion = 1;
 
-enum Input : std::size_t {
-  kQuery,
-  kKey,
-  kKeyCache,
-  kValueCache,
-  kKeptHeadMap,
-  kPastHeadMap,
-  kPastLengths,
-  kLengths,
-};
+// Inputs by position.
+inline constexpr std::size_t kQuery = 0;
+inline constexpr std::size_t kKey = 1;
+inline constexpr std::size_t kKeyCache = 2;
+inline constexpr std::size_t kValueCache = 3;
+inline constexpr std::size_t kKeptHeadMap = 4;
+inline constexpr std::size_t kPastHeadMap = 5;
+inline constexpr std::size_t kPastLengths = 6;
+inline constexpr std::size_t kLengths = 7;
 
 inline constexpr Parameter kInputs[] = {
     {"query", Type::T, 4, false},  // [B,H,S,D]
@@ -105,10 +102,9 @@ inline constexpr Parameter kInputs[] = {
     {"lengths", Type::M, 1, false},  // [B]
 };
 
-enum Output : std::size_t {
-  kOutput,
-  kPresentHeadMap,
-};
+// Outputs by position.
+inline constexpr std::size_t kOutput = 0;
+inline constexpr std::size_t kPresentHeadMap = 1;
 
 inline constexpr Parameter kOutputs[] = {
     {"output", Type::T, 3, false},  // [B,S,H*Dv]
@@ -134,21 +130,20 @@ namespace clustered_head_attention_v2 {
 inline constexpr char kOpType[] = "ClusteredHeadAttention";
 inline constexpr std::int64_t kVersion = 2;
 
-enum Input : std::size_t {
-  kQuery,
-  kKey,
-  kValue,
-  kKeyCache,
-  kValueCache,
-  kKeyScales,
-  kValueScales,
-  kPageTable,
-  kPastHeadMap,
-  kPastLengths,
-  kLengths,
-  kSinks,
-  kAlibiSlopes,
-};
+// Inputs by position.
+inline constexpr std::size_t kQuery = 0;
+inline constexpr std::size_t kKey = 1;
+inline constexpr std::size_t kValue = 2;
+inline constexpr std::size_t kKeyCache = 3;
+inline constexpr std::size_t kValueCache = 4;
+inline constexpr std::size_t kKeyScales = 5;
+inline constexpr std::size_t kValueScales = 6;
+inline constexpr std::size_t kPageTable = 7;
+inline constexpr std::size_t kPastHeadMap = 8;
+inline constexpr std::size_t kPastLengths = 9;
+inline constexpr std::size_t kLengths = 10;
+inline constexpr std::size_t kSinks = 11;
+inline constexpr std::size_t kAlibiSlopes = 12;
 
 inline constexpr Parameter kInputs[] = {
     {"query", Type::T, 4, false},  // [B,H,S,D]
@@ -166,14 +161,13 @@ inline constexpr Parameter kInputs[] = {
     {"alibi_slopes", Type::A, 1, true},  // [H]
 };
 
-enum Output : std::size_t {
-  kOutput,
-  kPresentKeyCache,
-  kPresentValueCache,
-  kPresentKeyScales,
-  kPresentValueScales,
-  kPresentHeadMap,
-};
+// Outputs by position.
+inline constexpr std::size_t kOutput = 0;
+inline constexpr std::size_t kPresentKeyCache = 1;
+inline constexpr std::size_t kPresentValueCache = 2;
+inline constexpr std::size_t kPresentKeyScales = 3;
+inline constexpr std::size_t kPresentValueScales = 4;
+inline constexpr std::size_t kPresentHeadMap = 5;
 
 inline constexpr Parameter kOutputs[] = {
     {"output", Type::T, 3, false},  // [B,S,H*Dv]
@@ -213,22 +207,21 @@ namespace shared_clustered_head_attention_v2 {
 inline constexpr char kOpType[] = "SharedClusteredHeadAttention";
 inline constexpr std::int64_t kVersion = 2;
 
-enum Input : std::size_t {
-  kQuery,
-  kKey,
-  kValue,
-  kKeyCache,
-  kValueCache,
-  kKeyScales,
-  kValueScales,
-  kPageTable,
-  kKeptHeadMap,
-  kPastHeadMap,
-  kPastLengths,
-  kLengths,
-  kSinks,
-  kAlibiSlopes,
-};
+// Inputs by position.
+inline constexpr std::size_t kQuery = 0;
+inline constexpr std::size_t kKey = 1;
+inline constexpr std::size_t kValue = 2;
+inline constexpr std::size_t kKeyCache = 3;
+inline constexpr std::size_t kValueCache = 4;
+inline constexpr std::size_t kKeyScales = 5;
+inline constexpr std::size_t kValueScales = 6;
+inline constexpr std::size_t kPageTable = 7;
+inline constexpr std::size_t kKeptHeadMap = 8;
+inline constexpr std::size_t kPastHeadMap = 9;
+inline constexpr std::size_t kPastLengths = 10;
+inline constexpr std::size_t kLengths = 11;
+inline constexpr std::size_t kSinks = 12;
+inline constexpr std::size_t kAlibiSlopes = 13;
 
 inline constexpr Parameter kInputs[] = {
     {"query", Type::T, 4, false},  // [B,H,S,D]
@@ -247,10 +240,9 @@ inline constexpr Parameter kInputs[] = {
     {"alibi_slopes", Type::A, 1, true},  // [H]
 };
 
-enum Output : std::size_t {
-  kOutput,
-  kPresentHeadMap,
-};
+// Outputs by position.
+inline constexpr std::size_t kOutput = 0;
+inline constexpr std::size_t kPresentHeadMap = 1;
 
 inline constexpr Parameter kOutputs[] = {
     {"output", Type::T, 3, false},  // [B,S,H*Dv]

@@ -10,6 +10,8 @@
 
 namespace chai {
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 struct SoftmaxState {
   float max = -FLT_MAX;  // largest score seen
   float sum = 0.0f;      // sum of exp2(score - max)
@@ -23,13 +25,23 @@ struct SoftmaxState {
     max = merged;
   }
 
+  // Include a logit that has no value: it takes its share of the sum and gives nothing. -inf is none.
+  CHAI_INLINE void include(float sink) {
+    if (sink > -HUGE_VALF) merge(SoftmaxState{sink, 1.0f});
+  }
+
   // What the unnormalised output of `part` counts in this state, after all parts were merged and with the
   // division by the sum included. The empty state (a row that sees no key) weighs nothing.
   CHAI_INLINE float weight_of(const SoftmaxState& part) const {
     return part.empty() ? 0.0f : exp2f(part.max - max) / sum;
   }
 
-  CHAI_INLINE float inverse_sum() const { return empty() ? 0.0f : 1.0f / sum; }
+  // What the unnormalised output counts when this is the whole row but for a sink.
+  CHAI_INLINE float weight_beside(float sink) const {
+    SoftmaxState whole = *this;
+    whole.include(sink);
+    return whole.weight_of(*this);
+  }
 };
 
 }  // namespace chai

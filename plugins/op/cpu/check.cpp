@@ -1,4 +1,6 @@
+#include <cmath>
 #include <string>
+#include <vector>
 
 #include "chai/attention.h"
 #include "chai/head_map.h"
@@ -10,10 +12,21 @@ std::string row_name(std::int64_t b) {
   return "row " + std::to_string(b) + ": ";
 }
 
+std::string check_storage(Storage storage, std::int64_t dim, std::int64_t group) {
+  if (!quantised(storage)) return "";
+  if (group < 1 || dim % group != 0) {
+    return "group must divide the head dim " + std::to_string(dim) + ", got " + std::to_string(group);
+  }
+  if (storage == Storage::kInt4 && group % 2 != 0) {
+    return "4 bits need an even group, got " + std::to_string(group);
+  }
+  return "";
+}
+
 std::string check_shape(const AttentionCall& call) {
   const AttentionShape& s = call.shape;
-  const std::int64_t dims[] = {s.batch, s.tokens,   s.heads,   s.kv_heads,
-                               s.kept,  s.capacity, s.key_dim, s.value_dim};
+  const std::int64_t dims[] = {s.batch, s.tokens,    s.heads,   s.kv_heads, s.kept,
+                               s.pages, s.page_size, s.entries, s.key_dim,  s.value_dim};
   for (std::int64_t dim : dims) {
     if (dim < 1) return "every dimension must be at least 1";
   }
@@ -27,7 +40,12 @@ std::string check_shape(const AttentionCall& call) {
   }
   if (call.probe_tokens < 1)
     return "probe_tokens must be at least 1, got " + std::to_string(call.probe_tokens);
-  return "";
+  if (call.window < 0) return "window must not be negative, got " + std::to_string(call.window);
+  if (!(call.softcap >= 0.0f) || std::isinf(call.softcap)) {
+    return "softcap must be finite and not negative, got " + std::to_string(call.softcap);
+  }
+  const std::string problem = check_storage(call.keys.storage, s.key_dim, call.group);
+  return problem.empty() ? check_storage(call.values.storage, s.value_dim, call.group) : problem;
 }
 
 std::string check_entries(const AttentionCall& call, const std::int32_t* map, std::int64_t b) {
@@ -82,9 +100,9 @@ std::string check_row(const AttentionCall& call, std::int64_t b) {
   }
   if (past < 0) return row_name(b) + "past_lengths is " + std::to_string(past) + ", must not be negative";
   if (new_tokens == 0) return "";
-  if (past + new_tokens > s.capacity) {
+  if (past + new_tokens > s.capacity()) {
     return row_name(b) + std::to_string(past) + " cached and " + std::to_string(new_tokens) +
-           " new tokens exceed the capacity " + std::to_string(s.capacity);
+           " new tokens exceed the capacity " + std::to_string(s.capacity());
   }
   const bool fresh = call.online && past == 0;
   if (!call.shared()) return fresh ? "" : check_kept(call, b);
@@ -92,12 +110,44 @@ std::string check_row(const AttentionCall& call, std::int64_t b) {
   return fresh || !problem.empty() ? problem : check_shared_map(call, b);
 }
 
+// Each row has the pages it needs, and writes to none but its own.
+std::string check_pages(const AttentionCall& call) {
+  const AttentionShape& s = call.shape;
+  std::vector<std::int32_t> uses(s.pages, 0);
+  const auto for_each_entry = [&](bool only_written, const auto& body) -> std::string {
+    for (std::int64_t b = 0; b < s.batch; ++b) {
+      if (call.lengths[b] == 0) continue;
+      const std::int64_t past = call.past_lengths[b], end = past + call.lengths[b];
+      const std::int64_t begin = only_written ? past : call.first_visible(past);
+      for (std::int64_t entry = begin / s.page_size; entry * s.page_size < end; ++entry) {
+        const std::string problem = body(b, entry, call.page_table[b * s.entries + entry]);
+        if (!problem.empty()) return row_name(b) + problem;
+      }
+    }
+    return "";
+  };
+  const std::string problem =
+      for_each_entry(false, [&](std::int64_t, std::int64_t entry, std::int32_t page) -> std::string {
+        if (page < 0 || page >= s.pages) {
+          return "page_table entry " + std::to_string(entry) + " is " + std::to_string(page) +
+                 ", the pool has " + std::to_string(s.pages) + " pages";
+        }
+        ++uses[page];
+        return "";
+      });
+  if (!problem.empty()) return problem;
+  return for_each_entry(true, [&](std::int64_t, std::int64_t, std::int32_t page) -> std::string {
+    if (uses[page] == 1) return "";
+    return "page " + std::to_string(page) + " is written to and stands in this call twice";
+  });
+}
+
 }  // namespace
 
 std::string check(const AttentionCall& call) {
   std::string problem = check_shape(call);
   for (std::int64_t b = 0; problem.empty() && b < call.shape.batch; ++b) problem = check_row(call, b);
-  return problem;
+  return problem.empty() ? check_pages(call) : problem;
 }
 
 }  // namespace chai

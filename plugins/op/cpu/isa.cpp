@@ -1,7 +1,7 @@
 #include <cstdlib>
 
 #include "chai/attention.h"
-#include "kernels.h"
+#include "op/cpu/kernels.h"
 
 namespace chai {
 
@@ -47,13 +47,13 @@ bool choose_isa(Isa* isa, std::string* error) {
   return false;
 }
 
-const Kernels& kernels(Isa isa, Storage storage) {
+const Kernels& kernels(Isa isa) {
 #if defined(CHAI_X86_KERNELS)
-  if (isa == Isa::kAvx512) return avx512::kernels(storage);
-  if (isa == Isa::kAvx2) return avx2::kernels(storage);
+  if (isa == Isa::kAvx512) return avx512::kKernels;
+  if (isa == Isa::kAvx2) return avx2::kKernels;
 #endif
   (void)isa;
-  return portable::kernels(storage);
+  return portable::kKernels;
 }
 
 }  // namespace chai

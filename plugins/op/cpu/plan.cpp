@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "op/cpu/plan.h"
 
 #include <algorithm>
 #include <cmath>
@@ -6,8 +6,6 @@
 
 namespace chai {
 namespace {
-
-constexpr float kLog2E = 1.4426950408889634f;
 
 // Rows with this many tokens or fewer are streamed: below it, reading the cache costs more than arithmetic.
 constexpr std::int64_t kMaxStreamTokens = 4;
@@ -36,21 +34,13 @@ std::int64_t root(std::vector<std::int64_t>& parent, std::int64_t i) {
 
 }  // namespace
 
-float score_scale(const AttentionCall& call) {
-  return call.scale != 0.0f ? call.scale : 1.0f / std::sqrt(static_cast<float>(call.shape.key_dim));
-}
-
-Plan::Plan(const AttentionCall& call, const std::vector<Row>& rows, std::size_t threads)
-    : call_(call),
-      shape_(call.shape),
-      element_(element_size(call.storage)),
-      log2_scale_(score_scale(call) * kLog2E) {
+Plan::Plan(const AttentionCall& call, const Common& common, const std::vector<Row>& rows, std::size_t threads)
+    : call_(call), shape_(call.shape), common_(common) {
   const std::int64_t wanted_tasks = kTasksPerThread * static_cast<std::int64_t>(threads);
-  const std::int64_t bytes_per_position =
-      element_ * (shape_.kept * shape_.key_dim + shape_.kv_heads * shape_.value_dim);
   std::int64_t stream_bytes = 0;
   for (const Row& row : rows) {
-    if (row.tokens() <= kMaxStreamTokens) stream_bytes += row.end() * bytes_per_position;
+    const std::int64_t seen = row.end() - call.first_visible(row.position());
+    if (row.tokens() <= kMaxStreamTokens) stream_bytes += seen * position_bytes(shape_.kept, shape_.kv_heads);
   }
   const std::int64_t bytes_per_task =
       std::clamp(stream_bytes / std::max<std::int64_t>(wanted_tasks, 1), kLeastTaskBytes, kMostTaskBytes);
@@ -69,39 +59,39 @@ Plan::Plan(const AttentionCall& call, const std::vector<Row>& rows, std::size_t 
   });
 }
 
-const void* Plan::slot_keys(const Row& row, std::int64_t kv_head) const {
-  const std::int64_t slot = row.slots.of_kv_head[kv_head];
-  return matrix(static_cast<const char*>(call_.present_key), row.index * shape_.kept + slot, shape_.capacity,
-                shape_.key_dim * element_);
+// Cache bytes of one position, for so many slots and value heads.
+std::int64_t Plan::position_bytes(std::int64_t slots, std::int64_t values) const {
+  const auto bytes = [&](const Pool& pool, std::int64_t dim) {
+    return row_bytes(pool.storage, dim) + 2 * row_scales(pool.storage, dim, call_.group);
+  };
+  return slots * bytes(call_.keys, shape_.key_dim) + values * bytes(call_.values, shape_.value_dim);
 }
 
 const void* Plan::query(const Row& row, std::int64_t head, std::int64_t token) const {
-  const std::int64_t row_bytes = shape_.key_dim * element_;
-  return matrix(static_cast<const char*>(call_.query), row.index * shape_.heads + head, shape_.tokens,
-                row_bytes) +
-         token * row_bytes;
+  return activations(call_, call_.query, row.index * shape_.heads + head, shape_.tokens, shape_.key_dim) +
+         token * row_bytes(call_.storage, shape_.key_dim);
 }
 
-const void* Plan::values(const Row& row, std::int64_t kv_head) const {
-  return matrix(static_cast<const char*>(call_.present_value), row.index * shape_.kv_heads + kv_head,
-                shape_.capacity, shape_.value_dim * element_);
+float Plan::slope(std::int64_t head) const {
+  return call_.slopes == nullptr ? 0.0f : call_.slopes[head] * kLog2E;
 }
 
 Target Plan::target(const Row& row, std::int64_t head) const {
   Target target;
   const std::int64_t token = row.index * shape_.tokens + row.exact;
-  target.output =
-      static_cast<char*>(call_.output) + (token * shape_.heads + head) * shape_.value_dim * element_;
+  target.output = static_cast<char*>(call_.output) +
+                  (token * shape_.heads + head) * row_bytes(call_.storage, shape_.value_dim);
+  target.sink = sink_of(call_, head) * kLog2E;
   return target;
 }
 
-void Plan::split(const Row& row, Target* target, std::int64_t parts, std::int64_t part_length) {
+void Plan::split(const Row& row, Target* target, std::int64_t parts) {
   const std::int64_t entries = parts * row.tokens();
   memory_.emplace_back(new float[entries * (shape_.value_dim + 2)]);
   target->state = reinterpret_cast<SoftmaxState*>(memory_.back().get());
+  std::fill_n(target->state, entries, SoftmaxState());
   target->partial = memory_.back().get() + 2 * entries;
-  merges_.push_back({*target, row.tokens(), row.position(), part_length, shape_.value_dim,
-                     shape_.heads * shape_.value_dim});
+  merges_.push_back({&common_, *target, row.tokens(), parts});
 }
 
 std::deque<Plan::Component> Plan::components(const Row& row) const {
@@ -120,29 +110,32 @@ std::deque<Plan::Component> Plan::components(const Row& row) const {
     if (component == nullptr) component = &all.emplace_back();
     component->kv_heads.push_back(g);
   }
-  std::vector<std::int32_t> query_of(shape_.heads, -1);  // of a representative, inside its component
-  std::vector<bool> represents(shape_.heads, false);
-  for (std::int64_t h = 0; h < shape_.heads; ++h) represents[row.head_map[h]] = true;
+  // Heads of one representative share its weights, unless each has a slope of its own.
+  std::vector<std::vector<std::int64_t>> served(shape_.heads);
+  for (std::int64_t h = 0; h < shape_.heads; ++h) served[row.head_map[h]].push_back(h);
+  std::vector<std::int32_t> query_of(shape_.heads, -1);  // of a query head, inside its component
   for (std::int64_t g = 0; g < shape_.kv_heads; ++g) {
-    // A layer that reads another's cache may leave kept KV heads unused.
-    const auto first_head = represents.begin() + g * group;
-    if (std::find(first_head, first_head + group, true) == first_head + group) continue;
-    Component& component = *of_root[root(parent, shape_.kv_heads + g)];
-    const auto first = static_cast<std::int32_t>(component.queries.size());
+    // Null for a KV head that no query head uses: it is not kept, or another layer's cache holds it.
+    Component* component = of_root[root(parent, shape_.kv_heads + g)];
+    if (component == nullptr) continue;
+    const auto first = static_cast<std::int32_t>(component->queries.size());
     for (std::int64_t r = g * group; r < (g + 1) * group; ++r) {
-      if (!represents[r]) continue;
-      query_of[r] = static_cast<std::int32_t>(component.queries.size());
-      component.queries.push_back(query(row, r, row.exact));
+      for (std::size_t i = 0; i < served[r].size(); ++i) {
+        const std::int64_t h = served[r][i];
+        if (i == 0 || call_.slopes != nullptr)
+          component->queries.push_back({query(row, r, row.exact), slope(h)});
+        query_of[h] = static_cast<std::int32_t>(component->queries.size()) - 1;
+      }
     }
-    const auto count = static_cast<std::int32_t>(component.queries.size()) - first;
-    component.slots.push_back({slot_keys(row, g), first, count});
+    const auto count = static_cast<std::int32_t>(component->queries.size()) - first;
+    component->slots.push_back({keys_of(call_, row, g), first, count});
   }
   for (Component& component : all) {
     for (std::int64_t g : component.kv_heads) {
       const auto first = static_cast<std::int32_t>(component.heads.size());
-      component.values.push_back({values(row, g), first, static_cast<std::int32_t>(group)});
+      component.values.push_back({values_of(call_, row, g), first, static_cast<std::int32_t>(group)});
       for (std::int64_t h = g * group; h < (g + 1) * group; ++h) {
-        component.heads.push_back({query_of[row.head_map[h]], target(row, h)});
+        component.heads.push_back({query_of[h], target(row, h)});
       }
     }
   }
@@ -152,18 +145,18 @@ std::deque<Plan::Component> Plan::components(const Row& row) const {
 void Plan::plan_streams(const Row& row, std::int64_t bytes_per_task) {
   for (Component& found : components(row)) {
     Component& component = components_.emplace_back(std::move(found));
-    const std::int64_t bytes_per_position =
-        element_ * (static_cast<std::int64_t>(component.slots.size()) * shape_.key_dim +
-                    static_cast<std::int64_t>(component.values.size()) * shape_.value_dim);
-    const std::int64_t part_length =
-        std::min(round_up(std::max<std::int64_t>(bytes_per_task / bytes_per_position, 1), kPartUnit),
-                 round_up(row.end(), kPartUnit));
-    const std::int64_t parts = divide_up(row.end(), part_length);
+    const std::int64_t bytes = position_bytes(static_cast<std::int64_t>(component.slots.size()),
+                                              static_cast<std::int64_t>(component.values.size()));
+    Range range{call_.first_visible(row.position()), row.end(), 0};
+    range.part_length = std::min(round_up(std::max<std::int64_t>(bytes_per_task / bytes, 1), kPartUnit),
+                                 round_up(range.end - range.first, kPartUnit));
+    const std::int64_t parts = range.parts();
     if (parts > 1) {
-      for (StreamTask::Head& head : component.heads) split(row, &head.target, parts, part_length);
+      for (StreamTask::Head& head : component.heads) split(row, &head.target, parts);
     }
     for (std::int64_t part = 0; part < parts; ++part) {
       StreamTask task;
+      task.common = &common_;
       task.slots = component.slots.data();
       task.num_slots = static_cast<std::int64_t>(component.slots.size());
       task.queries = component.queries.data();
@@ -173,13 +166,9 @@ void Plan::plan_streams(const Row& row, std::int64_t bytes_per_task) {
       task.heads = component.heads.data();
       task.tokens = row.tokens();
       task.position = row.position();
-      task.begin = part * part_length;
-      task.end = std::min(row.end(), task.begin + part_length);
+      task.begin = range.first + part * range.part_length;
+      task.end = std::min(range.end, task.begin + range.part_length);
       task.part_offset = part * row.tokens();
-      task.key_dim = shape_.key_dim;
-      task.value_dim = shape_.value_dim;
-      task.output_stride = shape_.heads * shape_.value_dim;
-      task.scale = log2_scale_;
       streams_.push_back(task);
     }
   }
@@ -189,51 +178,55 @@ void Plan::plan_tiles(const Row& row, std::int64_t wanted_tasks) {
   const std::int64_t group = shape_.heads / shape_.kv_heads;
   const std::int64_t blocks = divide_up(row.tokens(), kMaxTileTokens);
   const bool scarce = row.slots.used * blocks < wanted_tasks;
-  const std::int64_t most_heads = scarce ? kFewTileHeads : kMostTileHeads;
+  // A head with a slope of its own shares no weights.
+  const std::int64_t most_heads = call_.slopes != nullptr ? 1 : scarce ? kFewTileHeads : kMostTileHeads;
 
   // Clusters, the largest cut into pieces that compute their scores again.
+  struct Piece {
+    std::int64_t representative;
+    float slope;
+    std::vector<TileTask::Head>* heads;
+  };
   std::vector<std::vector<TileTask::Head>*> pieces_of(shape_.heads, nullptr);
-  std::vector<std::pair<std::int64_t, std::vector<TileTask::Head>*>> pieces;
-  std::vector<Target> targets;
+  std::vector<Piece> pieces;
   for (std::int64_t h = 0; h < shape_.heads; ++h) {
     const std::int64_t representative = row.head_map[h];
-    std::vector<TileTask::Head>*& piece = pieces_of[representative];
-    if (piece == nullptr || static_cast<std::int64_t>(piece->size()) == most_heads) {
-      piece = &tile_heads_.emplace_back();
-      pieces.emplace_back(representative, piece);
+    std::vector<TileTask::Head>*& heads = pieces_of[representative];
+    if (heads == nullptr || static_cast<std::int64_t>(heads->size()) == most_heads) {
+      heads = &tile_heads_.emplace_back();
+      pieces.push_back({representative, slope(h), heads});
     }
-    piece->push_back({values(row, h / group), target(row, h)});
+    heads->push_back({values_of(call_, row, h / group), target(row, h)});
   }
 
   // Few tasks and a long cache: the keys are split too.
   const std::int64_t tasks = static_cast<std::int64_t>(pieces.size()) * blocks;
   const std::int64_t wanted_parts = divide_up(wanted_tasks, tasks);
-  const std::int64_t part_length =
-      std::max(kLeastTilePart, round_up(divide_up(row.end(), wanted_parts), kPartUnit));
-  const std::int64_t parts = divide_up(row.end(), part_length);
-  for (auto& [representative, heads] : pieces) {
+  Range range{call_.first_visible(row.position()), row.end(), 0};
+  range.part_length =
+      std::max(kLeastTilePart, round_up(divide_up(range.end - range.first, wanted_parts), kPartUnit));
+  const std::int64_t parts = range.parts();
+  for (const Piece& piece : pieces) {
     if (parts > 1) {
-      for (TileTask::Head& head : *heads) split(row, &head.target, parts, part_length);
+      for (TileTask::Head& head : *piece.heads) split(row, &head.target, parts);
     }
     for (std::int64_t first = 0; first < row.tokens(); first += kMaxTileTokens) {
       TileTask task;
-      task.query = query(row, representative, row.exact + first);
-      task.keys = slot_keys(row, representative / group);
-      task.heads = heads->data();
-      task.num_heads = static_cast<std::int64_t>(heads->size());
+      task.common = &common_;
+      task.query = query(row, piece.representative, row.exact + first);
+      task.slope = piece.slope;
+      task.keys = keys_of(call_, row, piece.representative / group);
+      task.heads = piece.heads->data();
+      task.num_heads = static_cast<std::int64_t>(piece.heads->size());
       task.tokens = std::min(kMaxTileTokens, row.tokens() - first);
       task.position = row.position() + first;
       task.first = first;
-      task.key_dim = shape_.key_dim;
-      task.value_dim = shape_.value_dim;
-      task.output_stride = shape_.heads * shape_.value_dim;
-      task.scale = log2_scale_;
-      const std::int64_t end = task.position + task.tokens;
-      for (std::int64_t part = 0; part * part_length < end; ++part) {
-        task.begin = part * part_length;
-        task.end = parts > 1 ? std::min(end, task.begin + part_length) : end;
+      const std::int64_t oldest = call_.first_visible(task.position), end = task.position + task.tokens;
+      for (std::int64_t part = 0; part < parts; ++part) {
+        task.begin = std::max(oldest, range.first + part * range.part_length);
+        task.end = std::min(end, range.first + (part + 1) * range.part_length);
         task.part_offset = part * row.tokens();
-        tiles_.push_back(task);
+        if (task.begin < task.end) tiles_.push_back(task);
       }
     }
   }

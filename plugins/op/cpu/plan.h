@@ -1,4 +1,4 @@
-// How one call is cut into tasks: per active row its head map and slots, and the tasks that attend.
+// How the attention of a call's rows is cut into tasks.
 #pragma once
 
 #include <cstddef>
@@ -8,40 +8,16 @@
 #include <vector>
 
 #include "chai/attention.h"
-#include "chai/head_map.h"
-#include "kernels.h"
+#include "op/cpu/call_rows.h"
+#include "op/cpu/kernels.h"
 
 namespace chai {
 
-inline std::int64_t element_size(Storage storage) {
-  return storage == Storage::kFloat32 ? 4 : 2;
-}
-
-// Start of a [position][dim] matrix inside a contiguous tensor [batch][heads][positions][dim].
-template <typename Byte>
-Byte* matrix(Byte* tensor, std::int64_t index, std::int64_t positions, std::int64_t row_bytes) {
-  return tensor + index * positions * row_bytes;
-}
-
-// One active row (lengths > 0).
-struct Row {
-  std::int64_t index = 0;       // b
-  std::int64_t past = 0;        // n
-  std::int64_t new_tokens = 0;  // m
-  bool fresh = false;
-  std::int64_t exact = 0;  // the first tokens, which the probe computes
-  std::vector<std::int32_t> head_map;
-  Slots slots;
-
-  std::int64_t tokens() const { return new_tokens - exact; }  // computed by representative
-  std::int64_t position() const { return past + exact; }      // of the first of them
-  std::int64_t end() const { return past + new_tokens; }
-};
-
 class Plan {
  public:
-  // The caches must hold the new rows before a task runs. The plan points into the call's tensors.
-  Plan(const AttentionCall& call, const std::vector<Row>& rows, std::size_t threads);
+  // The caches must hold the new rows before a task runs. The plan points into the call's tensors and
+  // `common`.
+  Plan(const AttentionCall& call, const Common& common, const std::vector<Row>& rows, std::size_t threads);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
@@ -54,25 +30,30 @@ class Plan {
   struct Component {
     std::vector<std::int64_t> kv_heads;
     std::vector<StreamTask::Slot> slots;
-    std::vector<const void*> queries;
+    std::vector<StreamTask::Query> queries;
     std::vector<StreamTask::Value> values;
     std::vector<StreamTask::Head> heads;
-    std::vector<std::int64_t> head_indices;
+  };
+
+  // Positions [first, end) of a row in parts of part_length.
+  struct Range {
+    std::int64_t first, end, part_length;
+
+    std::int64_t parts() const { return (end - first + part_length - 1) / part_length; }
   };
 
   void plan_streams(const Row& row, std::int64_t bytes_per_task);
   void plan_tiles(const Row& row, std::int64_t wanted_tasks);
   std::deque<Component> components(const Row& row) const;
   Target target(const Row& row, std::int64_t head) const;
-  void split(const Row& row, Target* target, std::int64_t parts, std::int64_t part_length);
-  const void* slot_keys(const Row& row, std::int64_t kv_head) const;
+  void split(const Row& row, Target* target, std::int64_t parts);
   const void* query(const Row& row, std::int64_t head, std::int64_t token) const;
-  const void* values(const Row& row, std::int64_t kv_head) const;
+  float slope(std::int64_t head) const;
+  std::int64_t position_bytes(std::int64_t slots, std::int64_t values) const;
 
   const AttentionCall& call_;
   const AttentionShape& shape_;
-  std::int64_t element_;
-  float log2_scale_;
+  const Common& common_;
   std::vector<StreamTask> streams_;
   std::vector<TileTask> tiles_;
   std::vector<MergeTask> merges_;
@@ -80,8 +61,5 @@ class Plan {
   std::deque<std::vector<TileTask::Head>> tile_heads_;
   std::vector<std::unique_ptr<float[]>> memory_;
 };
-
-// Natural-unit factor on the scores of a call.
-float score_scale(const AttentionCall& call);
 
 }  // namespace chai

@@ -6,8 +6,9 @@
 // used for every value head of the cluster; the accumulators of all of them stay in the core's cache.
 #pragma once
 
-#include "kernels.h"
-#include "vector.h"
+#include "op/cpu/kernels.h"
+#include "op/cpu/row_kernels.h"
+#include "op/cpu/vector.h"
 
 namespace chai {
 namespace CHAI_ISA {
@@ -30,7 +31,7 @@ static_assert(kMaxTileTokens % kGroup == 0 && kGroup % kQueryRows == 0, "tiles m
 struct TileScratch {
   float* queries;  // [group][key_dim][kGroup], scaled
   float* weights;  // [group][kKeyBlock + kKeyRows][kGroup], scores first
-  float* keys;     // [kKeyBlock][key_dim], used when the cache is not float32
+  float* rows;     // [kKeyBlock][key_dim], then [kKeyBlock][value_dim]: the block's rows as floats
   float* values;   // [panel][kPanelStride]: [kKeyBlock][kPanel] each
   float* sums;     // [head][kMaxTileTokens][columns]
   float* max;      // [kMaxTileTokens]
@@ -41,13 +42,14 @@ struct TileScratch {
   static constexpr std::int64_t kWeights = (kKeyBlock + kKeyRows) * kGroup;
 
   static std::size_t size(const TileTask& task) {
-    const std::int64_t columns = round_up(task.value_dim, kPanel);
-    return task.key_dim * (kMaxTileTokens + kKeyBlock) + kGroups * kWeights +
-           columns / kPanel * kPanelStride + task.num_heads * kMaxTileTokens * columns + 3 * kMaxTileTokens +
-           64;
+    const Common& common = *task.common;
+    const std::int64_t columns = round_up(common.value_dim, kPanel);
+    return common.key_dim * kMaxTileTokens + kKeyBlock * most(common.key_dim, common.value_dim) +
+           kGroups * kWeights + columns / kPanel * kPanelStride + task.num_heads * kMaxTileTokens * columns +
+           3 * kMaxTileTokens + 64;
   }
 
-  TileScratch(const TileTask& task, float* memory) : columns(round_up(task.value_dim, kPanel)) {
+  TileScratch(const TileTask& task, float* memory) : columns(round_up(task.common->value_dim, kPanel)) {
     weights = memory;
     values = weights + kGroups * kWeights;
     sums = values + columns / kPanel * kPanelStride;
@@ -55,47 +57,48 @@ struct TileScratch {
     sum = max + kMaxTileTokens;
     rescale = sum + kMaxTileTokens;
     queries = rescale + kMaxTileTokens;
-    keys = queries + kMaxTileTokens * task.key_dim;
+    rows = queries + kMaxTileTokens * task.common->key_dim;
   }
 };
 
-template <typename T>
-void pack_queries(const TileTask& task, float* packed) {
-  const T* query = static_cast<const T*>(task.query);
-  for (std::int64_t first = 0; first < task.tokens; first += kGroup) {
-    for (std::int64_t lane = 0; lane < kGroup; ++lane) {
-      float* to = packed + first * task.key_dim + lane;
-      const std::int64_t token = first + lane;
-      for (std::int64_t d = 0; d < task.key_dim; ++d) {
-        to[d * kGroup] = token < task.tokens ? load_one(query + token * task.key_dim + d) * task.scale : 0.0f;
-      }
+inline void pack_queries(const TileTask& task, float* row, float* packed) {
+  const Common& common = *task.common;
+  const std::int64_t dim = common.key_dim;
+  for (std::int64_t token = 0; token < round_up(task.tokens, kGroup); ++token) {
+    if (token < task.tokens) {
+      const auto* query = static_cast<const char*>(task.query) + token * dim * common.element->size;
+      common.element->widen(row, query, dim, common.scale);
+    } else {
+      __builtin_memset(row, 0, dim * sizeof(float));
     }
+    float* to = packed + token / kGroup * kGroup * dim + token % kGroup;
+    for (std::int64_t d = 0; d < dim; ++d) to[d * kGroup] = row[d];
   }
 }
 
-CHAI_INLINE const float* key_rows(const float* cache, std::int64_t, std::int64_t, float*) {
-  return cache;
-}
-
-template <typename T>
-CHAI_INLINE const float* key_rows(const T* cache, std::int64_t rows, std::int64_t dim, float* widened) {
-  widen(widened, cache, rows * dim, 1.0f);
-  return widened;
+// Positions [first, first + count) as floats. A block of float32 that lies in one page is used where it is.
+inline const float* float_rows(const PagedRows& paged, const RowKernels& kernel, std::int64_t first,
+                               std::int64_t count, std::int64_t dim, std::int64_t group, float* to) {
+  const RowBlock block = paged.block(first, first + count);
+  if (block.count == count && &kernel == &kFloat32Rows) return reinterpret_cast<const float*>(block.rows);
+  for_each_block(paged, first, first + count, [&](const RowBlock& rows, std::int64_t position) {
+    kernel.load(to + (position - first) * dim, rows, dim, group);
+  });
+  return to;
 }
 
 // Columns in panels of kPanel, so that the product reads them in order; columns past value_dim are zero.
 // Row by row, since the cache is read fastest in one ascending stream.
-template <typename T>
-void pack_values(const T* cache, std::int64_t rows, std::int64_t dim, float* packed) {
-  for (std::int64_t r = 0; r < rows; ++r, cache += dim, packed += kPanel) {
+inline void pack_values(const float* values, std::int64_t rows, std::int64_t dim, float* packed) {
+  for (std::int64_t r = 0; r < rows; ++r, values += dim, packed += kPanel) {
     float* to = packed;
     std::int64_t column = 0;
     for (; column + kPanel <= dim; column += kPanel, to += kPanelStride) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kValueVectors; ++v) store(to + v * kLanes, load(cache + column + v * kLanes));
+      for (int v = 0; v < kValueVectors; ++v) store(to + v * kLanes, load(values + column + v * kLanes));
     }
     for (std::int64_t v = 0; column < dim && v < kPanel; ++v) {
-      to[v] = column + v < dim ? load_one(cache + column + v) : 0.0f;
+      to[v] = column + v < dim ? values[column + v] : 0.0f;
     }
   }
 }
@@ -125,28 +128,65 @@ CHAI_INLINE void score_tile(const float* queries, const float* keys, std::int64_
   }
 }
 
-// Scores of a block become weights. Query `lane` sees the first visible + lane keys of the block (visible
-// may be 0 or less); the block has `rows` keys that any query of the group sees.
-CHAI_INLINE void soften_block(float* scores, std::int64_t rows, std::int64_t visible, float* max, float* sum,
+// The soft cap and the slope on a block of scores. `distance` is the first key's position less the first
+// query's.
+inline void add_block_terms(float* scores, std::int64_t rows, float softcap, float slope, float distance) {
+  const float inverse = softcap == 0.0f ? 0.0f : 1.0f / softcap;
+  for (std::int64_t k = 0; k < rows; ++k) {
+    for (int v = 0; v < kQueryVectors; ++v) {
+      float* at = scores + k * kGroup + v * kLanes;
+      Vec score = load(at);
+      if (softcap != 0.0f) score = tanh_of(score * inverse) * softcap;
+      const Vec ahead = static_cast<float>(k) + distance - (lane_numbers() + static_cast<float>(v * kLanes));
+      store(at, score + ahead * slope);
+    }
+  }
+}
+
+// Which keys of a block the queries of a group see: query `lane` those from oldest + lane (at least 0) up to,
+// but not including, visible + lane. Both may be negative.
+struct Visible {
+  std::int64_t oldest, visible;
+
+  // Keys [first_open, open) are seen by every query.
+  CHAI_INLINE std::int64_t first_open(std::int64_t rows) const {
+    return most(0, least(rows, oldest + kGroup - 1));
+  }
+  CHAI_INLINE std::int64_t open(std::int64_t rows) const {
+    return most(first_open(rows), least(rows, visible));
+  }
+};
+
+// Scores of a block become weights. The block has `rows` keys that any query of the group may see.
+CHAI_INLINE void soften_block(float* scores, std::int64_t rows, const Visible& range, float* max, float* sum,
                               float* rescale) {
-  const std::int64_t open = most(0, least(rows, visible));  // keys before this one are seen by every query
-  Vec best[kQueryVectors], limit[kQueryVectors];
+  const std::int64_t first_open = range.first_open(rows), open = range.open(rows);
+  Vec best[kQueryVectors], oldest[kQueryVectors], limit[kQueryVectors];
 #pragma GCC unroll 3
   for (int v = 0; v < kQueryVectors; ++v) {
     best[v] = load(max + v * kLanes);
-    limit[v] = lane_numbers() + static_cast<float>(visible + v * kLanes);
+    oldest[v] = lane_numbers() + static_cast<float>(range.oldest + v * kLanes);
+    limit[v] = lane_numbers() + static_cast<float>(range.visible + v * kLanes);
   }
-  for (std::int64_t k = 0; k < open; ++k) {
+  const auto sees = [&](std::int64_t k, int v) {
+    const Vec key = splat(static_cast<float>(k));
+    return (key >= oldest[v]) & (key < limit[v]);
+  };
+  const auto raise = [&](std::int64_t from, std::int64_t to) {
+    for (std::int64_t k = from; k < to; ++k) {
+#pragma GCC unroll 3
+      for (int v = 0; v < kQueryVectors; ++v) {
+        const Vec score = load(scores + k * kGroup + v * kLanes);
+        best[v] = sees(k, v) ? larger(score, best[v]) : best[v];
+      }
+    }
+  };
+  raise(0, first_open);
+  for (std::int64_t k = first_open; k < open; ++k) {
 #pragma GCC unroll 3
     for (int v = 0; v < kQueryVectors; ++v) best[v] = larger(load(scores + k * kGroup + v * kLanes), best[v]);
   }
-  for (std::int64_t k = open; k < rows; ++k) {
-#pragma GCC unroll 3
-    for (int v = 0; v < kQueryVectors; ++v) {
-      const Vec score = load(scores + k * kGroup + v * kLanes);
-      best[v] = splat(static_cast<float>(k)) < limit[v] ? larger(score, best[v]) : best[v];
-    }
-  }
+  raise(open, rows);
   Vec total[kQueryVectors];
 #pragma GCC unroll 3
   for (int v = 0; v < kQueryVectors; ++v) {
@@ -155,7 +195,20 @@ CHAI_INLINE void soften_block(float* scores, std::int64_t rows, std::int64_t vis
     store(max + v * kLanes, best[v]);
     total[v] = load(sum + v * kLanes) * factor;
   }
-  for (std::int64_t k = 0; k < open; ++k) {
+  const auto weigh = [&](std::int64_t from, std::int64_t to) {
+    for (std::int64_t k = from; k < to; ++k) {
+#pragma GCC unroll 3
+      for (int v = 0; v < kQueryVectors; ++v) {
+        float* at = scores + k * kGroup + v * kLanes;
+        const Vec seen = exp2_nonpositive(load(at) - best[v]);
+        const Vec weight = sees(k, v) ? seen : Vec{};
+        store(at, weight);
+        total[v] += weight;
+      }
+    }
+  };
+  weigh(0, first_open);
+  for (std::int64_t k = first_open; k < open; ++k) {
 #pragma GCC unroll 3
     for (int v = 0; v < kQueryVectors; ++v) {
       float* at = scores + k * kGroup + v * kLanes;
@@ -164,16 +217,7 @@ CHAI_INLINE void soften_block(float* scores, std::int64_t rows, std::int64_t vis
       total[v] += weight;
     }
   }
-  for (std::int64_t k = open; k < rows; ++k) {
-#pragma GCC unroll 3
-    for (int v = 0; v < kQueryVectors; ++v) {
-      float* at = scores + k * kGroup + v * kLanes;
-      const Vec seen = exp2_nonpositive(load(at) - best[v]);
-      const Vec weight = splat(static_cast<float>(k)) < limit[v] ? seen : Vec{};
-      store(at, weight);
-      total[v] += weight;
-    }
-  }
+  weigh(open, rows);
 #pragma GCC unroll 3
   for (int v = 0; v < kQueryVectors; ++v) store(sum + v * kLanes, total[v]);
 }
@@ -214,33 +258,39 @@ CHAI_INLINE std::int64_t visible_keys(const TileTask& task, std::int64_t first, 
 }
 
 // Weights of one block of keys for all groups of queries.
-template <typename T>
-void tile_weights(const TileTask& task, std::int64_t first, std::int64_t rows, const TileScratch& scratch) {
-  const T* cache = static_cast<const T*>(task.keys) + first * task.key_dim;
-  const float* keys = key_rows(cache, rows, task.key_dim, scratch.keys);
+inline void tile_weights(const TileTask& task, std::int64_t first, std::int64_t rows,
+                         const TileScratch& scratch) {
+  const Common& common = *task.common;
+  const std::int64_t dim = common.key_dim;
+  const float* keys = float_rows(task.keys, *common.keys, first, rows, dim, common.group, scratch.rows);
   for (std::int64_t token = 0; token < task.tokens; token += kGroup) {
     const std::int64_t last = least(token + kGroup, task.tokens) - 1;
     const std::int64_t seen = least(rows, visible_keys(task, first, last));
+    const std::int64_t visible = visible_keys(task, first, token);
+    const Visible range{common.window > 0 ? visible - common.window : -first - kGroup, visible};
     float* weights = scratch.weights + token / kGroup * TileScratch::kWeights;
-    for (std::int64_t k = 0; k < seen; k += kKeyRows) {
-      score_tile(scratch.queries + token * task.key_dim, keys + k * task.key_dim, rows - k, task.key_dim,
-                 weights + k * kGroup);
-    }
-    if (seen > 0) {
-      soften_block(weights, seen, visible_keys(task, first, token), scratch.max + token, scratch.sum + token,
-                   scratch.rescale + token);
-    } else {
+    if (seen <= 0) {
       for (std::int64_t lane = 0; lane < kGroup; ++lane) scratch.rescale[token + lane] = 1.0f;
+      continue;
     }
+    for (std::int64_t k = 0; k < seen; k += kKeyRows) {
+      score_tile(scratch.queries + token * dim, keys + k * dim, rows - k, dim, weights + k * kGroup);
+    }
+    if (common.softcap != 0.0f || task.slope != 0.0f) {
+      add_block_terms(weights, seen, common.softcap, task.slope,
+                      static_cast<float>(first - task.position - token));
+    }
+    soften_block(weights, seen, range, scratch.max + token, scratch.sum + token, scratch.rescale + token);
   }
 }
 
 // One value head's share of a block of keys.
-template <typename T>
-void tile_values(const TileTask& task, std::int64_t head, std::int64_t first, std::int64_t rows,
-                 const TileScratch& scratch) {
-  const T* cache = static_cast<const T*>(task.heads[head].values) + first * task.value_dim;
-  pack_values(cache, rows, task.value_dim, scratch.values);
+inline void tile_values(const TileTask& task, std::int64_t head, std::int64_t first, std::int64_t rows,
+                        const TileScratch& scratch) {
+  const Common& common = *task.common;
+  const float* from = float_rows(task.heads[head].values, *common.values, first, rows, common.value_dim,
+                                 common.group, scratch.rows);
+  pack_values(from, rows, common.value_dim, scratch.values);
   float* head_sums = scratch.sums + head * kMaxTileTokens * scratch.columns;
   for (std::int64_t column = 0; column < scratch.columns; column += kPanel) {
     const float* values = scratch.values + column / kPanel * kPanelStride;
@@ -255,8 +305,8 @@ void tile_values(const TileTask& task, std::int64_t head, std::int64_t first, st
   }
 }
 
-template <typename T>
-void tile_finish(const TileTask& task, std::int64_t head, const TileScratch& scratch) {
+inline void tile_finish(const TileTask& task, std::int64_t head, const TileScratch& scratch) {
+  const Common& common = *task.common;
   const Target& target = task.heads[head].target;
   const float* head_sums = scratch.sums + head * kMaxTileTokens * scratch.columns;
   for (std::int64_t token = 0; token < task.tokens; ++token) {
@@ -267,18 +317,18 @@ void tile_finish(const TileTask& task, std::int64_t head, const TileScratch& scr
     if (target.partial) {
       const std::int64_t at = task.part_offset + task.first + token;
       target.state[at] = state;
-      __builtin_memcpy(target.partial + at * task.value_dim, sums, task.value_dim * sizeof(float));
+      __builtin_memcpy(target.partial + at * common.value_dim, sums, common.value_dim * sizeof(float));
     } else {
-      narrow(static_cast<T*>(target.output) + (task.first + token) * task.output_stride, sums, task.value_dim,
-             state.inverse_sum());
+      auto* to = static_cast<char*>(target.output) +
+                 (task.first + token) * common.output_stride * common.element->size;
+      common.element->narrow(to, sums, common.value_dim, state.weight_beside(target.sink));
     }
   }
 }
 
-template <typename T>
-void tile(const TileTask& task, float* memory) {
+inline void tile(const TileTask& task, float* memory) {
   const TileScratch scratch(task, memory);
-  pack_queries<T>(task, scratch.queries);
+  pack_queries(task, scratch.rows, scratch.queries);
   for (std::int64_t token = 0; token < kMaxTileTokens; ++token) {
     scratch.max[token] = -FLT_MAX;
     scratch.sum[token] = 0.0f;
@@ -286,11 +336,10 @@ void tile(const TileTask& task, float* memory) {
   __builtin_memset(scratch.sums, 0, task.num_heads * kMaxTileTokens * scratch.columns * sizeof(float));
   for (std::int64_t first = task.begin; first < task.end; first += kKeyBlock) {
     const std::int64_t rows = least(kKeyBlock, task.end - first);
-    tile_weights<T>(task, first, rows, scratch);
-    for (std::int64_t head = 0; head < task.num_heads; ++head)
-      tile_values<T>(task, head, first, rows, scratch);
+    tile_weights(task, first, rows, scratch);
+    for (std::int64_t head = 0; head < task.num_heads; ++head) tile_values(task, head, first, rows, scratch);
   }
-  for (std::int64_t head = 0; head < task.num_heads; ++head) tile_finish<T>(task, head, scratch);
+  for (std::int64_t head = 0; head < task.num_heads; ++head) tile_finish(task, head, scratch);
 }
 
 }  // namespace CHAI_ISA

@@ -112,6 +112,41 @@ CHAI_INLINE float load_one(const Float16* from) {
   return half_to_float(from->bits);
 }
 
+// kLanes bytes as integers, and signed ones as floats.
+typedef std::uint8_t ByteVec __attribute__((vector_size(kLanes)));
+typedef std::int8_t SignedByteVec __attribute__((vector_size(kLanes)));
+
+CHAI_INLINE IntVec load_bytes(const std::uint8_t* from) {
+#if defined(__AVX512F__)
+  return bit_cast<IntVec>(
+      _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__) && CHAI_LANES == 8
+  return bit_cast<IntVec>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  ByteVec bytes;
+  __builtin_memcpy(&bytes, from, sizeof(bytes));
+  return __builtin_convertvector(bytes, IntVec);
+#endif
+}
+
+CHAI_INLINE Vec to_floats(IntVec v) {
+  return __builtin_convertvector(v, Vec);
+}
+
+CHAI_INLINE Vec load(const std::int8_t* from) {
+#if defined(__AVX512F__)
+  return to_floats(bit_cast<IntVec>(
+      _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
+#elif defined(__AVX2__) && CHAI_LANES == 8
+  return to_floats(
+      bit_cast<IntVec>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
+#else
+  SignedByteVec bytes;
+  __builtin_memcpy(&bytes, from, sizeof(bytes));
+  return to_floats(__builtin_convertvector(bytes, IntVec));
+#endif
+}
+
 // --- Stores: floats to storage, rounded to nearest even --------------------------------------------------
 
 CHAI_INLINE void store(float* to, Vec v) {
@@ -193,6 +228,26 @@ CHAI_INLINE Vec exp2_nonpositive(Vec x) {
   const Vec scale = bit_cast<Vec>((exponent + 127) << 23);
   return x < kSmallest ? Vec{} : power * scale;
 }
+
+// tanh(x), relative error below 1e-6 but near 0, where the error is absolute.
+CHAI_INLINE Vec tanh_of(Vec x) {
+  const Vec size = x < 0.0f ? -x : x;
+  const Vec e = exp2_nonpositive(size * -2.8853900817779268f);  // exp(-2 |x|)
+  const Vec t = (1.0f - e) / (1.0f + e);
+  return x < 0.0f ? -t : t;
+}
+
+// Elements alternating from a and b: the first half of the result, and the second.
+#if CHAI_LANES == 16
+constexpr IntVec kFirstHalf = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+constexpr IntVec kSecondHalf = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+#elif CHAI_LANES == 8
+constexpr IntVec kFirstHalf = {0, 8, 1, 9, 2, 10, 3, 11};
+constexpr IntVec kSecondHalf = {4, 12, 5, 13, 6, 14, 7, 15};
+#else
+constexpr IntVec kFirstHalf = {0, 4, 1, 5};
+constexpr IntVec kSecondHalf = {2, 6, 3, 7};
+#endif
 
 CHAI_INLINE std::int64_t least(std::int64_t a, std::int64_t b) {
   return a < b ? a : b;

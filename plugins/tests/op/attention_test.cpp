@@ -1,9 +1,11 @@
 // Random calls against attention written down plainly in double, for every storage type and instruction set,
-// with tasks run in reverse, in parallel, in place and not. What the op must not read is not a number.
+// with tasks run in reverse, in parallel, in place and not, on caches in pages and in every storage. What the
+// op must not read is not a number.
 #include "chai/attention.h"
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -17,7 +19,7 @@
 
 #if defined(CHAI_TEST_WIDE)
 namespace chai::wide {
-const Kernels& kernels(Storage storage);
+extern const Kernels kKernels;
 }
 #endif
 
@@ -74,11 +76,38 @@ double get(const Bytes& tensor, Storage storage, std::size_t i) {
   return half & 0x8000 ? -magnitude : magnitude;
 }
 
+// The pool of keys or of values, as the test sees it.
+struct TestPool {
+  Storage storage;
+  std::int64_t heads, dim, group;
+  Bytes past, present, past_scales, present_scales;
+
+  std::int64_t row_bytes() const { return chai::row_bytes(storage, dim); }
+  std::int64_t row_scales() const { return chai::row_scales(storage, dim, group); }
+  double value(std::int64_t row, std::int64_t d) const {
+    if (!chai::quantised(storage)) return get(present, storage, row * dim + d);
+    const std::int64_t scales = row * row_scales();
+    const double scale = get(present_scales, Storage::kFloat16, scales + d / group);
+    if (storage == Storage::kInt8) return static_cast<signed char>(present[row * dim + d]) * scale;
+    const unsigned char both = present[(row * dim + d) / 2];
+    const double minimum = get(present_scales, Storage::kFloat16, scales + dim / group + d / group);
+    return (d % 2 ? both >> 4 : both & 15) * scale + minimum;
+  }
+};
+
 struct Problem {
   chai::AttentionCall call;
-  Bytes query, key, value, past_key, past_value, output, present_key, present_value;
-  std::vector<std::int32_t> past_head_map, past_lengths, lengths, present_head_map;
+  Bytes query, key, value, output;
+  TestPool keys, values;
+  std::vector<std::int32_t> page_table, past_head_map, past_lengths, lengths, present_head_map;
   bool in_place = false;
+
+  // Where a position of a row lies in a pool, counted in rows.
+  std::int64_t place(const TestPool& pool, std::int64_t b, std::int64_t head, std::int64_t position) const {
+    const chai::AttentionShape& s = call.shape;
+    const std::int64_t page = page_table[b * s.entries + position / s.page_size];
+    return (page * pool.heads + head) * s.page_size + position % s.page_size;
+  }
 };
 
 class Generator {
@@ -106,6 +135,38 @@ void poison(Bytes* tensor, Storage storage, std::int64_t matrix, std::int64_t ro
   }
 }
 
+// Not a number everywhere but in the positions that rows have; codes are any bytes.
+void fill(Problem* p, TestPool* pool, Generator* random) {
+  const chai::AttentionShape& s = p->call.shape;
+  const std::int64_t rows = s.pages * pool->heads * s.page_size;
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const bool quantised = chai::quantised(pool->storage);
+  pool->past.resize(rows * pool->row_bytes());
+  pool->past_scales.resize(rows * pool->row_scales() * 2);
+  for (unsigned char& byte : pool->past) byte = static_cast<unsigned char>(random->between(0, 255));
+  for (std::int64_t i = 0; i < rows * pool->row_scales(); ++i)
+    put(&pool->past_scales, Storage::kFloat16, i, nan);
+  for (std::int64_t i = 0; !quantised && i < rows * pool->dim; ++i) put(&pool->past, pool->storage, i, nan);
+  for (std::int64_t b = 0; b < s.batch; ++b) {
+    for (std::int64_t head = 0; head < pool->heads; ++head) {
+      for (std::int64_t t = 0; t < p->past_lengths[b]; ++t) {
+        const std::int64_t row = p->place(*pool, b, head, t);
+        for (std::int64_t i = 0; i < pool->row_scales(); ++i) {
+          put(&pool->past_scales, Storage::kFloat16, row * pool->row_scales() + i, random->value() / 128.0f);
+        }
+        for (std::int64_t d = 0; !quantised && d < pool->dim; ++d) {
+          put(&pool->past, pool->storage, row * pool->dim + d, random->value());
+        }
+      }
+    }
+  }
+}
+
+Storage cache_storage(Generator* random, Storage storage) {
+  const Storage any[] = {storage, storage, Storage::kFloat16, Storage::kInt8, Storage::kInt4};
+  return any[random->between(0, 4)];
+}
+
 // Rows are fresh, continued, decoding or inactive; large ones exercise blocks and parts.
 Problem make_problem(Generator* random, Storage storage, bool large) {
   Problem p;
@@ -115,30 +176,45 @@ Problem make_problem(Generator* random, Storage storage, bool large) {
   s.kv_heads = random->between(1, large ? 3 : 6);
   s.heads = s.kv_heads * group;
   s.kept = random->between(1, s.kv_heads);
-  s.key_dim = random->between(1, 40);
-  s.value_dim = random->between(1, 70);
   s.tokens = random->between(1, large ? 450 : 12);
-  s.capacity = s.tokens + random->between(0, large ? 900 : 30);
+  s.page_size = random->between(0, 2) ? random->between(1, 70) : 2000;
+  s.entries = (s.tokens + random->between(0, large ? 900 : 30)) / s.page_size + 1;
+  s.pages = s.batch * s.entries + 2;
   p.call.storage = storage;
+  p.call.keys.storage = cache_storage(random, storage);
+  p.call.values.storage = cache_storage(random, storage);
+  p.call.group = std::int64_t{2} << random->between(0, 4);
+  const bool grouped = chai::quantised(p.call.keys.storage) || chai::quantised(p.call.values.storage);
+  s.key_dim = grouped ? p.call.group * random->between(1, 4) : random->between(1, 40);
+  s.value_dim = grouped ? p.call.group * random->between(1, 4) : random->between(1, 70);
   p.call.probe_tokens = random->between(1, 8);
   p.call.online = random->between(0, 3) != 0;
   p.call.scale = random->between(0, 1) ? 0.11f : 0.0f;
+  p.call.window = random->between(0, 2) ? 0 : random->between(1, 40);
   p.in_place = random->between(0, 1) != 0;
+  const std::int64_t capacity = std::min(s.capacity(), s.tokens + 930);
   for (std::int64_t b = 0; b < s.batch; ++b) {
     const std::int64_t kind = random->between(0, 4);
     const std::int64_t m = kind == 0 ? 0 : kind == 1 ? 1 : random->between(1, s.tokens);
     p.lengths.push_back(static_cast<std::int32_t>(m));
-    p.past_lengths.push_back(static_cast<std::int32_t>(kind < 3 ? random->between(0, s.capacity - m) : 0));
+    p.past_lengths.push_back(static_cast<std::int32_t>(kind < 3 ? random->between(0, capacity - m) : 0));
     std::vector<std::int32_t> points(s.heads), map(s.heads);
     for (std::int32_t& point : points) point = static_cast<std::int32_t>(random->between(0, 99));
     chai::cluster_heads(points.data(), 1, s.heads, s.kv_heads, random->between(1, s.kept), map.data());
     p.past_head_map.insert(p.past_head_map.end(), map.begin(), map.end());
   }
+  p.page_table.resize(s.pages);
+  for (std::int64_t i = 0; i < s.pages; ++i) p.page_table[i] = static_cast<std::int32_t>(i);
+  for (std::int64_t i = s.pages; i > 1; --i)
+    std::swap(p.page_table[i - 1], p.page_table[random->between(0, i - 1)]);
+  p.page_table.resize(s.batch * s.entries);
   p.query = random->tensor(storage, s.batch * s.heads * s.tokens * s.key_dim);
   p.key = random->tensor(storage, s.batch * s.kv_heads * s.tokens * s.key_dim);
   p.value = random->tensor(storage, s.batch * s.kv_heads * s.tokens * s.value_dim);
-  p.past_key = random->tensor(storage, s.batch * s.kept * s.capacity * s.key_dim);
-  p.past_value = random->tensor(storage, s.batch * s.kv_heads * s.capacity * s.value_dim);
+  p.keys = {p.call.keys.storage, s.kept, s.key_dim, p.call.group, {}, {}, {}, {}};
+  p.values = {p.call.values.storage, s.kv_heads, s.value_dim, p.call.group, {}, {}, {}, {}};
+  fill(&p, &p.keys, random);
+  fill(&p, &p.values, random);
   for (std::int64_t b = 0; b < s.batch; ++b) {
     for (std::int64_t h = 0; h < s.heads; ++h) {
       poison(&p.query, storage, b * s.heads + h, s.tokens, s.key_dim, p.lengths[b]);
@@ -146,10 +222,6 @@ Problem make_problem(Generator* random, Storage storage, bool large) {
     for (std::int64_t g = 0; g < s.kv_heads; ++g) {
       poison(&p.key, storage, b * s.kv_heads + g, s.tokens, s.key_dim, p.lengths[b]);
       poison(&p.value, storage, b * s.kv_heads + g, s.tokens, s.value_dim, p.lengths[b]);
-      poison(&p.past_value, storage, b * s.kv_heads + g, s.capacity, s.value_dim, p.past_lengths[b]);
-    }
-    for (std::int64_t r = 0; r < s.kept; ++r) {
-      poison(&p.past_key, storage, b * s.kept + r, s.capacity, s.key_dim, p.past_lengths[b]);
     }
   }
   return p;
@@ -169,30 +241,37 @@ void run_threads(void*, std::size_t count, void (*task)(void*, std::size_t), voi
   other.join();
 }
 
+void bind(TestPool* pool, bool in_place, chai::Pool* to) {
+  pool->present = in_place ? pool->past : Bytes(pool->past.size(), 0xee);
+  pool->present_scales = in_place ? pool->past_scales : Bytes(pool->past_scales.size(), 0xee);
+  to->past = in_place ? pool->present.data() : pool->past.data();
+  to->present = pool->present.data();
+  to->past_scales = in_place ? pool->present_scales.data() : pool->past_scales.data();
+  to->present_scales = pool->present_scales.data();
+}
+
 void evaluate(Problem* p, chai::Isa isa, std::size_t threads) {
   chai::AttentionCall& call = p->call;
   const chai::AttentionShape& s = call.shape;
   p->output.assign(s.batch * s.tokens * s.heads * s.value_dim * size_of(call.storage), 0xff);
-  p->present_key = p->in_place ? p->past_key : Bytes(p->past_key.size(), 0xee);
-  p->present_value = p->in_place ? p->past_value : Bytes(p->past_value.size(), 0xee);
+  bind(&p->keys, p->in_place, &call.keys);
+  bind(&p->values, p->in_place, &call.values);
   p->present_head_map.assign(p->past_head_map.size(), -1);
   call.query = p->query.data();
   call.key = p->key.data();
   call.value = p->value.data();
-  call.past_key = p->in_place ? p->present_key.data() : p->past_key.data();
-  call.past_value = p->in_place ? p->present_value.data() : p->past_value.data();
+  call.value_tokens = s.tokens;
+  call.page_table = p->page_table.data();
   call.past_head_map = p->past_head_map.data();
   call.past_lengths = p->past_lengths.data();
   call.lengths = p->lengths.data();
   call.output = p->output.data();
-  call.present_key = p->present_key.data();
-  call.present_value = p->present_value.data();
   call.present_head_map = p->present_head_map.data();
   const chai::Executor executor{nullptr, threads % 2 ? run_reversed : run_threads, threads};
   REQUIRE(chai::check(call) == "");
 #if defined(CHAI_TEST_WIDE)
   (void)isa;
-  chai::attend(call, chai::wide::kernels(call.storage), executor);
+  chai::attend(call, chai::wide::kKernels, executor);
 #else
   chai::attend(call, isa, executor);
 #endif
@@ -209,26 +288,29 @@ std::vector<double> attended(const Problem& p, std::int64_t b, std::int64_t h, s
   const std::int64_t slot = chai::assign_slots(map, s.heads, s.kv_heads).of_kv_head[r / group];
   const double scale = p.call.scale != 0.0f ? p.call.scale : 1.0 / std::sqrt(static_cast<double>(s.key_dim));
   const std::int64_t seen = p.past_lengths[b] + token + 1;
-  std::vector<double> weights(seen);
+  const std::int64_t first = p.call.first_visible(seen - 1);
+  std::vector<double> weights(seen, 0.0);
   double largest = -std::numeric_limits<double>::infinity();
-  for (std::int64_t t = 0; t < seen; ++t) {
+  for (std::int64_t t = first; t < seen; ++t) {
     double dot = 0.0;
     for (std::int64_t d = 0; d < s.key_dim; ++d) {
       const double k =
           exact ? get(p.key, storage, ((b * s.kv_heads + r / group) * s.tokens + t) * s.key_dim + d)
-                : get(p.present_key, storage, ((b * s.kept + slot) * s.capacity + t) * s.key_dim + d);
+                : p.keys.value(p.place(p.keys, b, slot, t), d);
       dot += k * get(p.query, storage, ((b * s.heads + r) * s.tokens + token) * s.key_dim + d);
     }
     weights[t] = dot * scale;
     largest = std::max(largest, weights[t]);
   }
   double sum = 0.0;
-  for (double& w : weights) sum += w = std::exp(w - largest);
+  for (std::int64_t t = first; t < seen; ++t) sum += weights[t] = std::exp(weights[t] - largest);
   std::vector<double> out(s.value_dim, 0.0);
-  for (std::int64_t t = 0; t < seen; ++t) {
+  for (std::int64_t t = first; t < seen; ++t) {
     for (std::int64_t v = 0; v < s.value_dim; ++v) {
-      const std::int64_t at = ((b * s.kv_heads + h / group) * s.capacity + t) * s.value_dim + v;
-      out[v] += weights[t] / sum * get(p.present_value, storage, at);
+      const std::int64_t at = ((b * s.kv_heads + h / group) * s.tokens + t) * s.value_dim + v;
+      const double x =
+          exact ? get(p.value, storage, at) : p.values.value(p.place(p.values, b, h / group, t), v);
+      out[v] += weights[t] / sum * x;
     }
   }
   return out;
@@ -257,28 +339,41 @@ void check_output(const Problem& p) {
   }
 }
 
-// The cache is the past with the new rows of the kept heads in their places, byte by byte.
-void check_cache(const Problem& p, const Bytes& past, const Bytes& present, const Bytes& fresh,
-                 std::int64_t slots, std::int64_t dim) {
+// New rows are what was given, as nearly as the storage can hold it, and nothing else was written.
+void check_cache(const Problem& p, const TestPool& pool, const Bytes& fresh) {
   const chai::AttentionShape& s = p.call.shape;
-  const std::int64_t row_bytes = dim * size_of(p.call.storage);
-  Bytes wanted = past;
+  Bytes rows = pool.past, scales = pool.past_scales;
+  double worst = 0.0;
   for (std::int64_t b = 0; b < s.batch; ++b) {
     const chai::Slots kept = chai::assign_slots(p.present_head_map.data() + b * s.heads, s.heads, s.kv_heads);
     for (std::int64_t g = 0; g < s.kv_heads && p.lengths[b] > 0; ++g) {
-      const std::int64_t slot = slots == s.kv_heads && &past == &p.past_value ? g : kept.of_kv_head[g];
+      const std::int64_t slot = &pool == &p.values ? g : kept.of_kv_head[g];
       if (slot < 0) continue;
-      std::memcpy(wanted.data() + ((b * slots + slot) * s.capacity + p.past_lengths[b]) * row_bytes,
-                  fresh.data() + (b * s.kv_heads + g) * s.tokens * row_bytes, p.lengths[b] * row_bytes);
+      for (std::int64_t t = 0; t < p.lengths[b]; ++t) {
+        const std::int64_t row = p.place(pool, b, slot, p.past_lengths[b] + t);
+        const std::int64_t from = ((b * s.kv_heads + g) * s.tokens + t) * pool.dim;
+        for (std::int64_t d = 0; d < pool.dim; ++d) {
+          worst = std::max(worst, std::fabs(pool.value(row, d) - get(fresh, p.call.storage, from + d)));
+        }
+        std::memcpy(rows.data() + row * pool.row_bytes(), pool.present.data() + row * pool.row_bytes(),
+                    pool.row_bytes());
+        std::memcpy(scales.data() + row * pool.row_scales() * 2,
+                    pool.present_scales.data() + row * pool.row_scales() * 2, pool.row_scales() * 2);
+      }
     }
   }
   INFO("the cache holds the past and the new rows, and nothing else was written");
-  REQUIRE(bool(wanted == present));
+  REQUIRE(bool(rows == pool.present));
+  REQUIRE(bool(scales == pool.present_scales));
+  // Values lie between -4 and 4: half a step of 8 and of 4 bits, and the rounding of their scales.
+  const double allowed = pool.storage == Storage::kInt8 ? 0.02 : pool.storage == Storage::kInt4 ? 0.3 : 0.0;
+  REQUIRE(worst <= allowed);
 }
 
 TEST_CASE("shapes that do not go together are refused") {
   Generator random(99);
   Problem p = make_problem(&random, Storage::kFloat32, false);
+  p.call.page_table = p.page_table.data();
   p.call.past_head_map = p.past_head_map.data();
   p.call.past_lengths = p.past_lengths.data();
   p.call.lengths = p.lengths.data();
@@ -293,6 +388,14 @@ TEST_CASE("shapes that do not go together are refused") {
   bad = p.call;
   bad.shape.kept = 3;
   CHECK(chai::check(bad) != "");
+  bad = p.call;
+  bad.window = -1;
+  CHECK(chai::check(bad) != "");
+  bad = p.call;
+  bad.keys.storage = Storage::kInt4;
+  bad.group = 3;
+  bad.shape.key_dim = 9;
+  CHECK(chai::check(bad) != "");
 }
 
 TEST_CASE("attention is what its definition says, for every storage type and instruction set") {
@@ -305,8 +408,8 @@ TEST_CASE("attention is what its definition says, for every storage type and ins
         CAPTURE(chai::name(isa));
         Problem p = make_problem(&random, storage, round % 10 == 9);
         evaluate(&p, isa, round % 5 + 1);
-        check_cache(p, p.past_key, p.present_key, p.key, p.call.shape.kept, p.call.shape.key_dim);
-        check_cache(p, p.past_value, p.present_value, p.value, p.call.shape.kv_heads, p.call.shape.value_dim);
+        check_cache(p, p.keys, p.key);
+        check_cache(p, p.values, p.value);
         check_output(p);
       }
     }

@@ -1,0 +1,198 @@
+// Products with cache rows of floats: scores of queries, sums of weighted values.
+#pragma once
+
+#include "op/cpu/kernels.h"
+#include "op/cpu/vector.h"
+
+namespace chai {
+namespace CHAI_ISA {
+
+// Memory is read fastest in one ascending stream per thread: a step that touches several rows at a time costs
+// a third of the bandwidth, software prefetch a sixth (benchmarks/experiments.md).
+constexpr int kSumsAtOnce = 4;                          // vectors that sums() adds up
+constexpr int kSharedRows = 16;                         // rows that stay in L1 while several heads use them
+constexpr int kRowsFromL1 = 8;                          // of these, rows per step of a weighted sum
+constexpr int kMostRegisters = kLanes == 16 ? 24 : 12;  // accumulators of one head's weighted sum
+
+// query · key; the vector still to be summed up.
+template <typename T>
+CHAI_INLINE Vec dot_lanes(const float* query, const T* key, std::int64_t vectors) {
+  Vec even = {}, odd = {};
+  std::int64_t i = 0;
+  for (; i + 2 <= vectors; i += 2) {
+    even += load(query + i * kLanes) * load(key + i * kLanes);
+    odd += load(query + (i + 1) * kLanes) * load(key + (i + 1) * kLanes);
+  }
+  if (i < vectors) even += load(query + i * kLanes) * load(key + i * kLanes);
+  return even + odd;
+}
+
+template <typename T>
+CHAI_INLINE float dot_tail(const float* query, const T* key, std::int64_t first, std::int64_t dim) {
+  float total = 0.0f;
+  for (std::int64_t d = first; d < dim; ++d) total += query[d] * load_one(key + d);
+  return total;
+}
+
+// scores[t] = query · keys[t]
+template <typename T>
+void dots_of_one(const float* query, const T* keys, std::int64_t rows, std::int64_t dim, float* scores) {
+  const std::int64_t vectors = dim / kLanes, tail = vectors * kLanes;
+  std::int64_t t = 0;
+  for (; t + kSumsAtOnce <= rows; t += kSumsAtOnce) {
+    Vec lanes[kSumsAtOnce];
+#pragma GCC unroll 4
+    for (int r = 0; r < kSumsAtOnce; ++r) lanes[r] = dot_lanes(query, keys + (t + r) * dim, vectors);
+    Quad total = sums(lanes[0], lanes[1], lanes[2], lanes[3]);
+    if (tail < dim) {
+      for (int r = 0; r < kSumsAtOnce; ++r) total[r] += dot_tail(query, keys + (t + r) * dim, tail, dim);
+    }
+    __builtin_memcpy(scores + t, &total, sizeof(total));
+  }
+  for (; t < rows; ++t) {
+    scores[t] = sum(dot_lanes(query, keys + t * dim, vectors)) + dot_tail(query, keys + t * dim, tail, dim);
+  }
+}
+
+// scores[q][t] = queries[q] · keys[t] for four queries.
+template <typename T>
+void dots_of_four(const float* const* queries, const T* keys, std::int64_t rows, std::int64_t dim,
+                  float* const* scores) {
+  const std::int64_t vectors = dim / kLanes, tail = vectors * kLanes;
+  for (std::int64_t t = 0; t < rows; ++t) {
+    const T* key = keys + t * dim;
+    Vec lanes[kSumsAtOnce] = {};
+    for (std::int64_t i = 0; i < vectors; ++i) {
+      const Vec k = load(key + i * kLanes);
+#pragma GCC unroll 4
+      for (int q = 0; q < kSumsAtOnce; ++q) lanes[q] += load(queries[q] + i * kLanes) * k;
+    }
+    const Quad total = sums(lanes[0], lanes[1], lanes[2], lanes[3]);
+    for (int q = 0; q < kSumsAtOnce; ++q) scores[q][t] = total[q] + dot_tail(queries[q], key, tail, dim);
+  }
+}
+
+// scores[q][t] = queries[q] · keys[t]
+template <typename T>
+void dots(const Queries& queries, const T* keys, std::int64_t rows, std::int64_t dim, float* scores,
+          std::int64_t score_stride) {
+  if (queries.count == 1) return dots_of_one(queries.first, keys, rows, dim, scores);
+  for (std::int64_t t = 0; t < rows; t += kSharedRows) {
+    const std::int64_t n = least(kSharedRows, rows - t);
+    for (std::int64_t first = 0; first < queries.count; first += kSumsAtOnce) {
+      const float* query[kSumsAtOnce];
+      float* to[kSumsAtOnce];
+      for (int i = 0; i < kSumsAtOnce; ++i) {
+        const std::int64_t q = least(first + i, queries.count - 1);  // the last one again fills up the four
+        query[i] = queries.first + q * queries.stride;
+        to[i] = scores + q * score_stride + t;
+      }
+      dots_of_four(query, keys + t * dim, n, dim, to);
+    }
+  }
+}
+
+// out += weights · values, ROWS rows at a time: for rows that are in L1.
+template <int ROWS, typename T>
+CHAI_INLINE void add_rows(float* out, const T* values, const float* weights, std::int64_t dim) {
+  Vec weight[ROWS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) weight[r] = splat(weights[r]);
+  std::int64_t v = 0;
+  for (; v + kLanes <= dim; v += kLanes) {
+    Vec total = load(out + v);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) total += weight[r] * load(values + r * dim + v);
+    store(out + v, total);
+  }
+  for (; v < dim; ++v) {
+    for (int r = 0; r < ROWS; ++r) out[v] += weights[r] * load_one(values + r * dim + v);
+  }
+}
+
+template <typename T>
+void weighted_sum_from_l1(float* out, const T* values, const float* weights, std::int64_t rows,
+                          std::int64_t dim) {
+  std::int64_t t = 0;
+  for (; t + kRowsFromL1 <= rows; t += kRowsFromL1) {
+    add_rows<kRowsFromL1>(out, values + t * dim, weights + t, dim);
+  }
+  for (; t < rows; ++t) add_rows<1>(out, values + t * dim, weights + t, dim);
+}
+
+// out += weights · values, one row after the other: the first REGISTERS vectors of out are kept in registers.
+template <int REGISTERS, typename T>
+void weighted_sum_registers(float* out, const T* values, const float* weights, std::int64_t rows,
+                            std::int64_t dim) {
+  Vec total[REGISTERS];
+#pragma GCC unroll 24
+  for (int i = 0; i < REGISTERS; ++i) total[i] = load(out + i * kLanes);
+  constexpr std::int64_t kRest = REGISTERS * kLanes;
+  for (std::int64_t t = 0; t < rows; ++t) {
+    const T* row = values + t * dim;
+    const Vec weight = splat(weights[t]);
+#pragma GCC unroll 24
+    for (int i = 0; i < REGISTERS; ++i) total[i] += weight * load(row + i * kLanes);
+    if (dim > kRest) add_rows<1>(out + kRest, row + kRest, weights + t, dim - kRest);
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < REGISTERS; ++i) store(out + i * kLanes, total[i]);
+}
+
+template <typename T>
+void weighted_sum(float* out, const T* values, const float* weights, std::int64_t rows, std::int64_t dim) {
+  const std::int64_t vectors = dim / kLanes;
+  if (vectors >= kMostRegisters) {
+    weighted_sum_registers<kMostRegisters>(out, values, weights, rows, dim);
+  } else if (vectors >= 8) {
+    weighted_sum_registers<8>(out, values, weights, rows, dim);
+  } else if (vectors >= 4) {
+    weighted_sum_registers<4>(out, values, weights, rows, dim);
+  } else {
+    weighted_sum_from_l1(out, values, weights, rows, dim);  // rows so short that several are one stream
+  }
+}
+
+// sums[i] += weights[i] · values
+template <typename T>
+void add(float* const* sums, const float* const* weights, std::int64_t count, const T* values,
+         std::int64_t rows, std::int64_t dim) {
+  const std::int64_t step = count > 1 ? kSharedRows : rows;
+  for (std::int64_t t = 0; t < rows; t += step) {
+    const std::int64_t n = least(step, rows - t);
+    for (std::int64_t i = 0; i < count; ++i) {
+      if (i == 0) {
+        weighted_sum(sums[i], values + t * dim, weights[i] + t, n, dim);
+      } else {
+        weighted_sum_from_l1(sums[i], values + t * dim, weights[i] + t, n, dim);
+      }
+    }
+  }
+}
+
+// Rows in T as RowKernels.
+template <typename T>
+struct FloatRows {
+  static const T* of(const RowBlock& block) { return reinterpret_cast<const T*>(block.rows); }
+
+  static void dots(const Queries& queries, const RowBlock& block, std::int64_t dim, std::int64_t,
+                   float* scores, std::int64_t score_stride, float*) {
+    CHAI_ISA::dots(queries, of(block), block.count, dim, scores, score_stride);
+  }
+  static void add(float* const* sums, const float* const* weights, std::int64_t count, const RowBlock& block,
+                  std::int64_t dim, std::int64_t, float*) {
+    CHAI_ISA::add(sums, weights, count, of(block), block.count, dim);
+  }
+  static void load(float* to, const RowBlock& block, std::int64_t dim, std::int64_t) {
+    widen(to, of(block), block.count * dim, 1.0f);
+  }
+  static void store(const RowBlock& block, const float* from, std::int64_t dim, std::int64_t) {
+    narrow(reinterpret_cast<T*>(block.rows), from, block.count * dim, 1.0f);
+  }
+  static std::size_t scratch(std::int64_t, std::int64_t) { return 0; }
+
+  static constexpr RowKernels kernels() { return {dots, add, load, store, scratch}; }
+};
+
+}  // namespace CHAI_ISA
+}  // namespace chai

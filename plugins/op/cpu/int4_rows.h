@@ -1,0 +1,185 @@
+// Rows in 4 bits: code times the scale of its group, plus its minimum. A byte holds the elements 2i (low) and
+// 2i+1, so that products keep even and odd elements apart.
+#pragma once
+
+#include "op/cpu/quantised_rows.h"
+
+namespace chai {
+namespace CHAI_ISA {
+
+struct Int4Codes {
+  using Byte = std::uint8_t;
+  static constexpr Storage kStorage = Storage::kInt4;
+  static constexpr std::int64_t kMostVectors = 4;
+  static std::int64_t bytes(std::int64_t elements) { return elements / 2; }
+
+  // query · row = Σ_g scale_g (even · low nibbles + odd · high nibbles) + minimum_g · (sum of the query's
+  // group)
+  struct Query {
+    const float* even;
+    const float* odd;
+    const float* sums;
+
+    Query(const float* query, std::int64_t dim, std::int64_t group, float* scratch)
+        : even(scratch), odd(scratch + dim / 2), sums(scratch + dim) {
+      float* const to = scratch;
+      for (std::int64_t i = 0; i < dim / 2; ++i) {
+        to[i] = query[2 * i];
+        to[dim / 2 + i] = query[2 * i + 1];
+      }
+      for (std::int64_t g = 0; g < dim / group; ++g) {
+        float total = 0.0f;
+        for (std::int64_t i = 0; i < group; ++i) total += query[g * group + i];
+        to[dim + g] = total;
+      }
+    }
+
+    CHAI_INLINE float offset(const float* scales, std::int64_t groups) const {
+      float total = 0.0f;
+      for (std::int64_t g = 0; g < groups; ++g) total += scales[groups + g] * sums[g];
+      return total;
+    }
+  };
+
+  template <int PER>
+  static CHAI_INLINE Vec dot(const Query& query, const Byte* codes, const float* scales,
+                             std::int64_t groups) {
+    Vec total = {};
+    for (std::int64_t g = 0; g < groups; ++g) {
+      Vec part = {};
+#pragma GCC unroll 4
+      for (int i = 0; i < PER; ++i) {
+        const std::int64_t at = (g * PER + i) * kLanes;
+        const IntVec both = load_bytes(codes + at);
+        part += CHAI_ISA::load(query.even + at) * to_floats(both & 15);
+        part += CHAI_ISA::load(query.odd + at) * to_floats(both >> 4);
+      }
+      total += part * splat(scales[g]);
+    }
+    return total;
+  }
+
+  // Sums of even and odd elements apart, and of the minima.
+  struct Sum {
+    float* even;    // [dim/2], then odd ones [dim/2]
+    float* minima;  // [groups]
+
+    Sum(std::int64_t dim, std::int64_t group, float* scratch) : even(scratch), minima(scratch + dim) {
+      __builtin_memset(scratch, 0, (dim + dim / group) * sizeof(float));
+    }
+    float* target(float*) const { return even; }
+    void add_offsets(const float* factors, std::int64_t rows, std::int64_t groups) {
+      for (std::int64_t g = 0; g < groups; ++g) {
+        float two[2] = {};
+        std::int64_t t = 0;
+        for (; t + 2 <= rows; t += 2) {
+          two[0] += factors[t * 2 * groups + groups + g];
+          two[1] += factors[(t + 1) * 2 * groups + groups + g];
+        }
+        if (t < rows) two[0] += factors[t * 2 * groups + groups + g];
+        minima[g] += two[0] + two[1];
+      }
+    }
+    void finish(float* sums, std::int64_t dim, std::int64_t group) {
+      for (std::int64_t g = 0; g < dim / group; ++g) {
+        for (std::int64_t i = g * group / 2; i < (g + 1) * group / 2; ++i) {
+          sums[2 * i] += even[i] + minima[g];
+          sums[2 * i + 1] += even[dim / 2 + i] + minima[g];
+        }
+      }
+    }
+  };
+
+  template <int PER, int GROUPS>
+  static CHAI_INLINE void add_columns(float* even, float* odd, const Byte* codes, const float* factors,
+                                      std::int64_t rows, std::int64_t row_length, std::int64_t groups) {
+    Vec low[GROUPS * PER], high[GROUPS * PER];
+#pragma GCC unroll 4
+    for (int i = 0; i < GROUPS * PER; ++i) {
+      low[i] = CHAI_ISA::load(even + i * kLanes);
+      high[i] = CHAI_ISA::load(odd + i * kLanes);
+    }
+    for (std::int64_t t = 0; t < rows; ++t) {
+      const Byte* row = codes + t * row_length;
+#pragma GCC unroll 4
+      for (int g = 0; g < GROUPS; ++g) {
+        const Vec factor = splat(factors[t * 2 * groups + g]);
+#pragma GCC unroll 4
+        for (int i = g * PER; i < (g + 1) * PER; ++i) {
+          const IntVec both = load_bytes(row + i * kLanes);
+          low[i] += factor * to_floats(both & 15);
+          high[i] += factor * to_floats(both >> 4);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < GROUPS * PER; ++i) {
+      CHAI_ISA::store(even + i * kLanes, low[i]);
+      CHAI_ISA::store(odd + i * kLanes, high[i]);
+    }
+  }
+
+  template <int PER>
+  static void add_rows(float* even, const Byte* codes, const float* factors, std::int64_t rows,
+                       std::int64_t dim, std::int64_t groups) {
+    constexpr int kGroups = kColumnVectors / 2 / PER;
+    float* odd = even + dim / 2;
+    std::int64_t g = 0;
+    for (; g + kGroups <= groups; g += kGroups) {
+      const std::int64_t at = g * PER * kLanes;
+      add_columns<PER, kGroups>(even + at, odd + at, codes + at, factors + g, rows, dim / 2, groups);
+    }
+    for (; g < groups; ++g) {
+      const std::int64_t at = g * PER * kLanes;
+      add_columns<PER, 1>(even + at, odd + at, codes + at, factors + g, rows, dim / 2, groups);
+    }
+  }
+
+  static void load(float* to, const RowBlock& block, std::int64_t dim, std::int64_t group) {
+    const auto* codes = reinterpret_cast<const Byte*>(block.rows);
+    const std::uint16_t* scales = block.scales;
+    const std::int64_t groups = dim / group;
+    for (std::int64_t t = 0; t < block.count; ++t, scales += 2 * groups) {
+      for (std::int64_t g = 0; g < groups; ++g, to += group, codes += group / 2) {
+        const float scale = half_to_float(scales[g]), minimum = half_to_float(scales[groups + g]);
+        std::int64_t i = 0;
+        for (; i + kLanes <= group / 2; i += kLanes) {
+          const IntVec both = load_bytes(codes + i);
+          const Vec low = to_floats(both & 15) * scale + minimum,
+                    high = to_floats(both >> 4) * scale + minimum;
+          CHAI_ISA::store(to + 2 * i, __builtin_shuffle(low, high, kFirstHalf));
+          CHAI_ISA::store(to + 2 * i + kLanes, __builtin_shuffle(low, high, kSecondHalf));
+        }
+        for (; i < group / 2; ++i) {
+          to[2 * i] = static_cast<float>(codes[i] & 15) * scale + minimum;
+          to[2 * i + 1] = static_cast<float>(codes[i] >> 4) * scale + minimum;
+        }
+      }
+    }
+  }
+
+  static void store(const RowBlock& block, const float* from, std::int64_t dim, std::int64_t group) {
+    auto* codes = reinterpret_cast<Byte*>(block.rows);
+    const std::int64_t groups = dim / group;
+    for (std::int64_t t = 0; t < block.count; ++t) {
+      std::uint16_t* scales = block.scales + t * 2 * groups;
+      for (std::int64_t g = 0; g < groups; ++g, from += group, codes += group / 2) {
+        float least_value = from[0], largest = from[0];
+        for (std::int64_t i = 1; i < group; ++i) {
+          least_value = from[i] < least_value ? from[i] : least_value;
+          largest = from[i] > largest ? from[i] : largest;
+        }
+        const float low = half_rounded(least_value, scales + groups + g);
+        const float scale = half_rounded((largest - low) / 15.0f, scales + g);
+        for (std::int64_t i = 0; i < group / 2; ++i) {
+          const auto even = static_cast<unsigned>(code_of(from[2 * i] - low, scale, 0.0f, 15.0f));
+          const auto odd = static_cast<unsigned>(code_of(from[2 * i + 1] - low, scale, 0.0f, 15.0f));
+          codes[i] = static_cast<Byte>(even | odd << 4);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace CHAI_ISA
+}  // namespace chai

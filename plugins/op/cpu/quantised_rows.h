@@ -1,0 +1,148 @@
+// Products with cache rows of codes. Where one vector meets each row (decode of multi-head attention) the
+// codes are used as they are read; where several do, a few rows at a time become floats that stay in L1.
+#pragma once
+
+#include "op/cpu/float_rows.h"
+
+namespace chai {
+namespace CHAI_ISA {
+
+constexpr std::int64_t kScaleRows = 64;  // rows whose scales are floats at one time
+constexpr int kColumnVectors = 8;        // accumulators of one pass over the columns
+
+// What Codes must offer, all for rows of `dim` elements in groups of `group`:
+//   PER             vectors of bytes in a group, as a template argument of what follows
+//   bytes(group)    bytes of a group
+//   prepare<…>      the query in the order of the codes
+//   dot<PER>        lanes whose sum is query · row
+//   add_rows<PER>   out += factors · codes of some rows
+template <typename Codes>
+struct QuantisedRows {
+  // Vectors of bytes in a group if they fill it exactly and few enough; 0: rows go through floats.
+  static std::int64_t vectors(std::int64_t group) {
+    const std::int64_t bytes = Codes::bytes(group), per = bytes / kLanes;
+    const bool fits = bytes % kLanes == 0 && (per == 1 || per == 2 || per == 4 || per == 8);
+    return fits && per <= Codes::kMostVectors ? per : 0;
+  }
+
+  static RowBlock part(const RowBlock& block, std::int64_t first, std::int64_t most_rows, std::int64_t dim,
+                       std::int64_t group) {
+    const std::int64_t bytes = Codes::bytes(dim), scales = row_scales(Codes::kStorage, dim, group);
+    return {block.rows + first * bytes, block.scales + first * scales, least(most_rows, block.count - first)};
+  }
+
+  static const float* scales_of(const RowBlock& block, std::int64_t numbers, float* to) {
+    widen(to, reinterpret_cast<const Float16*>(block.scales), block.count * numbers, 1.0f);
+    return to;
+  }
+
+  static std::size_t scratch(std::int64_t dim, std::int64_t group) {
+    const std::int64_t direct =
+        2 * kScaleRows * row_scales(Codes::kStorage, dim, group) + 3 * dim + 4 * kLanes;
+    return most(direct, kSharedRows * dim);
+  }
+
+  template <int PER>
+  static void direct_dots(const float* query, const RowBlock& block, std::int64_t dim, std::int64_t group,
+                          float* scores, float* scratch) {
+    const std::int64_t groups = dim / group, numbers = row_scales(Codes::kStorage, dim, group);
+    const typename Codes::Query prepared(query, dim, group, scratch + kScaleRows * numbers);
+    for (std::int64_t first = 0; first < block.count; first += kScaleRows) {
+      const RowBlock rows = part(block, first, kScaleRows, dim, group);
+      const float* scales = scales_of(rows, numbers, scratch);
+      const auto* codes = reinterpret_cast<const typename Codes::Byte*>(rows.rows);
+      float* to = scores + first;
+      const std::int64_t bytes = Codes::bytes(dim);
+      std::int64_t t = 0;
+      for (; t + kSumsAtOnce <= rows.count; t += kSumsAtOnce) {
+        Vec lanes[kSumsAtOnce];
+#pragma GCC unroll 4
+        for (int r = 0; r < kSumsAtOnce; ++r) {
+          lanes[r] =
+              Codes::template dot<PER>(prepared, codes + (t + r) * bytes, scales + (t + r) * numbers, groups);
+        }
+        Quad total = sums(lanes[0], lanes[1], lanes[2], lanes[3]);
+        for (int r = 0; r < kSumsAtOnce; ++r) total[r] += prepared.offset(scales + (t + r) * numbers, groups);
+        __builtin_memcpy(to + t, &total, sizeof(total));
+      }
+      for (; t < rows.count; ++t) {
+        to[t] = sum(Codes::template dot<PER>(prepared, codes + t * bytes, scales + t * numbers, groups)) +
+                prepared.offset(scales + t * numbers, groups);
+      }
+    }
+  }
+
+  static void dots(const Queries& queries, const RowBlock& block, std::int64_t dim, std::int64_t group,
+                   float* scores, std::int64_t score_stride, float* scratch) {
+    const std::int64_t per = queries.count == 1 ? vectors(group) : 0;
+    if (per == 8) return direct_dots<8>(queries.first, block, dim, group, scores, scratch);
+    if (per == 4) return direct_dots<4>(queries.first, block, dim, group, scores, scratch);
+    if (per == 2) return direct_dots<2>(queries.first, block, dim, group, scores, scratch);
+    if (per == 1) return direct_dots<1>(queries.first, block, dim, group, scores, scratch);
+    for (std::int64_t first = 0; first < block.count; first += kSharedRows) {
+      const RowBlock rows = part(block, first, kSharedRows, dim, group);
+      Codes::load(scratch, rows, dim, group);
+      CHAI_ISA::dots<float>(queries, scratch, rows.count, dim, scores + first, score_stride);
+    }
+  }
+
+  template <int PER>
+  static void direct_add(float* sums, const float* weights, const RowBlock& block, std::int64_t dim,
+                         std::int64_t group, float* scratch) {
+    const std::int64_t numbers = row_scales(Codes::kStorage, dim, group), groups = dim / group;
+    float* factors = scratch + kScaleRows * numbers;
+    typename Codes::Sum sum(dim, group, factors + kScaleRows * numbers);
+    for (std::int64_t first = 0; first < block.count; first += kScaleRows) {
+      const RowBlock rows = part(block, first, kScaleRows, dim, group);
+      const float* scales = scales_of(rows, numbers, scratch);
+      for (std::int64_t t = 0; t < rows.count; ++t) {
+        for (std::int64_t i = 0; i < numbers; ++i) {
+          factors[t * numbers + i] = scales[t * numbers + i] * weights[first + t];
+        }
+      }
+      const auto* codes = reinterpret_cast<const typename Codes::Byte*>(rows.rows);
+      Codes::template add_rows<PER>(sum.target(sums), codes, factors, rows.count, dim, groups);
+      sum.add_offsets(factors, rows.count, groups);
+    }
+    sum.finish(sums, dim, group);
+  }
+
+  static void add(float* const* sums, const float* const* weights, std::int64_t count, const RowBlock& block,
+                  std::int64_t dim, std::int64_t group, float* scratch) {
+    const std::int64_t per = count == 1 ? vectors(group) : 0;
+    if (per == 8) return direct_add<8>(sums[0], weights[0], block, dim, group, scratch);
+    if (per == 4) return direct_add<4>(sums[0], weights[0], block, dim, group, scratch);
+    if (per == 2) return direct_add<2>(sums[0], weights[0], block, dim, group, scratch);
+    if (per == 1) return direct_add<1>(sums[0], weights[0], block, dim, group, scratch);
+    for (std::int64_t first = 0; first < block.count; first += kSharedRows) {
+      const RowBlock rows = part(block, first, kSharedRows, dim, group);
+      Codes::load(scratch, rows, dim, group);
+      for (std::int64_t i = 0; i < count; ++i) {
+        weighted_sum_from_l1<float>(sums[i], scratch, weights[i] + first, rows.count, dim);
+      }
+    }
+  }
+
+  static constexpr RowKernels kernels() { return {dots, add, Codes::load, Codes::store, scratch}; }
+};
+
+// --- What both widths store: docs/op.md, "How a row is stored" --------------------------------------------
+
+CHAI_INLINE float half_rounded(float x, std::uint16_t* bits) {
+  Float16 half;
+  store_one(&half, x);
+  *bits = half.bits;
+  return load_one(&half);
+}
+
+// rint(x / scale) between two limits; 0 where the scale is 0.
+CHAI_INLINE float code_of(float x, float scale, float lowest, float highest) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, half to even
+  if (scale == 0.0f) return 0.0f;
+  const float ratio = x / scale;
+  const float limited = ratio < lowest ? lowest : (ratio > highest ? highest : ratio);
+  return (limited + kRound) - kRound;
+}
+
+}  // namespace CHAI_ISA
+}  // namespace chai
