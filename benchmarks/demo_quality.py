@@ -18,8 +18,8 @@ from typing import Any
 from chai_export.bench import machine
 from chai_export.bench.memory import bench_memory
 from chai_export.clustering.calibrate import calibrate
-from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.exporter.stage import export
+from chai_export.op.probe import MEASURED_PROBE_TOKENS
 from chai_export.quality.evaluate import evaluate
 from chai_export.quality.verify import verify
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from chai_export.clustering.probe import MEASURED_PROBE_TOKENS, PAPER_PROBE_TOKENS
+from chai_export.op.probe import MEASURED_PROBE_TOKENS, PAPER_PROBE_TOKENS
 from chai_export.quality.methods import METHODS
 
 Row = dict[str, Any]

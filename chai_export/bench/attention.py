@@ -23,11 +23,12 @@ from chai_export.bench.phase import Phase
 from chai_export.bench.problem import Problem, Shape
 from chai_export.bench.timing import Timing, interleaved
 from chai_export.errors import ChaiError, reason
+from chai_export.op.probe import PAPER_PROBE_TOKENS
 from chai_export.progress import track
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
 
 ALL_HEADS = "chai_all_heads"
-ATTRIBUTES = {"scale": 0.0, "probe_tokens": 5, "online": 1}
+ATTRIBUTES = {"scale": 0.0, "probe_tokens": PAPER_PROBE_TOKENS, "online": 1}
 AGREEMENT = {"float32": 2e-4, "float16": 2e-2}
 
 

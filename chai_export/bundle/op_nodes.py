@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import onnx
 
 from chai_export.errors import ChaiError, reason
-from chai_export.op.schema import DEFAULT_PROBE_TOKENS, DOMAIN, OP_TYPE, SHARED_OP_TYPE
+from chai_export.op.probe import PAPER_PROBE_TOKENS
+from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE
 
 if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle
@@ -42,7 +43,7 @@ def check_op_nodes(bundle: Bundle) -> None:
     for node in nodes:
         stated = {attribute.name: attribute.i for attribute in node.attribute}
         for name, default, wanted in (
-            ("probe_tokens", DEFAULT_PROBE_TOKENS, manifest.probe_tokens),
+            ("probe_tokens", PAPER_PROBE_TOKENS, manifest.probe_tokens),
             ("online", 1, online),
         ):
             found = stated.get(name, default)

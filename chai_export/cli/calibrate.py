@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from chai_export.cli.output import print_json, print_table
 from chai_export.clustering.measure import Measure
-from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
+from chai_export.op.probe import MEASURED_PROBE_TOKENS, PAPER_PROBE_TOKENS
 from chai_export.progress import note
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--probe-tokens", metavar="N", type=int, default=MEASURED_PROBE_TOKENS,
-        help="tokens that decide the head map (default %(default)s; the paper's is 5)",
+        help=f"tokens that decide the head map (default %(default)s; the paper's is {PAPER_PROBE_TOKENS})",
     )  # fmt: skip
     parser.add_argument(
         "--measure", metavar="WHAT", default=Measure.ERROR,

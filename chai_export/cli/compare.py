@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from chai_export.cli.output import print_json, print_table
-from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.errors import UsageError
+from chai_export.op.probe import MEASURED_PROBE_TOKENS, PAPER_PROBE_TOKENS
 from chai_export.progress import note
 
 NAME = "compare"
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--probe-tokens", metavar="N,N,…", default=str(MEASURED_PROBE_TOKENS),
-        help="probe lengths to try (default %(default)s; the paper's is 5)",
+        help=f"probe lengths to try (default %(default)s; the paper's is {PAPER_PROBE_TOKENS})",
     )  # fmt: skip
     parser.add_argument(
         "--windows", metavar="N", type=int, default=16, help="sequences to measure (default %(default)s)"

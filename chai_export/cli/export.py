@@ -8,6 +8,7 @@ from pathlib import Path
 from chai_export.bundle.choices import Membership
 from chai_export.cli.inspect import print_bundle
 from chai_export.op.dtypes import Dtype
+from chai_export.op.probe import PAPER_PROBE_TOKENS
 from chai_export.progress import note
 
 NAME = "export"
@@ -30,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--probe-tokens", metavar="N", type=int,
-        help="tokens that decide the head map (default: as calibrated, 5 where the clusters do not say)",
+        help="tokens that decide the head map (default: as calibrated, "
+        f"{PAPER_PROBE_TOKENS} where the clusters do not say)",
     )  # fmt: skip
     parser.add_argument(
         "--membership", choices=Membership.words(), default=Membership.ONLINE,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from chai_export.cli.inspect import print_bundle, print_explanation
 from chai_export.errors import UsageError
+from chai_export.op.probe import PAPER_PROBE_TOKENS
 
 NAME = "rewrite"
 HELP = "Rewrite an ONNX model of another exporter into a bundle, or explain what would match."
@@ -23,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--probe-tokens", metavar="N", type=int,
-        help="tokens that decide the head map (default: as calibrated, 5 where the clusters do not say)",
+        help="tokens that decide the head map (default: as calibrated, "
+        f"{PAPER_PROBE_TOKENS} where the clusters do not say)",
     )  # fmt: skip
     parser.add_argument(
         "--explain",

@@ -17,11 +17,11 @@ from chai_export.clustering.curves import ErrorCurves
 from chai_export.clustering.keep import Budget, parse_keep
 from chai_export.clustering.measure import Measure
 from chai_export.clustering.measured_budget import measure_damage, spend
-from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.clustering.state import load_state, require_state_place, save_state, state_key
 from chai_export.errors import UsageError
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
 from chai_export.models.windows import spread_windows, start_windows
+from chai_export.op.probe import MEASURED_PROBE_TOKENS
 from chai_export.progress import note, track
 
 if TYPE_CHECKING:

@@ -1,19 +1,14 @@
-"""How many first tokens of a sequence decide its head map (P), where nobody says."""
+"""The length of the probe that a bundle is made with."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from chai_export.errors import ChaiError
+from chai_export.op.probe import PAPER_PROBE_TOKENS
 
 if TYPE_CHECKING:
     from chai_export.clustering.clusters import Clusters
-
-PAPER_PROBE_TOKENS = 5
-"""The paper's choice (arXiv 2403.08058v2, section 3.3), and what a file means that states no number."""
-
-MEASURED_PROBE_TOKENS = 16
-"""What `calibrate` takes unless told otherwise; docs/quality.md has the loss for each length."""
 
 
 def probe_length(given: int | None, clusters: Clusters) -> int:

@@ -47,7 +47,7 @@ def export(
         out_dir: the bundle's directory; an earlier bundle there is replaced in one step.
         dtype: "float32", "float16" or "bfloat16", of weights and caches.
         probe_tokens: P, the tokens that decide the head map of a request; unless given, what ``clusters`` was
-            calibrated with (5 where it does not say).
+            calibrated with (the paper's 5 where it does not say).
         membership: "online", head maps from each sequence's first tokens, or "static", maps fixed now on
             ``text`` and the projections of unused heads cut away.
         text: calibration text for static membership, one or several.

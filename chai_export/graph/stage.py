@@ -35,7 +35,7 @@ def rewrite(
         out_dir: the bundle's directory; an earlier bundle there is replaced in one step.
         tokenizer: directory with a Hugging Face tokenizer (and config.json, generation_config.json).
         probe_tokens: P, the tokens that decide the head map of a request; unless given, what ``clusters`` was
-            calibrated with (5 where it does not say).
+            calibrated with (the paper's 5 where it does not say).
 
     Raises:
         ChaiError: the file is damaged, an attention is not one that the op can express (layer, node and

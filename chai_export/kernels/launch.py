@@ -18,6 +18,7 @@ from chai_export.kernels.formula import evaluate
 from chai_export.kernels.program import FLOAT_ARGUMENTS, Program, build_program
 from chai_export.kernels.spec import Shape, Spec
 from chai_export.op.dtypes import ELEMENT_TYPES
+from chai_export.op.probe import PAPER_PROBE_TOKENS
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_TYPES}
 
@@ -42,7 +43,7 @@ def clustered_head_attention(
     lengths: torch.Tensor,
     *,
     scale: float = 0.0,
-    probe_tokens: int = 5,
+    probe_tokens: int = PAPER_PROBE_TOKENS,
     online: bool = True,
     output: torch.Tensor | None = None,
     present_key: torch.Tensor | None = None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from chai_export.errors import ChaiError
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.heads import HeadCounts
+from chai_export.op.probe import PAPER_PROBE_TOKENS
 
 MAX_HEADS = 128
 MAX_HEAD_DIM = 256
@@ -18,7 +19,7 @@ class Spec(HeadCounts):
     """A model's constants. R, C, B and S stay run-time values, so one set of cubins serves all layers."""
 
     dtype: str
-    probe_tokens: int = 5
+    probe_tokens: int = PAPER_PROBE_TOKENS
 
     def __post_init__(self) -> None:
         if self.dtype not in Dtype.words():

@@ -21,6 +21,7 @@ from chai_export.models.geometry import describe
 from chai_export.models.kv_sources import describe_model
 from chai_export.op.head_map import assign, cluster_heads, distances, kept_kv_heads, quantise
 from chai_export.op.kv_sharing import check_same_kept
+from chai_export.op.probe import PAPER_PROBE_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,7 @@ class Oracle:
         self,
         model: PreTrainedModel,
         kept_heads: Sequence[int],
-        probe_tokens: int = 5,
+        probe_tokens: int = PAPER_PROBE_TOKENS,
         *,
         online: bool = True,
         rule: HeadMapRule = op_head_map,

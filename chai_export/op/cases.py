@@ -21,6 +21,7 @@ from chai_export.op.head_map import (
     kept_kv_heads,
     probe_probabilities,
 )
+from chai_export.op.probe import PAPER_PROBE_TOKENS
 from chai_export.op.reference import AttentionResult, clustered_head_attention
 
 Tensor = NDArray[Any]
@@ -54,7 +55,7 @@ class Case:
     value_dim: int = 0
     tokens: int = 0
     capacity: int = 24
-    probe_tokens: int = 5
+    probe_tokens: int = PAPER_PROBE_TOKENS
     online: bool = True
     scale: float = 0.0
     twins: int = 0

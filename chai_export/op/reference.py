@@ -19,6 +19,7 @@ from chai_export.op.head_map import (
     probe_probabilities,
     quantise,
 )
+from chai_export.op.probe import PAPER_PROBE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def clustered_head_attention(
     lengths: Int32Array,
     *,
     scale: float = 0.0,
-    probe_tokens: int = 5,
+    probe_tokens: int = PAPER_PROBE_TOKENS,
     online: bool = True,
     compute_dtype: type[np.floating[Any]] = np.float32,
 ) -> AttentionResult:

@@ -6,6 +6,7 @@ import onnx
 from onnx.defs import OpSchema, has, register_schema
 
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
+from chai_export.op.probe import PAPER_PROBE_TOKENS
 from chai_export.op.signature import Attribute, Parameter, Signature
 
 DOMAIN = "chai"
@@ -13,8 +14,6 @@ OP_TYPE = "ClusteredHeadAttention"
 SHARED_OP_TYPE = "SharedClusteredHeadAttention"
 VERSION = 1
 """The version that bundles carry."""
-
-DEFAULT_PROBE_TOKENS = 5
 
 _FLOATS = tuple(Dtype)
 _TYPES = {"T": _FLOATS, "M": ("int32",)}
@@ -73,7 +72,7 @@ _TERMS = (
 
 _ATTRIBUTES = (
     Attribute("scale", 0.0, "Score factor; 0 means 1/sqrt(D)."),
-    Attribute("probe_tokens", DEFAULT_PROBE_TOKENS, "Tokens whose probabilities decide the head map."),
+    Attribute("probe_tokens", PAPER_PROBE_TOKENS, "Tokens whose probabilities decide the head map."),
     Attribute("online", 1, "1: cluster fresh rows."),
 )
 _STORAGE_ATTRIBUTES = (

@@ -15,12 +15,12 @@ from chai_export.clustering.calibrate import calibrate
 from chai_export.clustering.clusters import Clusters
 from chai_export.clustering.keep import Budget, KeepRule, Numbers, parse_keep
 from chai_export.clustering.measured_budget import spend
-from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.clustering.static_maps import static_head_maps
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.geometry import Geometry
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
 from chai_export.models.windows import spread_windows
+from chai_export.op.probe import MEASURED_PROBE_TOKENS
 from chai_export.progress import track
 from chai_export.quality.clustered_run import fixed_maps, logits_with_maps, method_maps
 from chai_export.quality.divergence import Divergence

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from chai_export.bundle.choices import Backend, Membership
 from chai_export.bundle.manifest import first_problem
 from chai_export.clustering.measure import Measure
-from chai_export.clustering.probe import MEASURED_PROBE_TOKENS
 from chai_export.errors import ChaiError, reason
 from chai_export.files import check_plain, read_text
 from chai_export.op.dtypes import Dtype
+from chai_export.op.probe import MEASURED_PROBE_TOKENS
 
 _MOST_BYTES = 2**20
 

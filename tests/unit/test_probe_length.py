@@ -7,10 +7,11 @@ import pytest
 
 from chai_export.clustering.calibrate import calibrate
 from chai_export.clustering.clusters import Clusters
-from chai_export.clustering.probe import MEASURED_PROBE_TOKENS, PAPER_PROBE_TOKENS, probe_length
+from chai_export.clustering.probe import probe_length
 from chai_export.errors import ChaiError
 from chai_export.exporter.stage import export
 from chai_export.models.oracle import Oracle
+from chai_export.op.probe import MEASURED_PROBE_TOKENS, PAPER_PROBE_TOKENS
 from chai_export.runtime.runner import load
 from tests.families import family_model
 

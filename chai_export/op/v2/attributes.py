@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from chai_export.op.probe import PAPER_PROBE_TOKENS
+
 DEFAULT_GROUP = 32
 
 
@@ -17,7 +19,7 @@ class Attributes:
     """
 
     scale: float = 0.0
-    probe_tokens: int = 5
+    probe_tokens: int = PAPER_PROBE_TOKENS
     online: bool = True
     key_bits: int = 0
     value_bits: int = 0
