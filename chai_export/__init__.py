@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from chai_export.version import __version__
+
 if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle
     from chai_export.clustering.calibrate import calibrate
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from chai_export.quality.evaluate import evaluate
     from chai_export.quality.verify import verify
     from chai_export.runtime.runner import Generation, Runner, load
-
-__version__ = "0.1.0"
 
 # Public name -> module. Resolved on first use (PEP 562): `chai-export --help` must not import torch.
 _HOME = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-import chai_export
 from chai_export.cli import (
     bench,
     calibrate,
@@ -21,6 +20,7 @@ from chai_export.cli import (
     verify,
 )
 from chai_export.cli import build as build_command
+from chai_export.version import __version__
 
 _COMMANDS = (
     calibrate,
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         description="Compile decoder-only language models for Clustered Head Attention (CHAI).",
         epilog="`chai-export COMMAND --help` shows a command's options and an example.",
     )
-    root.add_argument("--version", action="version", version=f"chai-export {chai_export.__version__}")
+    root.add_argument("--version", action="version", version=f"chai-export {__version__}")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in _COMMANDS:
         command = commands.add_parser(

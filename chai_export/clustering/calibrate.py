@@ -23,6 +23,7 @@ from chai_export.models.text import Text, leading_special_tokens, read_tokens
 from chai_export.models.windows import spread_windows, start_windows
 from chai_export.op.probe import MEASURED_PROBE_TOKENS
 from chai_export.progress import note, track
+from chai_export.version import CREATED_WITH
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,7 +115,6 @@ def calibrate(
     else:
         kept = rule.choose(error_curves, geometry)
     progress.finish()
-    from chai_export import __version__
 
     return Clusters(
         kept_heads=kept,
@@ -127,7 +127,7 @@ def calibrate(
         error_curves=error_curves,
         kl_curves=damage,
         kv_bytes_saved=geometry.kv_bytes_saved(kept),
-        created_with=f"chai_export {__version__}",
+        created_with=CREATED_WITH,
     )
 
 

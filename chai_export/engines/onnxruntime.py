@@ -12,13 +12,13 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime as ort
 
-from chai_export import __version__
 from chai_export.bundle.bundle import MODEL_FILE, Bundle
 from chai_export.bundle.choices import Backend
 from chai_export.bundle.manifest import EngineRecord
 from chai_export.errors import ChaiError
 from chai_export.runtime.cache import require_memory
 from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
+from chai_export.version import CREATED_WITH
 
 
 def build_onnxruntime(bundle: Bundle, max_batch: int, max_seq: int) -> EngineRecord:
@@ -49,5 +49,5 @@ def build_onnxruntime(bundle: Bundle, max_batch: int, max_seq: int) -> EngineRec
         max_batch=max_batch,
         max_seq=max_seq,
         op_version=manifest.op_version,
-        created_with=f"chai_export {__version__}",
+        created_with=CREATED_WITH,
     )

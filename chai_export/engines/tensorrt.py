@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from chai_export import __version__
 from chai_export.bundle.atomic import atomic_directory, atomic_file
 from chai_export.bundle.bundle import ENGINES_DIRECTORY, MODEL_FILE, Bundle, record_files
 from chai_export.bundle.choices import Backend, Heads
@@ -39,6 +38,7 @@ from chai_export.runtime.tensorrt_environment import (
     require_plugin,
     version_of,
 )
+from chai_export.version import CREATED_WITH
 
 DIRECTORY = f"{ENGINES_DIRECTORY}/{Backend.TENSORRT}"
 PLAN_FILE = "engine.plan"
@@ -126,7 +126,7 @@ def build_tensorrt(
         plugin_version=PLUGIN_VERSION if plugin is not None else None,
         files=files,
         settings=settings,
-        created_with=f"chai_export {__version__}",
+        created_with=CREATED_WITH,
     )
 
 

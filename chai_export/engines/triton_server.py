@@ -12,7 +12,6 @@ from pathlib import Path
 
 import onnx
 
-from chai_export import __version__
 from chai_export.bundle.atomic import atomic_directory
 from chai_export.bundle.bundle import Bundle, check_files
 from chai_export.bundle.choices import Backend
@@ -23,6 +22,7 @@ from chai_export.errors import ChaiError, UsageError
 from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.runtime.native import find_library
 from chai_export.runtime.tensorrt_environment import TENSORRT_LIBRARY
+from chai_export.version import CREATED_WITH
 
 MODELS, PLUGINS, CLIENT = "models", "plugins", "client"
 START_FILE = "start.sh"
@@ -92,7 +92,7 @@ REPOSITORY = DirectoryKind("a model repository of chai_export", repository_parts
 def _write_record(root: Path) -> None:
     """What was written, so that the next package replaces that and nothing else."""
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    record = {"format": RECORD_FORMAT, "created_with": f"chai_export {__version__}", "files": files}
+    record = {"format": RECORD_FORMAT, "created_with": CREATED_WITH, "files": files}
     (root / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import chai_export
 from chai_export.bundle.atomic import atomic_file
 from chai_export.bundle.hashing import sha256_file
 from chai_export.bundle.targets import json_object, json_with_format
 from chai_export.bundle.work_directory import SUFFIX
 from chai_export.errors import ChaiError
+from chai_export.version import __version__
 
 FILE_NAME = "stages.json"
 FORMAT = "chai-make/1"
@@ -95,7 +95,7 @@ def _entries(directory: Path) -> list[str]:
 
 def stage_key(settings: Mapping[str, Any], inputs: Iterable[Path]) -> str:
     """Hash of settings, the content of input files and folders, and the tool's version."""
-    digest = hashlib.sha256(chai_export.__version__.encode())
+    digest = hashlib.sha256(__version__.encode())
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for entry in inputs:
         files = sorted(p for p in entry.rglob("*") if p.is_file()) if entry.is_dir() else [entry]

@@ -30,6 +30,11 @@ class Session(Protocol):
         ...
 
     @property
+    def in_place(self) -> bool:
+        """Whether a step appends to the caches where they lie; if not, there are two sets of them."""
+        ...
+
+    @property
     def bounded_scratch(self) -> bool:
         """Whether attention needs no memory that grows with new tokens times capacity."""
         ...

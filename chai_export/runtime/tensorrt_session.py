@@ -71,7 +71,7 @@ class TensorRtSession:
     ) -> None:
         self._manifest = manifest
         self._heads = heads
-        self._in_place = in_place
+        self.in_place = in_place
         self._device = device or CudaDevice()
         self._engine = engine
         _check_engine(engine, manifest)
@@ -127,7 +127,7 @@ class TensorRtSession:
         self._batch, self._capacity = batch, capacity
         shape = (self._manifest.num_layers, batch, self._manifest.num_query_heads)
         with self._device.in_stream():
-            self._caches = [self._new_cache() for _ in range(1 if self._in_place else 2)]
+            self._caches = [self._new_cache() for _ in range(1 if self.in_place else 2)]
             self._head_map = self._device.empty(shape, torch.int32).zero_()
             self._present_head_map = self._device.empty(shape, torch.int32)
 
@@ -145,7 +145,7 @@ class TensorRtSession:
             for name in list(old):
                 larger[name][:, :, :used].copy_(old.pop(name))
             self._caches = [larger]
-            if not self._in_place:
+            if not self.in_place:
                 self._caches.append(self._new_cache())
 
     def step(
@@ -187,7 +187,7 @@ class TensorRtSession:
             return self._decode.logits
         decode = self._decode
         _fill(decode.feeds, arrays)
-        if not self._in_place:
+        if not self.in_place:
             decode.logits = self._bind(DECODE, decode.feeds)  # the caches have swapped roles
             self._execute(DECODE)
             return decode.logits
@@ -234,7 +234,7 @@ class TensorRtSession:
         if not self._contexts[profile].execute_async_v3(self._device.stream_handle):
             raise ChaiError("TensorRT could not run the step; see its message above")
         self._head_map.copy_(self._present_head_map)
-        if not self._in_place:
+        if not self.in_place:
             self._caches.reverse()
 
     def _new_cache(self) -> dict[str, torch.Tensor]:

@@ -40,7 +40,7 @@ std::int64_t Scheduler::capacity_for(const std::vector<Request>& requests) const
 
 std::int64_t Scheduler::chunk_length() const {
   std::int64_t chunk = std::min(kLongestChunk, session_.max_tokens());
-  if (!session_.in_place()) {
+  if (!session_.bounded_scratch()) {
     const auto rows = static_cast<std::int64_t>(rows_.size());
     chunk = std::clamp(kScores / (rows * geometry_.num_query_heads * session_.capacity()), std::int64_t{1},
                        chunk);

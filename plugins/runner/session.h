@@ -22,8 +22,10 @@ class Session {
 
   virtual ~Session() = default;
 
-  // Whether caches are appended in place, by a kernel that needs no memory for new tokens times capacity.
+  // Whether a step appends to the caches where they lie; if not, there are two sets of them.
   virtual bool in_place() const = 0;
+  // Whether attention needs no memory that grows with new tokens times capacity.
+  virtual bool bounded_scratch() const = 0;
   // Whether caches can be enlarged; otherwise begin() gets all that may be needed.
   virtual bool can_grow() const = 0;
   // Most new tokens of a row in one step.

@@ -110,7 +110,7 @@ def test_same_source_gives_the_same_bytes_in_another_folder(
     """A copy of the package elsewhere, and settings of the caller that would change the code if used."""
     package = tmp_path / "elsewhere" / "chai_export"
     source = Path(chai_export.__file__).parent
-    for part in ("__init__.py", "choice.py", "errors.py", "kernels", "op"):
+    for part in ("__init__.py", "choice.py", "errors.py", "version.py", "kernels", "op"):
         copy = shutil.copytree if (source / part).is_dir() else shutil.copy
         package.mkdir(parents=True, exist_ok=True)
         copy(source / part, package / part)

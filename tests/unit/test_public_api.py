@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import chai_export as ce
 
@@ -32,3 +34,14 @@ def test_no_public_name_is_also_a_subpackage():
 
 def test_unknown_name_is_an_attribute_error():
     assert not hasattr(ce, "frobnicate")
+
+
+def test_the_version_is_the_same_everywhere():
+    root = Path(__file__).parents[2]
+    stated = {
+        "pyproject.toml": r'^version = "([^"]+)"$',
+        "CMakeLists.txt": r"^project\(chai_export VERSION (\S+) ",
+        "chai_export/version.py": r'^__version__ = "([^"]+)"$',
+    }
+    found = {name: re.findall(pattern, (root / name).read_text(), re.M) for name, pattern in stated.items()}
+    assert found == {name: [ce.__version__] for name in stated}

@@ -15,6 +15,7 @@ from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.function import MIN_OPSET
 from chai_export.op.heads import HeadCounts
 from chai_export.op.schema import VERSION
+from chai_export.version import CREATED_WITH
 
 _DTYPES = {ir.DataType(ELEMENT_TYPES[dtype].onnx): dtype for dtype in Dtype}
 
@@ -39,7 +40,7 @@ def draft_manifest(path: Path, source: ir.Model, sites: list[AttentionSite], pro
         probe_tokens=probe_tokens,
         opset=opset,
         source=Source(kind=SourceKind.ONNX, name=path.name),
-        created_with=_created_with(),
+        created_with=CREATED_WITH,
     )
 
 
@@ -91,9 +92,3 @@ def _vocabulary(model: ir.Model) -> int:
             "run onnx shape inference on it first"
         )
     return size
-
-
-def _created_with() -> str:
-    from chai_export import __version__
-
-    return f"chai_export {__version__}"

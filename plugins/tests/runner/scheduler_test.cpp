@@ -28,7 +28,8 @@ class FakeSession final : public chai::Session {
   std::vector<std::vector<Fed>> fed;  // per row
   std::vector<std::int64_t> capacities;
 
-  bool in_place() const override { return bounded; }
+  bool in_place() const override { return true; }
+  bool bounded_scratch() const override { return bounded; }
   bool can_grow() const override { return grows; }
   std::int64_t max_tokens() const override { return longest; }
   std::int64_t capacity() const override { return capacities.back(); }

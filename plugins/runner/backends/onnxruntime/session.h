@@ -23,6 +23,8 @@ class OnnxRuntimeSession final : public Session {
                      const Options& options, const std::string& op_library);
 
   bool in_place() const override { return in_place_; }
+  // The op library works in blocks; the function body makes whole score matrices.
+  bool bounded_scratch() const override { return in_place_; }
   bool can_grow() const override { return true; }
   std::int64_t max_tokens() const override { return kUnlimited; }
   std::int64_t capacity() const override { return capacity_; }

@@ -33,6 +33,7 @@ class TensorRtSession final : public Session {
   const Geometry& geometry() const { return geometry_; }
 
   bool in_place() const override { return true; }
+  bool bounded_scratch() const override { return true; }
   bool can_grow() const override { return false; }
   std::int64_t max_tokens() const override { return max_tokens_; }
   std::int64_t capacity() const override { return capacity_; }
