@@ -15,6 +15,7 @@ INPUT_IDS = "input_ids"
 LENGTHS = "lengths"
 PAST_LENGTHS = "past_lengths"
 OUTPUT_POSITIONS = "output_positions"
+ROPE_LENGTHS = "rope_lengths"
 HEAD_MAP = "head_map"
 LOGITS = "logits"
 PRESENT_HEAD_MAP = "present_head_map"
@@ -119,8 +120,11 @@ class GraphIO:
         return None
 
 
-def graph_io(heads: DecoderHeads, dtype: Dtype, vocab_size: int) -> GraphIO:
-    """Inputs and outputs of a graph with these heads and caches in ``dtype``; its logits may be float32."""
+def graph_io(heads: DecoderHeads, dtype: Dtype, vocab_size: int, *, rope_lengths: bool = False) -> GraphIO:
+    """Inputs and outputs of a graph with these heads and caches in ``dtype``; its logits may be float32.
+
+    ``rope_lengths``: rows choose their rotary factors by an input of this name, the last of ``step``.
+    """
     stored = (str(dtype),)
     maps = (heads.num_layers, BATCH, heads.num_query_heads)
     caches = []
@@ -138,6 +142,7 @@ def graph_io(heads: DecoderHeads, dtype: Dtype, vocab_size: int) -> GraphIO:
             GraphValue(LENGTHS, ("int32",), (BATCH,)),
             GraphValue(PAST_LENGTHS, ("int32",), (BATCH,)),
             GraphValue(OUTPUT_POSITIONS, ("int64",), (BATCH, OUTPUTS)),
+            *([GraphValue(ROPE_LENGTHS, ("int32",), (BATCH,))] if rope_lengths else []),
         ),
         head_map=GraphValue(HEAD_MAP, ("int32",), maps),
         logits=GraphValue(LOGITS, tuple(dict.fromkeys((*stored, "float32"))), (BATCH, OUTPUTS, vocab_size)),

@@ -116,12 +116,33 @@ class StaticMembership(_Strict):
     flops_saved_per_token: Annotated[int, Field(ge=0)]
 
 
+class RopeRecord(_Strict):
+    """What rotary embedding makes of long rows; ``types`` as transformers names them, where that is known.
+
+    A row longer than one of ``switch_lengths`` is rotated with other factors from its first token on, so its
+    caches are computed anew when it crosses; the graph has an input rope_lengths then. ``last_length`` is
+    where positions end, because the graph has no factors for longer rows.
+    """
+
+    types: list[str] = []
+    switch_lengths: list[Count] = []
+    last_length: Count | None = None
+
+    @field_validator("switch_lengths")
+    @classmethod
+    def _ascending(cls, lengths: list[int]) -> list[int]:
+        if lengths != sorted(set(lengths)):
+            raise ValueError(f"{lengths} does not ascend")
+        return lengths
+
+
 class Manifest(_Strict):
     """Everything a runner must know about a bundle. Lengths are in tokens, sizes in bytes.
 
     ``max_positions`` is a hard limit (length of a learned position table), ``context_length`` the length
     the model was trained for. ``kv_source_layers``, absent unless layers share caches, names for each layer
     the one whose K and V cache it reads: itself, or an earlier one (:mod:`chai_export.op.kv_sharing`).
+    ``rope`` is absent where every rotary factor is a constant that the graph holds.
     ``files`` maps paths relative to the bundle to their hash and size.
     """
 
@@ -138,6 +159,7 @@ class Manifest(_Strict):
     context_length: Count | None = None
     kept_heads: list[Count]
     kv_source_layers: list[int] | None = Field(default=None, exclude_if=lambda layers: layers is None)
+    rope: RopeRecord | None = Field(default=None, exclude_if=lambda rope: rope is None)
     probe_tokens: Count
     opset: Count
     source: Source
@@ -194,7 +216,12 @@ class Manifest(_Strict):
     @property
     def io(self) -> GraphIO:
         """Inputs and outputs of the bundle's graph."""
-        return graph_io(self.head_counts, self.dtype, self.vocab_size)
+        return graph_io(self.head_counts, self.dtype, self.vocab_size, rope_lengths=bool(self.switch_lengths))
+
+    @property
+    def switch_lengths(self) -> list[int]:
+        """Lengths past which a row is rotated with other factors, ascending."""
+        return self.rope.switch_lengths if self.rope is not None else []
 
     def heads(self, mode: Heads | str) -> list[int]:
         """KV heads in the K cache of each layer: ``"chai"`` the kept ones, ``"all"`` every one.

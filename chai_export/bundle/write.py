@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from chai_export.bundle.bundle import CLUSTERS_FILE, finalise
 from chai_export.bundle.environment import save_environment
-from chai_export.bundle.manifest import Manifest, Source
+from chai_export.bundle.manifest import Manifest, RopeRecord, Source
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Surroundings:
     """What comes with a model besides its graph; each part may be missing.
 
     ``tokenizer`` is a transformers tokenizer; ``config`` and ``generation_config`` are those of transformers
-    or plain dictionaries.
+    or plain dictionaries. ``rope`` is what the configuration says of rotary embedding.
     """
 
     tokenizer: Any | None = None
@@ -24,6 +24,7 @@ class Surroundings:
     generation_config: Any | None = None
     max_positions: int | None = None
     context_length: int | None = None
+    rope: RopeRecord | None = None
 
 
 class ClustersFile(Protocol):
@@ -60,13 +61,32 @@ def write_bundle(
         config=surroundings.config,
         generation_config=surroundings.generation_config,
     )
-    limits = [n for n in (surroundings.max_positions, draft.max_positions) if n is not None]
+    rope = _rope(draft.rope, surroundings.rope)
+    last = rope.last_length if rope is not None else None
+    limits = [n for n in (surroundings.max_positions, draft.max_positions, last) if n is not None]
     manifest = draft.model_copy(
         update={
             "source": source,
             "generation": generation,
             "max_positions": min(limits, default=None),
+            "rope": rope,
             "context_length": surroundings.context_length,
         }
     )
     return finalise(directory, manifest)
+
+
+def _rope(graph: RopeRecord | None, config: RopeRecord | None) -> RopeRecord | None:
+    """The graph's switches with the configuration's types; None where rotary embedding is the plain one.
+
+    A configuration may know of a switch that the graph does not have, since exporters keep the branch that
+    they traced: positions end there then.
+    """
+    switches = graph.switch_lengths if graph is not None else []
+    types = config.types if config is not None else []
+    last = config.last_length if config is not None else None
+    if config is not None and config.switch_lengths and not switches:
+        last = min(length for length in (last, *config.switch_lengths) if length is not None)
+    if not switches and last is None and set(types) <= {"default"}:
+        return None
+    return RopeRecord(types=types, switch_lengths=switches, last_length=last)

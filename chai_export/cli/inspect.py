@@ -12,6 +12,7 @@ from chai_export.units import bytes_text
 
 if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle
+    from chai_export.bundle.manifest import RopeRecord
     from chai_export.graph.explain.explanation import Explanation
 
 NAME = "inspect"
@@ -59,6 +60,9 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "kept_heads": list(manifest.kept_heads),
         "kv_source_layers": manifest.kv_source_layers,
         "probe_tokens": manifest.probe_tokens,
+        "max_positions": manifest.max_positions,
+        "context_length": manifest.context_length,
+        "rope": manifest.rope.model_dump(mode="json") if manifest.rope else None,
         "ops": count_ops(bundle.model_path),
         "kv_bytes_per_token": manifest.kv_bytes_per_token("chai"),
         "kv_bytes_per_token_all_heads": manifest.kv_bytes_per_token("all"),
@@ -86,6 +90,7 @@ def print_bundle(bundle: Bundle, *, as_json: bool) -> None:
             ),
             ("kept KV heads", ", ".join(map(str, facts["kept_heads"]))),
             *_shared_caches(facts["kv_source_layers"]),
+            *_rope(bundle.manifest.rope),
             (
                 "KV cache per token",
                 f"{bytes_text(cache)} (all heads: {bytes_text(full)}, saved {1 - cache / full:.1%})",
@@ -107,6 +112,21 @@ def _shared_caches(sources: list[int] | None) -> list[tuple[str, str]]:
         return []
     read = [f"layer {layer} reads layer {source}" for layer, source in enumerate(sources) if layer != source]
     return [("shared caches", ", ".join(read))]
+
+
+def _rope(rope: RopeRecord | None) -> list[tuple[str, str]]:
+    """Rows that say what rotary embedding makes of long texts; none where it is the plain one."""
+    if rope is None:
+        return []
+    rows = [("rotary embedding", ", ".join(rope.types))] if rope.types else []
+    if rope.switch_lengths:
+        lengths = ", ".join(map(str, rope.switch_lengths))
+        rows.append(("past tokens", f"{lengths}: other rotary factors, and a row's cache is computed anew"))
+    if rope.last_length is not None:
+        rows.append(
+            ("positions end", f"at {rope.last_length}: the graph has no rotary factors for longer rows")
+        )
+    return rows
 
 
 def print_explanation(explanation: Explanation, *, as_json: bool) -> int:

@@ -67,14 +67,19 @@ def build_tensorrt(
         kernels: directory of kernels that were compiled elsewhere; they are compiled here if not given.
 
     Raises:
-        ChaiError: layers share KV caches; TensorRT, polygraphy, the plugin library or a GPU is missing or of
-            the wrong version; the kernels are for another GPU or model; the parser does not take the graph;
-            memory runs out.
+        ChaiError: layers share KV caches, or rotary factors follow the length of a row; TensorRT,
+            polygraphy, the plugin library or a GPU is missing or of the wrong version; the kernels are for
+            another GPU or model; the parser does not take the graph; memory runs out.
     """
     if bundle.manifest.kv_source_layers is not None:
         raise ChaiError(
             f"{bundle.path} has layers that read another layer's KV cache, and {SHARED_OP_TYPE} has no "
             "TensorRT plugin; use --backend onnxruntime"
+        )
+    if bundle.manifest.switch_lengths:
+        raise ChaiError(
+            f"{bundle.path} has rotary factors that follow the length of a row, which TensorRT engines "
+            "cannot do yet; use --backend onnxruntime"
         )
     tensorrt = import_tensorrt()
     polygraphy = import_polygraphy()

@@ -117,6 +117,7 @@ def _describe(
     from chai_export.bundle.write import Surroundings
     from chai_export.models.kv_sources import describe_model
     from chai_export.models.loading import load_tokenizer
+    from chai_export.models.rope import rope_of
 
     geometry = describe_model(loaded)
     clusters.check(geometry)
@@ -128,5 +129,6 @@ def _describe(
         generation_config=loaded.generation_config,
         max_positions=geometry.max_positions,
         context_length=geometry.context_length,
+        rope=rope_of(loaded.config).record(),
     )
     return Source(kind=SourceKind.HF, name=name, model_type=geometry.model_type), surroundings

@@ -67,6 +67,7 @@ def trace(model: PreTrainedModel, *, opset: int, attention: str) -> ir.Model:
     import torch
 
     from chai_export.exporter.flat_cache import FlatCacheDecoder, cache_shapes, takes_position_ids
+    from chai_export.exporter.rope_tracing import traceable_rope
 
     shapes = cache_shapes(model)
     dtype = model.dtype
@@ -92,7 +93,7 @@ def trace(model: PreTrainedModel, *, opset: int, attention: str) -> ir.Model:
         arguments["position_ids"] = positions
         dims["position_ids"] = {0: "batch", 1: "tokens"}
         names.append("position_ids")
-    with _traceable(model, attention), _quiet():
+    with _traceable(model, attention), traceable_rope(model), _quiet():
         try:
             program = torch.onnx.export(
                 FlatCacheDecoder(model, list(shapes)),

@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from chai_export.bundle.bundle import MODEL_FILE
-from chai_export.bundle.manifest import Manifest, Proof
+from chai_export.bundle.manifest import Manifest, Proof, RopeRecord
 from chai_export.clustering.clusters import Clusters
 from chai_export.graph.explain.estimate import estimate
 from chai_export.graph.match.find import require_sites
 from chai_export.graph.prove.attentions import TOLERANCE, SiteProver
+from chai_export.graph.prove.rows import prove_rows
 from chai_export.graph.prove.survey import survey, survey_again
 from chai_export.graph.prove.whole_model import RELATIVE_TOLERANCE, prove_model
 from chai_export.graph.read.load import load_graph, read_model
 from chai_export.graph.rewrite.cleanup import check_result
 from chai_export.graph.rewrite.draft import draft_manifest, require_opset
 from chai_export.graph.rewrite.position_limit import position_limit
+from chai_export.graph.rewrite.rope_switch import find_switches
 from chai_export.graph.rewrite.transform import transform
 from chai_export.graph.rewrite.weights import write_model
 from chai_export.progress import note
@@ -52,9 +54,13 @@ def rewrite_model(
     target = load_graph(path)
     again = survey_again(target, found)
     assert again.roles is not None
-    transform(target, again.sites, again.roles, draft.io, probe_tokens)
+    switches = find_switches(target.graph, again.roles)
+    lengths = sorted({switch.length for switch in switches})
+    draft = draft.model_copy(update={"rope": RopeRecord(switch_lengths=lengths) if lengths else None})
+    transform(target, again.sites, again.roles, draft.io, probe_tokens, switches)
     check_result(target, draft.io)
     limit = position_limit(target.graph)
+    prove_rows(target.graph, again.roles, limit)
     how = write_model(target, source, directory, take=take)
     attentions = f"{len(sites)} attentions cut out of the source (max difference {prover.max_abs_diff:.2g})"
     if needs.whole_model:

@@ -78,6 +78,7 @@ def explain(onnx_path: str | Path, clusters: Clusters | None = None) -> Explanat
     from chai_export.graph.prove.survey import survey
     from chai_export.graph.read.load import find_onnx, load_graph
     from chai_export.graph.rewrite.draft import draft_manifest
+    from chai_export.graph.rewrite.rope_switch import find_switches
 
     path = find_onnx(Path(onnx_path))
     model = load_graph(path)
@@ -88,6 +89,8 @@ def explain(onnx_path: str | Path, clusters: Clusters | None = None) -> Explanat
             draft = draft_manifest(path, model, found.sites, 1)
             if clusters is not None:
                 clusters.check(draft.head_counts)
+            if found.roles is not None:
+                find_switches(model.graph, found.roles)
     except ChaiError as error:
         problem = str(error)
     kept = None if clusters is None else clusters.kept_heads
@@ -98,6 +101,7 @@ def _surroundings(tokenizer: str | Path | None, beside: Path) -> Surroundings:
     """Tokenizer and configurations from ``tokenizer``, or configurations from beside the ONNX file."""
     from chai_export.bundle.write import Surroundings
     from chai_export.models.loading import load_tokenizer
+    from chai_export.models.rope import rope_of
 
     loaded = None
     if tokenizer is not None:
@@ -112,6 +116,7 @@ def _surroundings(tokenizer: str | Path | None, beside: Path) -> Surroundings:
         config=config,
         generation_config=_read_json(where / "generation_config.json"),
         context_length=context if isinstance(context, int) and context > 0 else None,
+        rope=rope_of(config).record(),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from chai_export.errors import ChaiError
 from chai_export.models.families import family_of
+from chai_export.models.rope import rope_of
 from chai_export.op.heads import DecoderHeads
 
 
@@ -19,7 +20,8 @@ class Geometry(DecoderHeads):
         model_type: the family, as transformers names it ("llama", "opt", …).
         hidden_size: width of the residual stream.
         vocab_size: rows of the output head (V).
-        max_positions: length of a position table, a hard limit in tokens; None without one.
+        max_positions: a hard limit in tokens: length of a position table, or where rotary factors that grow
+            with a row begin to; None without one.
         context_length: tokens of context that the model was trained for; None when it does not say.
     """
 
@@ -48,6 +50,7 @@ def describe(config: Any) -> Geometry:
         )
     head_dim, value_head_dim = _head_dims(config, hidden // heads)
     context = getattr(config, "max_position_embeddings", None)
+    last_length = int(context) if context and family.position_table else rope_of(config).last_length
     return Geometry(
         model_type=model_type,
         num_layers=_size(config, model_type, "num_hidden_layers"),
@@ -57,7 +60,7 @@ def describe(config: Any) -> Geometry:
         value_head_dim=value_head_dim,
         hidden_size=hidden,
         vocab_size=_size(config, model_type, "vocab_size"),
-        max_positions=int(context) if context and family.position_table else None,
+        max_positions=last_length,
         context_length=int(context) if context else None,
     )
 

@@ -131,13 +131,15 @@ class OnnxRuntimeSession:
         lengths: NDArray[np.int32],
         past_lengths: NDArray[np.int32],
         output_positions: NDArray[np.int64],
+        rope_lengths: NDArray[np.int32] | None = None,
     ) -> NDArray[np.float32]:
         """Feed new tokens; see :meth:`chai_export.runtime.session.Session.step`."""
         assert np.all((lengths == 0) | (past_lengths + lengths <= self.capacity))
         binding = self._bindings[self._turn]
-        for value, array in zip(
-            self._io.step, (input_ids, lengths, past_lengths, output_positions), strict=True
-        ):
+        arrays = [input_ids, lengths, past_lengths, output_positions]
+        if self._manifest.switch_lengths:
+            arrays.append(past_lengths + lengths if rope_lengths is None else rope_lengths)
+        for value, array in zip(self._io.step, arrays, strict=True):
             binding.bind_ortvalue_input(value.name, _value(np.ascontiguousarray(array)))
         logits = np.empty((*output_positions.shape, self._manifest.vocab_size), self._logits_type)
         binding.bind_ortvalue_output(LOGITS, _value(logits))

@@ -16,11 +16,13 @@ from chai_export.runtime.stopping import StopReason, StopStrings
 
 @dataclass(frozen=True)
 class Limits:
-    """What ends a text: tokens to make, positions there are, end-of-sequence ids."""
+    """What a text runs into: tokens to make, positions there are, end-of-sequence ids, and the lengths past
+    which all of its keys are rotated otherwise."""
 
     max_new_tokens: int
     max_positions: int
     eos_token_ids: Collection[int] = ()
+    switch_lengths: Collection[int] = ()
 
 
 @dataclass
@@ -65,6 +67,8 @@ class Request:
     def accept(self, logits: NDArray[np.float32]) -> None:
         """Choose the next token from logits [V]; sets ``stop_reason`` if the text ends with it."""
         token = self.sampler.choose(logits, self.ids)
+        if len(self.ids) in self.limits.switch_lengths:
+            self.cached = 0  # what the cache holds was rotated for a text that ends here
         self.ids.append(token)
         self.token_times.append(perf_counter())
         is_eos = token in self.limits.eos_token_ids

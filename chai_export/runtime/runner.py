@@ -212,7 +212,7 @@ class Runner:
         positions, flag = self._position_limit(max_seq)
         manifest = self.bundle.manifest
         eos = frozenset() if ignore_eos else frozenset(manifest.generation.eos_token_ids)
-        limits = Limits(max_new_tokens, positions, eos)
+        limits = Limits(max_new_tokens, positions, eos, manifest.switch_lengths)
         require_stops_possible(stop, tokenizer)
         requests = []
         for index, prompt in enumerate(prompts):
@@ -254,6 +254,7 @@ class Runner:
                 np.array([length], np.int32),
                 np.array([start], np.int32),
                 np.arange(length, dtype=np.int64)[None],
+                np.array([len(ids)], np.int32),
             )[0]
             start += length
         self._last = _LastCall(Timings(), self.session.head_map, len(ids))

@@ -81,7 +81,8 @@ class Scheduler:
             if request is not None:
                 input_ids[row, : end - start] = request.ids[start:end]
         last = np.maximum(lengths - 1, 0).astype(np.int64)[:, None]
-        logits = self._session.step(input_ids, lengths, past_lengths, last)
+        rope_lengths = np.array([len(r.ids) if r else 0 for r in self._rows], np.int32)
+        logits = self._session.step(input_ids, lengths, past_lengths, last, rope_lengths)
 
         for row, (_, end) in enumerate(windows):
             self._advance(row, end, logits[row, 0])

@@ -53,6 +53,7 @@ class Session(Protocol):
         lengths: NDArray[np.int32],
         past_lengths: NDArray[np.int32],
         output_positions: NDArray[np.int64],
+        rope_lengths: NDArray[np.int32] | None = None,
     ) -> NDArray[np.float32]:
         """Feed new tokens to every row.
 
@@ -61,6 +62,9 @@ class Session(Protocol):
             lengths: int32 [B], valid tokens of each row; 0 leaves a row alone.
             past_lengths: int32 [B], tokens already in the cache; 0 starts a row afresh.
             output_positions: int64 [B,N], which of the S tokens want logits.
+            rope_lengths: int32 [B], tokens of each row's whole text, those of later steps of the same prefill
+                included: they choose the rotary factors of bundles that have several sets, and must be on one
+                side of a switch length as long as a cache is kept. Default: the tokens fed so far.
 
         Returns:
             float32 [B,N,V].

@@ -154,6 +154,7 @@ class TensorRtSession:
         lengths: NDArray[np.int32],
         past_lengths: NDArray[np.int32],
         output_positions: NDArray[np.int64],
+        rope_lengths: NDArray[np.int32] | None = None,
     ) -> NDArray[np.float32]:
         """Feed new tokens; see :meth:`chai_export.runtime.session.Session.step`.
 

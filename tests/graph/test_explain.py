@@ -40,12 +40,12 @@ ROPE = {
 
 @pytest.mark.parametrize("fixture", REWRITTEN, ids=lambda fixture: fixture.name)
 def test_every_part_of_a_match_is_named(fixture: Fixture) -> None:
-    report = explain(fixture.path, Clusters(kept_heads=[2, 1]))
+    report = explain(fixture.path, Clusters(kept_heads=[2, 1][: fixture.layers]))
     assert report.columns == ["layer", "form", "heads", "R", "matched"]
     for layer, row in enumerate(report.to_json()["attentions"]):
         parts, form = row["parts"], row["form"]
         assert (row["layer"], row["R"]) == (layer, (2, 1)[layer])
-        assert row["heads"] == f"6 query, {fixture.kv_heads} KV, dim 16"
+        assert row["heads"] == f"{fixture.query_heads} query, {fixture.kv_heads} KV, dim 16"
         assert parts["attention"].endswith(", scale 0.25")
         name = fixture.name
         assert parts["mask"] == MASK.get(form, MASK["G" if "tensorscatter" in name else "I"])

@@ -50,7 +50,8 @@ def test_fewer_heads_give_the_logits_of_the_torch_oracle(fixture: Fixture, rewri
     oracle = Oracle(torch_model(fixture.model), [kept] * fixture.layers)
     expected = oracle.logits(tokens, runner.head_maps)
     # The oracle computes in float32, so a float16 bundle shows its own rounding here, the source's as well.
-    assert np.abs(logits - expected).max() <= (1e-4 if fixture.record["dtype"] == "float32" else 5e-2)
+    allowed = 1e-4 if fixture.record["dtype"] == "float32" else 1e-2 * np.abs(expected).max()
+    assert np.abs(logits - expected).max() <= allowed
     assert (runner.head_maps != np.arange(runner.head_maps.shape[2])).any(), "no head was shared"
 
 
@@ -65,6 +66,7 @@ def test_nothing_of_the_old_attention_is_left(fixture: Fixture, rewritten) -> No
     assert not GONE & set(ops)
     assert {value.name for value in graph.inputs} == {
         *("input_ids", "lengths", "past_lengths", "output_positions", "head_map"),
+        *(["rope_lengths"] if "longrope" in fixture.name else []),
         *(f"past_{kind}.{layer}" for layer in range(fixture.layers) for kind in ("key", "value")),
     }
     if fixture.quantised:

@@ -38,6 +38,10 @@ class Fixture:
         return self.config["num_hidden_layers"]
 
     @property
+    def query_heads(self) -> int:
+        return self.config["num_attention_heads"]
+
+    @property
     def kv_heads(self) -> int:
         return self.config["num_key_value_heads"]
 

@@ -93,6 +93,7 @@ def cut(graph: ir.Graph, leaves: Sequence[ir.Value], outputs: Sequence[ir.Value]
                 inputs.append(value)
         elif node.op_type == "Shape" and node.domain == "" and _is_known_shape(node, roles, probe):
             if value not in shapes:
+                value.type = ir.TensorType(ir.DataType.INT64)
                 shapes.append(value)
         elif node not in nodes:
             nodes.add(node)

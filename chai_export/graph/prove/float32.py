@@ -12,8 +12,11 @@ _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def to_float32(model: ir.Model) -> None:
-    """Retype every 16-bit float value, initializer and cast of the main graph to float32, in place."""
-    graph = model.graph
+    """Retype every 16-bit float value, initializer and cast to float32, in place."""
+    _to_float32(model.graph)
+
+
+def _to_float32(graph: ir.Graph) -> None:
     for value in [*graph.inputs, *graph.initializers.values()]:
         _retype(value)
     for value in graph.initializers.values():
@@ -32,6 +35,8 @@ def to_float32(model: ir.Model) -> None:
             if ir.DataType(attribute.as_int()) in _HALVES:
                 node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT.value)
         for name, attribute in list(node.attributes.items()):
+            if attribute.type == ir.AttributeType.GRAPH:
+                _to_float32(attribute.as_graph())
             if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in _HALVES:
                 array = np.asarray(attribute.as_tensor().numpy()).astype(np.float32)
                 node.attributes[name] = ir.AttrTensor(name, ir.Tensor(array))

@@ -18,6 +18,7 @@ from chai_export.bundle.graph_io import (
     LOGITS,
     OUTPUT_POSITIONS,
     PAST_LENGTHS,
+    ROPE_LENGTHS,
     past_key,
     past_value,
     present_key,
@@ -150,6 +151,7 @@ def _bundle_inputs(case: _Case, sites: list[AttentionSite]) -> dict[str, Array]:
         PAST_LENGTHS: np.full(sizes.batch, sizes.past, np.int32),
         OUTPUT_POSITIONS: positions.copy(),
         HEAD_MAP: np.broadcast_to(heads, (len(sites), sizes.batch, heads.size)).copy(),
+        ROPE_LENGTHS: case.lengths + np.int32(sizes.past),  # a graph that has no such input leaves it
     }
     room = ((0, 0), (0, 0), (0, sizes.tokens), (0, 0))
     for site, (key, value) in zip(with_cache(sites), case.caches, strict=True):

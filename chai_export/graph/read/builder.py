@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 
 class Builder:
@@ -37,6 +38,19 @@ class Builder:
     def integer(self, number: int) -> ir.Value:
         """A constant int64 scalar."""
         return self._constant(number, np.array(number, dtype=np.int64))
+
+    def constant(self, array: NDArray[Any], name: str) -> ir.Value:
+        """A constant of any type; ``name`` gets a number behind it if it is taken."""
+        unique, number = name, 0
+        while unique in self.graph.initializers:
+            number += 1
+            unique = f"{name}.{number}"
+        tensor = ir.Tensor(array, name=unique)
+        value = ir.Value(
+            name=unique, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        self.graph.register_initializer(value)
+        return value
 
     def _constant(self, key: tuple[int, ...] | int, array: Any) -> ir.Value:
         if key not in self._constants:

@@ -16,7 +16,7 @@ def position_limit(graph: ir.Graph) -> int | None:
     """Tokens that a table of positions (learned, or precomputed cos and sin) has rows for; None without one.
 
     A table is an initializer that a Gather or a RotaryEmbedding reads at token positions, with a constant
-    offset or without.
+    offset or without. Where rows choose between two offsets, the longer rows read farther behind.
     """
     limits = []
     for node in graph:
@@ -58,6 +58,10 @@ def _offset_from_positions(value: ir.Value | None) -> int | None:
             value = node.inputs[1 if constant_first else 0]
         elif node.op_type in _PASSED:
             value = node.inputs[0]
+        elif node.op_type == "Where":
+            offsets = [_offset_from_positions(choice) for choice in node.inputs[1:]]
+            known = [choice for choice in offsets if choice is not None]
+            return offset + max(known) if len(known) == len(offsets) else None
         else:
             return None
     return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
-from chai_export.bundle.graph_io import LOGITS, OUTPUT_POSITIONS, GraphIO, GraphValue
+from chai_export.bundle.graph_io import LOGITS, OUTPUT_POSITIONS, ROPE_LENGTHS, GraphIO, GraphValue
 from chai_export.errors import ChaiError
 from chai_export.graph.match.roles import Roles
 from chai_export.graph.match.site import AttentionSite
@@ -20,20 +22,29 @@ from chai_export.graph.rewrite.cleanup import (
 from chai_export.graph.rewrite.interface import make_inputs, token_positions
 from chai_export.graph.rewrite.positions import replace_derived_positions
 from chai_export.graph.rewrite.replace import replace_sites
+from chai_export.graph.rewrite.rope_rows import choose_by_row, prove_edges
+from chai_export.graph.rewrite.rope_switch import RopeSwitch
 from chai_export.graph.rewrite.select_outputs import select_outputs
 from chai_export.op.function import function_proto
 from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE, VERSION
 
 
 def transform(
-    model: ir.Model, sites: list[AttentionSite], roles: Roles, io: GraphIO, probe_tokens: int
+    model: ir.Model,
+    sites: list[AttentionSite],
+    roles: Roles,
+    io: GraphIO,
+    probe_tokens: int,
+    switches: Sequence[RopeSwitch] = (),
 ) -> None:
     """Replace attention, caches, mask and positions of a normalised model, in place.
 
-    Afterwards the graph has the inputs and outputs of ``io`` and carries the bodies of its ops.
+    Afterwards the graph has the inputs and outputs of ``io`` and carries the bodies of its ops. ``switches``
+    are the choices between rotary factors in it, made by row from here on.
 
     Raises:
-        ChaiError: old inputs are used for something the rewrite does not know.
+        ChaiError: old inputs are used for something the rewrite does not know, or a switch is not the same
+            by row.
     """
     graph = model.graph
     opset = model.opset_imports[""]
@@ -51,9 +62,14 @@ def transform(
     replace_cache_shapes(builder, sites, roles.input_ids)
     replace_position_shapes(builder, roles.cache_position, roles.input_ids)
     drop_dead_nodes(model)
+    chosen = [(s.length, choose_by_row(builder, roles, s, inputs[ROPE_LENGTHS])) for s in switches]
+    graph.sort()
+    drop_dead_nodes(model)
     if roles.position_ids is None:
         replace_derived_positions(builder, roles, token_positions(builder, inputs))
         drop_dead_nodes(model)
+    for length, values in chosen:
+        prove_edges(graph, roles, length, values)
     old = [value for value in graph.inputs if value is not roles.input_ids]
     require_no_uses(old)
     graph.inputs.clear()
