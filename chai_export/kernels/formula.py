@@ -1,13 +1,14 @@
 """Grid sizes and workspace sizes as short formulas, so that Python and C++ evaluate the same text.
 
-A formula is written in reverse Polish notation: tokens separated by spaces, evaluated with a stack of 64-bit
-integers. ``"S 64 cdiv"`` is ceil(S / 64). Tokens are decimal integers, symbols (names of shapes) and the
-operators of :data:`OPERATORS`; comparisons give 1 or 0.
+In Python a formula is written with operators, ``cdiv(S, 64)``. Its text is in reverse Polish notation: tokens
+separated by spaces, evaluated with a stack of 64-bit integers, ``"S 64 cdiv"``. Tokens are decimal integers,
+symbols (names of shapes) and the operators of :data:`OPERATORS`; comparisons give 1 or 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 OPERATORS: Mapping[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
@@ -20,6 +21,57 @@ OPERATORS: Mapping[str, Callable[[int, int], int]] = {
     "==": lambda a, b: int(a == b),
 }
 """Each takes the two topmost values; the one pushed first is the left operand."""
+
+
+@dataclass(frozen=True)
+class Formula:
+    """An expression of symbols and integers; ``str()`` gives its text."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __add__(self, other: Operand) -> Formula:
+        return _joined(self, other, "+")
+
+    def __sub__(self, other: Operand) -> Formula:
+        return _joined(self, other, "-")
+
+    def __mul__(self, other: Operand) -> Formula:
+        return _joined(self, other, "*")
+
+    def __rmul__(self, other: int) -> Formula:
+        return _joined(other, self, "*")
+
+    def __lt__(self, other: Operand) -> Formula:
+        return _joined(self, other, "<")
+
+    def equals(self, other: Operand) -> Formula:
+        """1 where the values are equal, else 0."""
+        return _joined(self, other, "==")
+
+
+Operand = Formula | int
+
+
+def symbols(names: str) -> list[Formula]:
+    """One formula for each name, separated by spaces."""
+    return [Formula(name) for name in names.split()]
+
+
+def cdiv(numerator: Operand, denominator: Operand) -> Formula:
+    """The quotient, rounded up."""
+    return _joined(numerator, denominator, "cdiv")
+
+
+def minimum(one: Operand, other: Operand) -> Formula:
+    """The smaller value."""
+    return _joined(one, other, "min")
+
+
+def _joined(left: Operand, right: Operand, operator: str) -> Formula:
+    return Formula(f"{left} {right} {operator}")
 
 
 def evaluate(formula: str, symbols: Mapping[str, int]) -> int:

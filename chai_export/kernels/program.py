@@ -14,7 +14,7 @@ from typing import Any
 
 from chai_export.kernels.blocks import Blocks, padded
 from chai_export.kernels.device import append, decode, head_map, prefill, probe
-from chai_export.kernels.formula import evaluate
+from chai_export.kernels.formula import Formula, Operand, cdiv, evaluate, minimum, symbols
 from chai_export.kernels.spec import Shape, Spec
 from chai_export.op.dtypes import ELEMENT_TYPES
 
@@ -24,13 +24,17 @@ FLOAT_ARGUMENTS = ("scale",)
 # Query heads of one KV head that a decode program takes: more accumulators do not fit in registers.
 MAX_GROUP_BLOCK = 64
 
-# Integer arguments that mean the same in every kernel, as formulas.
+B, H, G, S, R, C, P, DV, ONLINE = symbols("B H G S R C P Dv online")
+SEVERAL = Formula("1") < S
+"""More tokens than one in some row: prefill."""
+
+# Integer arguments that mean the same in every kernel.
 COMMON_SCALARS = {
-    "tokens": "S",
-    "capacity": "C",
-    "kept": "R",
-    "online": "online",
-    "exact": "online R G < *",
+    "tokens": S,
+    "capacity": C,
+    "kept": R,
+    "online": ONLINE,
+    "exact": ONLINE * (R < G),
 }
 
 
@@ -104,14 +108,18 @@ def build_program(spec: Spec, blocks: Blocks) -> Program:
         "INTERPRETED": int(blocks.interpreted),
     }
     tile = blocks.kernels["decode_scores"].constants["BLOCK_N"]
-    tiles = f"C {tile} cdiv"
-    score_splits = f"{blocks.score_programs} B R * cdiv {tiles} min"
-    value_splits = f"{blocks.value_programs} B G * cdiv {tiles} min"
+    tiles = cdiv(C, tile)
+    score_splits = minimum(cdiv(blocks.score_programs, B * R), tiles)
+    value_splits = minimum(cdiv(blocks.value_programs, B * G), tiles)
     block_m = blocks.kernels["prefill"].constants["BLOCK_M"]
     block_tokens = blocks.kernels["append"].constants["BLOCK_TOKENS"]
 
     def launch(
-        name: str, kernel: Any, when: str, grid: tuple[str, str, str], scalars: dict[str, str] | None = None
+        name: str,
+        kernel: Any,
+        when: Formula,
+        grid: tuple[Operand, Operand, Operand],
+        scalars: dict[str, Formula] | None = None,
     ) -> Launch:
         chosen = blocks.kernels[name]
         declared = _parameters(kernel)
@@ -121,38 +129,38 @@ def build_program(spec: Spec, blocks: Blocks) -> Program:
         arguments = tuple(p for p, is_constant in declared.items() if not is_constant)
         return Launch(
             kernel=kernel,
-            when=when,
-            grid=grid,
+            when=str(when),
+            grid=(str(grid[0]), str(grid[1]), str(grid[2])),
             arguments=arguments,
-            scalars={a: f for a, f in (COMMON_SCALARS | (scalars or {})).items() if a in arguments},
+            scalars={a: str(f) for a, f in (COMMON_SCALARS | (scalars or {})).items() if a in arguments},
             constants={p: available[p] for p, is_constant in declared.items() if is_constant},
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
         )
 
-    several, one = "1 S <", "S 1 =="
+    one = S.equals(1)
     launches = (
-        launch("probe", probe.probe_kernel, f"{several} online * R G < *", ("H", "B", "1")),
-        launch("head_map", head_map.head_map_kernel, several, ("B", "1", "1")),
-        launch("append", append.append_kernel, several, (f"S {block_tokens} cdiv", "G", "B")),
-        launch("prefill", prefill.prefill_kernel, several, (f"S {block_m} cdiv", "H", "B")),
-        launch("decode_begin", append.decode_begin_kernel, one, ("G", "B", "1")),
-        launch("decode_scores", decode.decode_scores_kernel, one, (score_splits, f"R {group_blocks} *", "B")),
-        launch("decode_values", decode.decode_values_kernel, one, (value_splits, f"G {group_blocks} *", "B")),
-        launch("decode_merge", decode.decode_merge_kernel, one, ("H", "B", "1"), {"splits": value_splits}),
+        launch("probe", probe.probe_kernel, SEVERAL * ONLINE * (R < G), (H, B, 1)),
+        launch("head_map", head_map.head_map_kernel, SEVERAL, (B, 1, 1)),
+        launch("append", append.append_kernel, SEVERAL, (cdiv(S, block_tokens), G, B)),
+        launch("prefill", prefill.prefill_kernel, SEVERAL, (cdiv(S, block_m), H, B)),
+        launch("decode_begin", append.decode_begin_kernel, one, (G, B, 1)),
+        launch("decode_scores", decode.decode_scores_kernel, one, (score_splits, R * group_blocks, B)),
+        launch("decode_values", decode.decode_values_kernel, one, (value_splits, G * group_blocks, B)),
+        launch("decode_merge", decode.decode_merge_kernel, one, (H, B, 1), {"splits": value_splits}),
     )
     # B * splits is at most programs / G + B: an upper bound that does not shrink as B grows.
-    partials = f"{blocks.value_programs} G cdiv B + H *"
-    score_rows = f"B R * H G cdiv * {tiles} *"
+    partials = (cdiv(blocks.value_programs, G) + B) * H
+    score_rows = B * R * cdiv(H, G) * tiles
     workspace = (
-        Section("plan", "int32", "B G 2 * H 2 * + 1 + *"),
-        Section("quantised", "int32", "B P * P * H *"),
-        Section("weights", spec.dtype, f"{score_rows} {tile} *"),
-        Section("tile_max", "float32", score_rows),
-        Section("tile_sum", "float32", score_rows),
-        Section("partial", "float32", f"{partials} Dv *"),
-        Section("partial_max", "float32", partials),
-        Section("partial_sum", "float32", partials),
+        Section("plan", "int32", str(B * (G * 2 + H * 2 + 1))),
+        Section("quantised", "int32", str(B * P * P * H)),
+        Section("weights", spec.dtype, str(score_rows * tile)),
+        Section("tile_max", "float32", str(score_rows)),
+        Section("tile_sum", "float32", str(score_rows)),
+        Section("partial", "float32", str(partials * DV)),
+        Section("partial_max", "float32", str(partials)),
+        Section("partial_sum", "float32", str(partials)),
     )
     return Program(spec, launches, workspace)
 

@@ -25,29 +25,13 @@ using nvinfer1::TensorFormat;
 constexpr std::int32_t kSuccess = 0;
 constexpr std::int32_t kFailure = 1;
 
-enum Input : std::int32_t {
-  kQuery,
-  kKey,
-  kValue,
-  kPastKey,
-  kPastValue,
-  kPastHeadMap,
-  kPastLengths,
-  kLengths
-};
-enum Output : std::int32_t { kOutput, kPresentKey, kPresentValue, kPresentHeadMap };
-
-constexpr std::array<const char*, kNumInputs> kInputNames = {
-    "query", "key", "value", "past_key", "past_value", "past_head_map", "past_lengths", "lengths"};
-constexpr std::array<const char*, kNumOutputs> kOutputNames = {"output", "present_key", "present_value",
-                                                               "present_head_map"};
-constexpr std::array<std::int32_t, kNumInputs> kRanks = {4, 4, 4, 4, 4, 2, 1, 1};
+using namespace op;  // kQuery, kOutput, …
 
 // The input whose type and shape an output has; only `output` has a shape of its own.
 constexpr std::array<std::int32_t, kNumOutputs> kLikeInput = {kQuery, kPastKey, kPastValue, kPastHeadMap};
 
 bool is_integer_input(std::int32_t index) {
-  return index >= kPastHeadMap;
+  return kInputs[index].type == schema::Type::M;
 }
 
 DataType data_type(const std::string& dtype) {
@@ -76,9 +60,10 @@ std::string text(const Dims& dims) {
 // The sizes that a set of input shapes has, read off without checking that they agree.
 Symbols sizes_of(const std::array<Dims, kNumInputs>& dims, const Attributes& attributes) {
   for (std::int32_t i = 0; i < kNumInputs; ++i) {
-    if (dims[i].nbDims != kRanks[i]) {
-      throw std::runtime_error(std::string(kInputNames[i]) + " has shape " + text(dims[i]) +
-                               ", expected rank " + std::to_string(kRanks[i]));
+    if (dims[i].nbDims != static_cast<std::int32_t>(kInputs[i].rank)) {
+      throw std::runtime_error(std::string(kInputs[i].name) + " has shape " + text(dims[i]) +
+                               ", expected rank " +
+                               std::to_string(static_cast<std::int32_t>(kInputs[i].rank)));
     }
   }
   Symbols sizes;
@@ -186,7 +171,7 @@ std::int32_t ClusteredHeadAttention::getOutputDataTypes(DataType* output_types, 
     const DataType wanted = data_type(program_->spec().dtype);
     for (std::int32_t i = 0; i < kNumInputs; ++i) {
       if (input_types[i] == (is_integer_input(i) ? DataType::kINT32 : wanted)) continue;
-      throw std::runtime_error(std::string(kInputNames[i]) + " must be " +
+      throw std::runtime_error(std::string(kInputs[i].name) + " must be " +
                                (is_integer_input(i) ? "int32" : program_->spec().dtype));
     }
     for (std::int32_t i = 0; i < kNumOutputs; ++i) output_types[i] = input_types[kLikeInput[i]];
@@ -202,9 +187,10 @@ std::int32_t ClusteredHeadAttention::getOutputShapes(const nvinfer1::DimsExprs* 
   return guarded("getOutputShapes", kFailure, [&] {
     require_counts(num_inputs, num_outputs);
     for (std::int32_t i = 0; i < kNumInputs; ++i) {
-      if (inputs[i].nbDims == kRanks[i]) continue;
-      throw std::runtime_error(std::string(kInputNames[i]) + " has rank " + std::to_string(inputs[i].nbDims) +
-                               ", expected " + std::to_string(kRanks[i]));
+      if (inputs[i].nbDims == static_cast<std::int32_t>(kInputs[i].rank)) continue;
+      throw std::runtime_error(std::string(kInputs[i].name) + " has rank " +
+                               std::to_string(inputs[i].nbDims) + ", expected " +
+                               std::to_string(static_cast<std::int32_t>(kInputs[i].rank)));
     }
     for (std::int32_t i = 1; i < kNumOutputs; ++i) outputs[i] = inputs[kLikeInput[i]];
     outputs[kOutput].nbDims = 3;
@@ -312,10 +298,10 @@ void ClusteredHeadAttention::attend(const PluginTensorDesc* in, const void* cons
     throw std::runtime_error("called without tensors");
   const Symbols sizes = checked_sizes(in);
   for (std::int32_t i = 0; i < kNumInputs; ++i) {
-    require_address(kInputNames[i], inputs[i], is_integer_input(i));
+    require_address(kInputs[i].name, inputs[i], is_integer_input(i));
   }
   for (std::int32_t i = 0; i < kNumOutputs; ++i) {
-    require_address(kOutputNames[i], outputs[i], is_integer_input(kLikeInput[i]));
+    require_address(kOutputs[i].name, outputs[i], is_integer_input(kLikeInput[i]));
   }
   if (outputs[kPresentHeadMap] == inputs[kPastHeadMap]) {
     throw std::runtime_error(
@@ -326,7 +312,7 @@ void ClusteredHeadAttention::attend(const PluginTensorDesc* in, const void* cons
   // While building, TensorRT may run a plugin that was never attached to a context.
   if (launcher_ == nullptr) launcher_ = acquire_kernels(attributes_.kernels);
 
-  for (const Output output : {kPresentKey, kPresentValue}) {
+  for (const std::size_t output : {kPresentKey, kPresentValue}) {
     const std::int32_t past = kLikeInput[output];
     if (outputs[output] == inputs[past]) continue;
     std::size_t bytes = item_bytes(in[past].type);
@@ -335,7 +321,7 @@ void ClusteredHeadAttention::attend(const PluginTensorDesc* in, const void* cons
     launcher_->copy(outputs[output], inputs[past], bytes, stream);
   }
   // Kernel arguments are not const; kernels only read what the op calls an input.
-  const auto input = [&](Input i) { return const_cast<void*>(inputs[i]); };
+  const auto input = [&](std::size_t i) { return const_cast<void*>(inputs[i]); };
   const cuda::Tensors tensors = {input(kQuery),           input(kKey),          input(kValue),
                                  input(kPastHeadMap),     input(kPastLengths),  input(kLengths),
                                  outputs[kOutput],        outputs[kPresentKey], outputs[kPresentValue],

@@ -19,22 +19,27 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "chai/op_schema.h"
 #include "op/cuda/launcher.h"
 #include "op/cuda/program.h"
 #include "op/tensorrt/attributes.h"
 
 namespace chai::tensorrt {
 
-constexpr const char* kPluginName = "ClusteredHeadAttention";
-constexpr const char* kPluginVersion = "1";
-constexpr const char* kPluginNamespace = "chai";
+namespace op = schema::clustered_head_attention_v1;
 
-constexpr std::int32_t kNumInputs = 8;
-constexpr std::int32_t kNumOutputs = 4;
+constexpr const char* kPluginName = op::kOpType;
+constexpr const char* kPluginVersion = "1";
+static_assert(op::kVersion == 1, "the plugin's version is the op's");
+constexpr const char* kPluginNamespace = schema::kDomain;
+
+constexpr std::int32_t kNumInputs = std::size(op::kInputs);
+constexpr std::int32_t kNumOutputs = std::size(op::kOutputs);
 
 class ClusteredHeadAttention final : public nvinfer1::IPluginV3,
                                      public nvinfer1::IPluginV3OneCore,
