@@ -3,30 +3,43 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RUN_STAMP := $(VENV)/.installed-to-run
+SOURCES = pyproject.toml constraints-dev.txt CMakeLists.txt $(shell find plugins -type f)
 NATIVE = $(shell find plugins benchmarks -name "*.cpp" -o -name "*.h")
 
-.PHONY: demo test lint types check clean help
+.PHONY: demo test test-fast lint types check clean help
 
 help:
-	@echo "make demo   compile the demo model and compare all heads with CHAI"
-	@echo "make test   run the tests"
-	@echo "make check  lint, types and tests, as CI does"
+	@echo "make demo       compile the demo model and compare all heads with CHAI"
+	@echo "make test       run the tests"
+	@echo "make test-fast  the tests that take seconds: no other model than tiny ones, nothing compiled"
+	@echo "make check      lint, types and tests, as CI does"
 
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
 
-$(STAMP): pyproject.toml constraints-dev.txt CMakeLists.txt $(shell find plugins -type f) | $(BIN)/python
+# What running needs, and (below) what developing needs beyond it.
+$(RUN_STAMP): $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints-dev.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints-dev.txt --editable .
+	@touch $@
+
+$(STAMP): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints-dev.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints-dev.txt --editable '.[dev]'
-	@touch $@
+	@touch $(RUN_STAMP) $@
 
-demo: $(STAMP)
+demo: $(RUN_STAMP)
 	$(BIN)/chai-export make engines/demo.yaml
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/unit
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

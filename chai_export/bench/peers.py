@@ -55,7 +55,7 @@ def group_query_attention(problem: Problem, threads: int) -> Run:
     )
     output = np.empty_like(packed["query"])
     outputs = {"output": output, "present_key": problem.key_cache, "present_value": problem.value_cache}
-    run = _bound(node, inputs, outputs, threads, opset=18)
+    run = bound_node(node, inputs, outputs, threads, opset=18)
     return lambda: (run(), output)[1]
 
 
@@ -68,7 +68,7 @@ def onnx_attention(problem: Problem, threads: int) -> Run:
     inputs = {"query": problem.query, "key": problem.key_cache, "value": problem.value_cache}
     node = helper.make_node("Attention", list(inputs), ["output"], is_causal=int(case.tokens > 1))
     output = np.empty_like(problem.query)
-    run = _bound(node, inputs, {"output": output}, threads, opset=23)
+    run = bound_node(node, inputs, {"output": output}, threads, opset=23)
     return lambda: _tokens_first((run(), output)[1])
 
 
@@ -106,7 +106,7 @@ def _tokens_first(array: Tensor) -> Tensor:
     return array.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
 
 
-def _bound(
+def bound_node(
     node: onnx.NodeProto, inputs: dict[str, Tensor], outputs: dict[str, Tensor], threads: int, *, opset: int
 ) -> Callable[[], None]:
     """A one-node session with its arrays bound; equal arrays are bound as one value."""
