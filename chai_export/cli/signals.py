@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_SECONDS_UNTIL_REPEATED = 0.02
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -38,6 +40,12 @@ def unwinding() -> Iterator[list[int]]:
         received.append(number)
         raise Interrupted(number)
 
+    with _handling(interrupt), _repeated_if_swallowed():
+        yield received
+
+
+@contextmanager
+def _handling(interrupt: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():
         found = {number: signal.getsignal(number) for number in _ENDING}
@@ -45,10 +53,35 @@ def unwinding() -> Iterator[list[int]]:
     try:
         for number in before:
             signal.signal(number, interrupt)
-        yield received
+        yield
     finally:
         for number, action in before.items():
             signal.signal(number, action)
+
+
+@contextmanager
+def _repeated_if_swallowed() -> Iterator[None]:
+    """Let a signal come again whose exception Python drops, as in ``__del__`` and weak references."""
+    timers: list[threading.Timer] = []
+
+    def report(unraisable: sys.UnraisableHookArgs) -> None:
+        error = unraisable.exc_value
+        if not isinstance(error, Interrupted):
+            report_others(unraisable)
+            return
+        again = [threading.main_thread().ident, error.number]
+        timer = threading.Timer(_SECONDS_UNTIL_REPEATED, signal.pthread_kill, again)
+        timer.daemon = True
+        timers.append(timer)
+        timer.start()
+
+    report_others, sys.unraisablehook = sys.unraisablehook, report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report_others
+        for timer in timers:
+            timer.cancel()
 
 
 def ignore() -> None:

@@ -102,6 +102,32 @@ def test_ctrl_c_after_the_work_says_nothing():
     assert process.communicate(timeout=60) == ("", "")
 
 
+@pytest.mark.parametrize("place", ["weak reference", "destructor"])
+def test_a_signal_in_a_place_where_exceptions_are_dropped_is_not_lost(place):
+    setup = f"""
+        import os, signal, time, weakref
+        from chai_export.cli import doctor
+        class Thing:
+            def __del__(self):
+                if {place!r} == "destructor":
+                    os.kill(os.getpid(), signal.SIGTERM)
+        def callback(reference):
+            if {place!r} == "weak reference":
+                os.kill(os.getpid(), signal.SIGTERM)
+        def execute(arguments):
+            thing = Thing()
+            reference = weakref.ref(thing, callback)
+            del thing
+            time.sleep(60)
+        doctor.execute = execute
+    """
+    process = run_with(setup, "doctor")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err.startswith("error: interrupted by SIGTERM; ")
+    assert err.count("\n") == 1
+
+
 def test_handlers_of_the_caller_come_back():
     before = [signal.getsignal(number) for number in ENDING]
     with pytest.raises(SystemExit):

@@ -24,7 +24,7 @@ def find_onnx(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    if path.is_symlink():
+    if path.is_symlink() and not path.exists():
         raise ChaiError(
             f"{path} is a link to {path.resolve()}, which does not exist; download the model again"
         )
