@@ -235,6 +235,19 @@ def test_unknown_backend(command: Command, bundle):
         assert fails(outcome, "abacus", "onnxruntime", code=outcome.code)
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--temperature", each) for each in ("nan", "inf", "-inf", "-1")]
+    + [("--top-p", each) for each in ("nan", "0", "1.5", "-0.5")]
+    + [("--top-k", "-1"), ("--seed", "-1"), ("--seed", str(2**64))],
+)
+def test_sampling_settings_out_of_range_are_refused_before_the_bundle_is_read(
+    command: Command, tmp_path, flag, value
+):
+    outcome = command("run", tmp_path / "no bundle", "--token-ids", "1,2", f"{flag}={value}")
+    assert fails(outcome, f"{flag} is ", "give ", code=2)
+
+
 def test_wrong_usage_exits_with_two(command: Command, bundle):
     for arguments in ((), ("frobnicate",), ("run",), ("run", bundle, "--heads", "some")):
         outcome = command(*arguments)
