@@ -1,7 +1,7 @@
 """Runs `chai-export` many times, each in a process of its own that need not import the heavy libraries again.
 
-``python -m tests.helpers.stage_server`` reads a JSON object (``arguments``, ``log``, ``graph``) a line, forks and
-prints the number of the child, then its exit status. :class:`StageServer` talks to it.
+``python -m tests.helpers.stage_server`` reads a JSON object a line (arguments, log, graph), forks
+and prints the number of the child, then its exit status. :class:`StageServer` talks to it.
 """
 
 from __future__ import annotations

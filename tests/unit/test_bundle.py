@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from chai_export.bundle import bundle as bundle_module
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.engine_record import add_engine, require_engine
 from chai_export.bundle.environment import save_environment
+from chai_export.bundle.exchange import exchange
 from chai_export.bundle.manifest import EngineRecord
 from chai_export.errors import ChaiError
+from chai_export.runtime import runner as runner_module
 from tests.tiny_graph import TinyModel, letters_tokenizer
 
 
@@ -137,6 +140,48 @@ def test_an_engine_that_does_not_fit_says_what_to_run_again(bundle, change, mess
     changed = add_engine(bundle, record(bundle, **change))
     with pytest.raises(ChaiError, match=rf"{message}; run `chai-export build .* --backend tensorrt` again"):
         require_engine(changed, "tensorrt", **HERE)
+
+
+def test_engines_that_two_processes_enter_are_both_kept(bundle):
+    same = Bundle.load(bundle.path)
+    add_engine(bundle, record(bundle))
+    add_engine(same, record(bundle, backend="onnxruntime"))
+    assert set(Bundle.load(bundle.path).manifest.engines) == {"tensorrt", "onnxruntime"}
+
+
+def test_an_engine_of_a_bundle_that_was_replaced_meanwhile_is_not_entered(bundle):
+    other = TinyModel(kept=(1, 1)).write(bundle.path)
+    with pytest.raises(ChaiError, match=r"bundle was replaced while its tensorrt engine was built; run"):
+        add_engine(bundle, record(bundle))
+    assert Bundle.load(bundle.path).manifest == other.manifest
+
+
+def test_a_bundle_that_is_replaced_while_it_is_checked_is_read_anew(bundle, monkeypatch):
+    other = TinyModel(kept=(1, 1)).write(bundle.path.with_name("other"))
+    check, replaced = bundle_module.check_files, []
+
+    def replace_first(*arguments: object, **options: object) -> None:
+        if not replaced:
+            replaced.append(exchange(other.path, bundle.path))
+        check(*arguments, **options)
+
+    monkeypatch.setattr(bundle_module, "check_files", replace_first)
+    assert Bundle.load(bundle.path).manifest == (other if replaced == [True] else bundle).manifest
+
+
+def test_a_bundle_that_is_replaced_while_it_is_opened_is_opened_anew(bundle, monkeypatch):
+    open_session, replaced = runner_module.open_session, []
+
+    def replace_after(*arguments: object, **options: object) -> object:
+        session = open_session(*arguments, **options)
+        if not replaced:
+            replaced.append(TinyModel(kept=(1, 1)).write(bundle.path))
+        return session
+
+    monkeypatch.setattr(runner_module, "open_session", replace_after)
+    runner = runner_module.load(bundle.path)
+    assert runner.bundle.manifest == replaced[0].manifest
+    assert TinyModel(kept=(1, 1)).greedy([5, 6, 7], 2) == runner.generate([[5, 6, 7]], 2)[0].token_ids
 
 
 def test_a_missing_engine_says_what_to_run(bundle):
