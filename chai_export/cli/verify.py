@@ -74,6 +74,8 @@ def execute(arguments: argparse.Namespace) -> int:
         print_table(["layer", "attention", "largest difference", "largest value"], differences)
     if report["max_abs_logit_diff"]["all"] is None:
         print("all heads: not compared, static membership has cut away the heads it does not keep")
+    for boundary in result.boundaries:
+        print(f"boundary at {boundary.length} tokens: {boundary.reason or 'compared on both sides'}")
     print(f"head-map agreement: {report['head_map_agreement']:.4f}")
     print("verified" if result.ok else "NOT verified: this bundle does not compute what its model computes")
     return 0 if result.ok else 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.models.logits import differences
+from chai_export.quality.boundaries import Boundary
 from chai_export.quality.truth import Expected
 
 LEAST_MAP_AGREEMENT = {"float32": 0.95, "float16": 0.0, "bfloat16": 0.0}
@@ -35,6 +36,7 @@ class VerifyResult:
         greedy_ties: chosen tokens whose logit equals the reference's best within the tolerance; they count
             as a match.
         first_mismatch: {"all"|"chai": {"prompt", "token"}} where greedy tokens first differ.
+        boundaries: lengths at which rotary embedding changes, crossed or not, and why not.
     """
 
     ok: bool
@@ -47,6 +49,7 @@ class VerifyResult:
     tokens: int
     greedy_ties: int
     first_mismatch: dict[str, dict[str, int]]
+    boundaries: tuple[Boundary, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As printed by ``verify --json``."""
@@ -61,6 +64,7 @@ class VerifyResult:
             "tokens": self.tokens,
             "greedy_ties": self.greedy_ties,
             "first_mismatch": self.first_mismatch,
+            "boundaries": [asdict(boundary) for boundary in self.boundaries],
         }
 
 

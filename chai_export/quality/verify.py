@@ -10,13 +10,16 @@ maps    the engine's head maps, against those the oracle finds by itself
 A bundle with static membership has no weights left for all heads, and its maps are those of its manifest:
 there "all" is not compared, and "chai" is the engine against the oracle under these maps, on whole weights.
 
+Where rotary embedding changes with the length of a text, texts on both sides of that length are compared as
+well, fed in chunks, and one that grows past it in company (:mod:`chai_export.quality.boundaries`).
+
 The reference is fed the engine's tokens rather than generating its own. The first token that differs is
 the same either way, and one forward pass replaces one per token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +28,19 @@ from numpy.typing import NDArray
 
 from chai_export.bundle.choices import Backend
 from chai_export.errors import ChaiError
+from chai_export.models.rope import rope_of
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
 from chai_export.progress import track
+from chai_export.quality.boundaries import (
+    Boundary,
+    find_boundaries,
+    lengths_around,
+    pieces,
+    stretches,
+)
 from chai_export.quality.limits import position_limit
 from chai_export.quality.reference import load_reference
-from chai_export.quality.truth import TorchTruth, Truth
+from chai_export.quality.truth import Expected, TorchTruth, Truth
 from chai_export.quality.verdict import LEAST_MAP_AGREEMENT, Verdict, VerifyResult
 
 if TYPE_CHECKING:
@@ -75,7 +86,8 @@ def verify(
     manifest = runners["chai"].bundle.manifest
     if manifest.static is None:
         runners = {"all": load(bundle, backend=backend, heads="all"), **runners}
-    truth = TorchTruth(load_reference(reference, manifest, trust_remote_code=trust_remote_code), manifest)
+    model = load_reference(reference, manifest, trust_remote_code=trust_remote_code)
+    truth = TorchTruth(model, manifest)
     prompts = _prompts(runners["chai"], text, manifest)
     # Fixed maps are constants of the graph: nothing may round them.
     least_agreement = LEAST_MAP_AGREEMENT[manifest.dtype] if manifest.static is None else 1.0
@@ -87,7 +99,12 @@ def verify(
         for index, generation in enumerate(made):
             case = _Case(index, prompts[index], list(generation.token_ids), generated_maps[:, index])
             _compare(verdict, heads, case, runners[heads], truth)
-    return verdict.result()
+    lengths = {*rope_of(model.config).original_lengths, *manifest.switch_lengths}
+    boundaries = find_boundaries(lengths, position_limit(runners["chai"]))
+    for index, boundary in enumerate((b for b in boundaries if b.crossed), start=len(prompts)):
+        for heads, runner in runners.items():
+            _cross(verdict, heads, index, boundary, runner, truth)
+    return replace(verdict.result(), boundaries=tuple(boundaries))
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,10 @@ class _Case:
 
 
 def _compare(verdict: Verdict, heads: str, case: _Case, runner: Runner, truth: Truth) -> None:
+    switches = runner.bundle.manifest.switch_lengths
+    if switches:
+        _compare_stretches(verdict, heads, case, runner, truth)
+        return
     sequence = case.prompt + case.chosen
     engine = runner.logits(sequence)
     maps = runner.head_maps[:, 0]
@@ -116,6 +137,46 @@ def _compare(verdict: Verdict, heads: str, case: _Case, runner: Runner, truth: T
             verdict.maps(case.maps, truth.head_maps(sequence))
     verdict.logits(heads, engine, expected)
     verdict.greedy(heads, case.index, case.chosen, generated)
+
+
+def _compare_stretches(verdict: Verdict, heads: str, case: _Case, runner: Runner, truth: Truth) -> None:
+    """As :func:`_compare`, with the tokens of each set of rotary factors against texts that have that set."""
+    sequence = case.prompt + case.chosen
+    switches = runner.bundle.manifest.switch_lengths
+    for start, end in stretches(len(case.prompt), len(sequence), switches):
+        fed, chosen = sequence[: end - 1], sequence[start:end]
+        engine = runner.logits(fed)
+        maps = runner.head_maps[:, 0]
+        expected = truth.all_heads(fed) if heads == "all" else truth.chai(fed, maps)
+        verdict.logits(heads, engine, expected)
+        if heads == "chai":
+            verdict.maps(maps, truth.head_maps(fed))
+            # The maps that earlier stretches were made under are gone, and rounding may have given others.
+            if end < len(sequence):
+                continue
+            expected = expected if (maps == case.maps).all() else truth.chai(fed, case.maps)
+        after = Expected(np.pad(expected.logits, ((0, 1), (0, 0))), np.pad(expected.tolerances, (0, 1)))
+        verdict.greedy(heads, case.index, chosen, after)
+
+
+def _cross(
+    verdict: Verdict, heads: str, index: int, boundary: Boundary, runner: Runner, truth: Truth
+) -> None:
+    """Compare texts below and above a boundary in chunks, and one that crosses it beside a short one."""
+    manifest = runner.bundle.manifest
+    longest = lengths_around(boundary)[-1]
+    tokens = np.random.default_rng(_SEED + index).integers(0, manifest.vocab_size, longest).tolist()
+    for length in lengths_around(boundary):
+        engine = runner.logits(tokens[:length], chunks=pieces(length, manifest.probe_tokens))
+        maps = runner.head_maps[:, 0]
+        fed = tokens[:length]
+        verdict.logits(heads, engine, truth.all_heads(fed) if heads == "all" else truth.chai(fed, maps))
+    prompts = [tokens[: max(1, boundary.length - 1)], tokens[: max(1, boundary.length // 2)]]
+    made = runner.generate(prompts, max_new_tokens=3, repetition_penalty=1.0, ignore_eos=True)
+    generated_maps = runner.head_maps.copy()
+    for row, (prompt, generation) in enumerate(zip(prompts, made, strict=True)):
+        case = _Case(index, prompt, list(generation.token_ids), generated_maps[:, row])
+        _compare(verdict, heads, case, runner, truth)
 
 
 def _new_tokens(runner: Runner, longest_prompt: int, wanted: int) -> int:

@@ -15,6 +15,10 @@ from chai_export.clustering.clusters import Clusters
 from chai_export.exporter.stage import export
 from chai_export.models.oracle import Oracle, model_logits
 from chai_export.models.rope import rope_of
+from chai_export.quality.boundaries import find_boundaries
+from chai_export.quality.verify import verify
+from chai_export.runtime import runner as runner_module
+from chai_export.runtime.request import Limits
 from chai_export.runtime.runner import load
 from tests.helpers.exported import scratch
 
@@ -156,6 +160,28 @@ def test_rows_of_a_mixed_batch_generate_what_they_generate_alone(name: str) -> N
         assert count == 8 or (ends and len(prompt) + count == at + 1)
     (alone,) = runner.generate([prompts[1]], max_new_tokens=8, ignore_eos=True)
     assert alone.token_ids == made[1].token_ids
+
+
+@pytest.mark.parametrize("name", ["longrope", "yarn"])
+def test_verify_crosses_the_boundary_by_itself(name: str) -> None:
+    result = verify(bundle_of(name).path, model_of(name))
+    assert result.ok, result
+    assert result.to_json()["boundaries"] == [{"length": ORIGINAL, "crossed": True, "reason": None}]
+
+
+def test_verify_sees_a_row_that_keeps_its_keys_when_it_crosses(monkeypatch) -> None:
+    monkeypatch.setattr(runner_module, "Limits", lambda *given: Limits(*given[:3]))
+    result = verify(bundle_of("longrope").path, model_of("longrope"))
+    assert not result.ok
+    assert result.greedy_match["all"] is False
+
+
+def test_a_boundary_that_is_not_crossed_says_why() -> None:
+    far, ended = find_boundaries([4096], None), find_boundaries([48], 48)
+    assert not far[0].crossed
+    assert "longer than the 1024" in str(far[0].reason)
+    assert not ended[0].crossed
+    assert "ends at 48 positions" in str(ended[0].reason)
 
 
 def test_a_row_that_crosses_is_what_transformers_generates() -> None:

@@ -31,7 +31,7 @@ class Engine:
         manifest["cache_layers"] = geometry.cache_layers
         manifest |= {"dtype": "float32", "kept_heads": KEPT, "probe_tokens": 5, "engines": {}, "static": None}
         manifest |= faults.get("manifest", {})
-        self.bundle = SimpleNamespace(manifest=SimpleNamespace(**manifest), path="bundle")
+        self.bundle = SimpleNamespace(manifest=SimpleNamespace(switch_lengths=[], **manifest), path="bundle")
         self.backend, self.tokenizer = "onnxruntime", None
         self._faults = faults if heads == faults.get("heads", heads) else {}
         kept = faults.get("kept", KEPT) if heads == "chai" else [geometry.num_kv_heads] * geometry.num_layers
