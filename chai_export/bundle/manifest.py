@@ -36,6 +36,9 @@ Large = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
 
 
+QuantisedWeights = Literal["int4", "int8"]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -143,6 +146,7 @@ class Manifest(_Strict):
     the model was trained for. ``kv_source_layers``, absent unless layers share caches, names for each layer
     the one whose K and V cache it reads: itself, or an earlier one (:mod:`chai_export.op.kv_sharing`).
     ``rope`` is absent where every rotary factor is a constant that the graph holds.
+    ``weights``, absent unless most weights are integers, is their type; ``dtype`` is that of the caches.
     ``files`` maps paths relative to the bundle to their hash and size.
     """
 
@@ -162,6 +166,7 @@ class Manifest(_Strict):
     rope: RopeRecord | None = Field(default=None, exclude_if=lambda rope: rope is None)
     probe_tokens: Count
     opset: Count
+    weights: QuantisedWeights | None = Field(default=None, exclude_if=lambda weights: weights is None)
     source: Source
     proof: Proof | None = None
     static: StaticMembership | None = None
@@ -188,6 +193,11 @@ class Manifest(_Strict):
             if record.backend != backend:
                 raise ValueError(f"the engine of {backend} says that it is one of {record.backend}")
         return self
+
+    @property
+    def weight_type(self) -> str:
+        """What the weights are stored as: "int4", "int8", or the dtype."""
+        return self.weights or self.dtype
 
     def _check_head_maps(self, maps: list[list[int]]) -> None:
         heads = self.num_query_heads

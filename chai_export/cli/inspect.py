@@ -53,6 +53,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "model": manifest.source.name,
         "model_type": manifest.source.model_type,
         "dtype": manifest.dtype,
+        "weights": manifest.weight_type,
         "num_layers": manifest.num_layers,
         "num_query_heads": manifest.num_query_heads,
         "num_kv_heads": manifest.num_kv_heads,
@@ -82,7 +83,7 @@ def print_bundle(bundle: Bundle, *, as_json: bool) -> None:
     print_table(
         ["bundle", facts["path"]],
         [
-            ("model", f"{facts['model']} ({facts['model_type'] or 'unknown type'}), {facts['dtype']}"),
+            ("model", f"{facts['model']} ({facts['model_type'] or 'unknown type'}), {_types(facts)}"),
             ("layers", facts["num_layers"]),
             (
                 "heads",
@@ -104,6 +105,12 @@ def print_bundle(bundle: Bundle, *, as_json: bool) -> None:
     print_table(["op", "count"], most_first)
     print()
     print_table(["file", "size"], [(name, bytes_text(size)) for name, size in facts["files"].items()])
+
+
+def _types(facts: dict[str, Any]) -> str:
+    """Of weights and caches, once where they are the same."""
+    same = facts["weights"] == facts["dtype"]
+    return facts["dtype"] if same else f"{facts['weights']} weights, {facts['dtype']} cache"
 
 
 def _shared_caches(sources: list[int] | None) -> list[tuple[str, str]]:

@@ -88,8 +88,9 @@ def execute(arguments: argparse.Namespace) -> int:
     cache = bytes_text(report["kv_cache_bytes"])
     full = bytes_text(report["kv_cache_bytes_all_heads"])
     note(
-        f"{arguments.heads} heads on {report['backend']}: first token {report['ttft_ms']:.0f} ms, "
-        f"then {report['tpot_ms']:.1f} ms per token; KV cache {cache} (all heads: {full})"
+        f"{arguments.heads} heads, {report['weights']} weights on {report['backend']}: "
+        f"first token {report['ttft_ms']:.0f} ms, then {report['tpot_ms']:.1f} ms per token; "
+        f"KV cache {cache} (all heads: {full})"
     )
     return 0
 

@@ -10,6 +10,7 @@ from chai_export.clustering.clusters import Clusters
 from chai_export.graph.explain.estimate import estimate
 from chai_export.graph.match.find import require_sites
 from chai_export.graph.prove.attentions import TOLERANCE, SiteProver
+from chai_export.graph.prove.exact_activations import quantises_activations
 from chai_export.graph.prove.rows import prove_rows
 from chai_export.graph.prove.survey import survey, survey_again
 from chai_export.graph.prove.whole_model import RELATIVE_TOLERANCE, prove_model
@@ -64,8 +65,9 @@ def rewrite_model(
     how = write_model(target, source, directory, take=take)
     attentions = f"{len(sites)} attentions cut out of the source (max difference {prover.max_abs_diff:.2g})"
     if needs.whole_model:
+        exact = ", activations exact" if quantises_activations(source.graph) else ""
         whole = prove_model(source, roles, sites, read_model(directory / MODEL_FILE))
-        compared = f"{attentions} and the whole model's logits and caches, all heads kept, in float32"
+        compared = f"{attentions} and the whole model's logits and caches, all heads kept, in float32{exact}"
         proof = Proof(compared=f"{compared}; weights {how}", max_abs_diff=whole, tolerance=RELATIVE_TOLERANCE)
     else:
         compared = f"{attentions}, all heads kept, in float32; the whole model was too large to be compared"

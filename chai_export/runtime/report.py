@@ -15,6 +15,7 @@ def run_report(runner: Runner, generations: Sequence[Generation]) -> dict[str, A
         "results": [asdict(generation) for generation in generations],
         "heads": runner.heads,
         "backend": runner.backend,
+        "weights": runner.bundle.manifest.weight_type,
         "ttft_ms": runner.timings.ttft_ms,
         "tpot_ms": runner.timings.tpot_ms,
         "kv_cache_bytes": runner.kv_cache_bytes,

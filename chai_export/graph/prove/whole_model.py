@@ -28,6 +28,7 @@ from chai_export.errors import ChaiError
 from chai_export.graph.match.roles import Roles, Sizes
 from chai_export.graph.match.site import AttentionSite, with_cache
 from chai_export.graph.prove.evaluate import EvaluationError
+from chai_export.graph.prove.exact_activations import exact_activations
 from chai_export.graph.prove.segments import Array, run_in_segments
 
 RELATIVE_TOLERANCE = 1e-4
@@ -45,9 +46,13 @@ def prove_model(
 ) -> float:
     """Compare logits and presents of both graphs on random tokens and caches; return the largest difference.
 
+    Both are edited so that their activations are not quantised (:mod:`exact_activations`).
+
     Raises:
         ChaiError: they differ by more than the tolerance.
     """
+    for model in (source, bundle):
+        exact_activations(model)
     vocabulary = _vocabulary(source)
     generator = np.random.default_rng(0)
     data = [_case(sizes, padded, sites, vocabulary, generator) for sizes, padded in _cases(sites)]

@@ -11,6 +11,7 @@ from chai_export.bundle.choices import SourceKind
 from chai_export.bundle.manifest import Manifest, Source
 from chai_export.errors import ChaiError
 from chai_export.graph.match.site import AttentionSite, kv_sources
+from chai_export.graph.read.quantised_weights import quantised_weights
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.function import MIN_OPSET
 from chai_export.op.heads import HeadCounts
@@ -39,6 +40,7 @@ def draft_manifest(path: Path, source: ir.Model, sites: list[AttentionSite], pro
         kv_source_layers=kv_sources(sites),
         probe_tokens=probe_tokens,
         opset=opset,
+        weights=quantised_weights(source.graph),
         source=Source(kind=SourceKind.ONNX, name=path.name),
         created_with=CREATED_WITH,
     )

@@ -10,7 +10,20 @@ from chai_export.graph.read.constants import rank
 
 # Operators of a language model head that treat each token by itself.
 _PER_TOKEN = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Cast", "Tanh", "MatMul", "MatMulNBits", "Clip", "Identity", "Neg"}
+    {
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Cast",
+        "Tanh",
+        "MatMul",
+        "MatMulNBits",
+        "MatMulInteger",
+        "Clip",
+        "Identity",
+        "Neg",
+    }
 )
 
 
@@ -18,7 +31,8 @@ def select_outputs(builder: Builder, logits: ir.Value, positions: ir.Value) -> i
     """Return logits [B, N, V] at ``positions`` int64 [B, N], from logits [B, S, V].
 
     1. From the logits upwards go operators that treat every token alike, each with one computed operand.
-    2. The gather goes above the first MatMul with a weight, which is the head.
+    2. The gather goes above the first MatMul with a weight, which is the head; where the hidden states are
+       quantised for it, above that, so that their scale is that of the chosen tokens.
     3. Where no such head is found the finished logits are gathered: right as well, only slower.
 
     Raises:
@@ -56,17 +70,32 @@ def _head(logits: ir.Value) -> tuple[ir.Node, int] | None:
         assert source is not None
         if node.op_type in ("MatMul", "MatMulNBits"):
             return (node, 0) if computed[0] == 0 and rank(source) == 3 else None
+        if node.op_type == "MatMulInteger":
+            return _quantised_head(source)
         value = source
 
 
+def _quantised_head(quantised: ir.Value) -> tuple[ir.Node, int] | None:
+    """The DynamicQuantizeLinear before the head's integer product, if the head alone reads it."""
+    node = quantised.producer()
+    if (
+        node is None
+        or node.op_type != "DynamicQuantizeLinear"
+        or any(len(v.uses()) > 1 for v in node.outputs)
+    ):
+        return None
+    return (node, 0) if rank(node.inputs[0]) == 3 else None
+
+
 def _is_fixed(value: ir.Value) -> bool:
-    """A weight, or a weight that is transposed or cast at run time."""
+    """A weight, also one that is transposed or cast at run time; or the scale of quantised hidden states."""
     if value.is_initializer():
         return True
     node = value.producer()
-    return (
-        node is not None
-        and node.op_type in ("Transpose", "Cast")
-        and node.inputs[0] is not None
-        and _is_fixed(node.inputs[0])
-    )
+    if node is None:
+        return False
+    if node.op_type == "DynamicQuantizeLinear":
+        return value is not node.outputs[0]
+    if node.op_type not in ("Transpose", "Cast", "Mul"):
+        return False
+    return all(item is not None and _is_fixed(item) for item in node.inputs)
