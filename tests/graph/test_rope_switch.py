@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+import chai_export as ce
 from chai_export.bundle.bundle import Bundle
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
@@ -63,6 +64,12 @@ def test_rows_of_one_batch_choose_for_themselves(fixture: Fixture, tmp_path: Pat
         allowed = 1e-4 if fixture is IF else 1e-2 * np.abs(expected).max()
         for chunks in ([length], [12, length - 12], [12] + [1] * (length - 12)):
             assert np.abs(runner.logits(ids[:length], chunks=chunks) - expected).max() <= allowed
+
+
+def test_tensorrt_says_that_it_does_not_take_them(tmp_path: Path) -> None:
+    bundle = bundle_of(IF.path, tmp_path, IF)
+    with pytest.raises(ChaiError, match="rotary factors that follow the length"):
+        ce.build(bundle.path, "tensorrt")
 
 
 def _threshold_from_positions(graph: onnx.GraphProto) -> None:
