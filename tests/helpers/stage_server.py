@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -111,6 +112,7 @@ HEAVY = (
 def _serve() -> None:
     for name in HEAVY:
         importlib.import_module(name)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a child that is not yet the command just dies of it
     print("ready", flush=True)
     for line in sys.stdin:
         child = os.fork()
