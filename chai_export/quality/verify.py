@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.bundle.choices import Backend
-from chai_export.errors import ChaiError
+from chai_export.errors import ChaiError, UsageError
 from chai_export.models.rope import rope_of
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
 from chai_export.progress import track
@@ -78,12 +78,18 @@ def verify(
         trust_remote_code: run code that the model brings along.
 
     Raises:
+        UsageError: the bundle's weights are quantised.
         ChaiError: bundle, model or text cannot be used, or the two have different sizes.
     """
     from chai_export.runtime.runner import load
 
     runners = {"chai": load(bundle, backend=backend, heads="chai")}
     manifest = runners["chai"].bundle.manifest
+    if manifest.weights is not None:
+        raise UsageError(
+            f"{bundle} has {manifest.weights} weights, which no Hugging Face model has, so the two differ; "
+            "`chai-export inspect` shows how its rewrite was proven against the file it was made from"
+        )
     if manifest.static is None:
         runners = {"all": load(bundle, backend=backend, heads="all"), **runners}
     model = load_reference(reference, manifest, trust_remote_code=trust_remote_code)

@@ -29,7 +29,14 @@ class Engine:
         geometry = describe(model.config)
         manifest = {name: getattr(geometry, name) for name in geometry.__dataclass_fields__}
         manifest["cache_layers"] = geometry.cache_layers
-        manifest |= {"dtype": "float32", "kept_heads": KEPT, "probe_tokens": 5, "engines": {}, "static": None}
+        manifest |= {
+            "dtype": "float32",
+            "kept_heads": KEPT,
+            "probe_tokens": 5,
+            "engines": {},
+            "static": None,
+            "weights": None,
+        }
         manifest |= faults.get("manifest", {})
         self.bundle = SimpleNamespace(manifest=SimpleNamespace(switch_lengths=[], **manifest), path="bundle")
         self.backend, self.tokenizer = "onnxruntime", None
@@ -139,6 +146,12 @@ def test_the_model_of_another_bundle_is_named(engine, model):
         gate(model)
     engine()
     assert not gate(family_model("llama-mha", seed=1)).ok
+
+
+def test_quantised_weights_are_not_compared_with_a_model_that_has_others(engine, model):
+    engine(manifest={"weights": "int4"})
+    with pytest.raises(UsageError, match="has int4 weights"):
+        gate(model)
 
 
 def test_few_positions_shorten_the_check_or_end_it(engine, model):
