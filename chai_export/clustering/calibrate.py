@@ -17,7 +17,7 @@ from chai_export.clustering.curves import ErrorCurves
 from chai_export.clustering.keep import Budget, parse_keep
 from chai_export.clustering.measure import Measure
 from chai_export.clustering.measured_budget import measure_damage, spend
-from chai_export.clustering.state import load_state, require_state_place, save_state, state_key
+from chai_export.clustering.state import load_state, remove_state, require_state_place, save_state, state_key
 from chai_export.errors import UsageError
 from chai_export.models.text import Text, leading_special_tokens, read_tokens
 from chai_export.models.windows import spread_windows, start_windows
@@ -148,7 +148,7 @@ class _Progress:
     def finish(self) -> None:
         """Nothing is left to resume."""
         if self._path is not None:
-            self._path.unlink(missing_ok=True)
+            remove_state(self._path)
 
 
 def _check_settings(samples: int, seq_len: int, probe_tokens: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.bundle.targets import FileKind, json_with_format, require_file_target
-from chai_export.bundle.work_directory import fitting_name
+from chai_export.bundle.work_directory import WorkDirectory, fitting_name
 from chai_export.clustering.curves import ErrorCurves
 from chai_export.errors import ChaiError
 from chai_export.files import read_json
@@ -74,6 +74,12 @@ def save_state(path: Path, key: str, curves: ErrorCurves, samples_done: int) -> 
     }
     with atomic_file(path, STATE) as partial:
         partial.write_text(json.dumps(content), encoding="utf-8")
+
+
+def remove_state(path: Path) -> None:
+    """Remove a state that is no longer needed, and what a killed process left of writing one."""
+    path.unlink(missing_ok=True)
+    WorkDirectory(Path(os.path.realpath(path))).release()
 
 
 def load_state(path: Path, key: str, curves: ErrorCurves) -> int:
