@@ -39,8 +39,9 @@ def made_of_positions(graph: ir.Graph, sources: Collection[ir.Value]) -> set[ir.
 
 
 def is_constant(value: ir.Value) -> bool:
-    """Whether the graph holds the value."""
-    return value.is_initializer() or value.const_value is not None
+    """Whether the graph itself holds the value; tables in other files are looked up, not computed with."""
+    tensor = value.const_value
+    return tensor is not None and not isinstance(tensor, ir.ExternalTensor)
 
 
 class RowValues:
