@@ -32,7 +32,8 @@ from chai_export.clustering.calibrate import calibrate
 from chai_export.clustering.keep import Budget
 from chai_export.clustering.measured_budget import predicted, spend
 from chai_export.models.geometry import describe
-from chai_export.models.loading import load_model, load_tokenizer
+from chai_export.models.loading import load_model
+from chai_export.models.tokenizer import load_tokenizer
 from chai_export.op.probe import MEASURED_PROBE_TOKENS, PAPER_PROBE_TOKENS
 from chai_export.quality.method_comparison import Comparison, compare
 from chai_export.quality.methods import METHODS

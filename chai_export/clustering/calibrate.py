@@ -162,7 +162,7 @@ def _check_settings(samples: int, seq_len: int, probe_tokens: int) -> None:
 
 def _tokenizer_of(model: str | Path | PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the model; None when there is none."""
-    from chai_export.models.loading import load_tokenizer
+    from chai_export.models.tokenizer import load_tokenizer
 
     if isinstance(model, (str, Path)):
         return load_tokenizer(model)

@@ -116,8 +116,8 @@ def _describe(
     from chai_export.bundle.manifest import Source
     from chai_export.bundle.write import Surroundings
     from chai_export.models.kv_sources import describe_model
-    from chai_export.models.loading import load_tokenizer
     from chai_export.models.rope import rope_of
+    from chai_export.models.tokenizer import load_tokenizer
 
     geometry = describe_model(loaded)
     clusters.check(geometry)

@@ -100,8 +100,8 @@ def explain(onnx_path: str | Path, clusters: Clusters | None = None) -> Explanat
 def _surroundings(tokenizer: str | Path | None, beside: Path) -> Surroundings:
     """Tokenizer and configurations from ``tokenizer``, or configurations from beside the ONNX file."""
     from chai_export.bundle.write import Surroundings
-    from chai_export.models.loading import load_tokenizer
     from chai_export.models.rope import rope_of
+    from chai_export.models.tokenizer import load_tokenizer
 
     loaded = None
     if tokenizer is not None:

@@ -1,27 +1,25 @@
-"""Loading a decoder and its tokenizer from a directory or the hub, with errors that a user can act on."""
+"""Loading a decoder from a directory or the hub, with errors that a user can act on."""
 
 from __future__ import annotations
 
 import copy
-import json
 import os
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from chai_export.errors import ChaiError
+from chai_export.errors import ChaiError, reason
+from chai_export.files import read_json
+from chai_export.models.folder import CONFIG, no_folder, require_config, require_weights
 from chai_export.models.quiet import quiet
-from chai_export.models.support import drop_idle_windows, require_supported
+from chai_export.models.support import require_supported
 from chai_export.op.dtypes import Dtype
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_IN_A_LAYER = re.compile(r"\.\d+\.(?!.*(inv_freq|masked_bias|attn\.bias|rotary_emb)$)")
+"""Weights of single layers but what old checkpoints hold of constants: masks and frequencies."""
 _HUB_TIMEOUT_SECONDS = 8.0
 
 
@@ -53,9 +51,8 @@ def load_model(
     where, offline = resolve_source(source)
     config = load_config(source, trust_remote_code=trust_remote_code, offline=offline)
     require_supported(config)
-    drop_idle_windows(config)
     if isinstance(where, Path):
-        _require_weights(where)
+        require_weights(where)
     try:
         with quiet(), torch.device("cpu"):
             loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -68,15 +65,9 @@ def load_model(
             )
     except Exception as error:  # transformers, safetensors and torch each raise types of their own here
         raise ChaiError(
-            f"the weights of {source} cannot be read ({_first_line(error)}); download the model again"
+            f"the weights of {source} cannot be read ({reason(error)}); download the model again"
         ) from error
-    missing = sorted(info.get("missing_keys") or [])
-    if missing:
-        # transformers would fill these with random numbers.
-        raise ChaiError(
-            f"{source} lacks {len(missing)} of its weights ({', '.join(missing[:3])}"
-            f"{', …' if len(missing) > 3 else ''}); download the model again"
-        )
+    _require_whole(source, config, info)
     return loaded.eval()
 
 
@@ -90,7 +81,8 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False, offline:
 
     where, unreachable = resolve_source(source)
     if isinstance(where, Path):
-        _require_config(where, trust_remote_code)
+        require_config(where)
+        _require_own_code(where, trust_remote_code)
     try:
         with quiet():
             return AutoConfig.from_pretrained(
@@ -103,32 +95,9 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False, offline:
             raise ChaiError(_remote_code_message(source)) from error
         if isinstance(where, Path):
             raise ChaiError(
-                f"{where / 'config.json'} cannot be used ({_first_line(error)}); correct or replace it"
+                f"{where / 'config.json'} cannot be used ({reason(error)}); correct or replace it"
             ) from error
         raise ChaiError(_hub_message(where, error)) from error
-
-
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
-    """Tokenizer of a directory or hub id; None when a directory has none.
-
-    Raises:
-        ChaiError: the tokenizer files are there but cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    where, offline = resolve_source(source)
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    if isinstance(where, Path) and not any((where / name).is_file() for name in names):
-        return None
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=offline)
-    except Exception as error:  # same as in load_model
-        raise ChaiError(
-            f"the tokenizer of {source} cannot be read ({_first_line(error)}); "
-            "copy the tokenizer files of the model again"
-        ) from error
-    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def resolve_source(source: str | Path) -> tuple[Path | str, bool]:
@@ -142,7 +111,7 @@ def resolve_source(source: str | Path) -> tuple[Path | str, bool]:
     if path.is_dir():
         return path, False
     if path.is_file():
-        raise ChaiError(f"{text} is a file; give the directory that holds config.json and the weights")
+        raise ChaiError(no_folder(path))
     if isinstance(source, Path) or path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
         raise ChaiError(f"there is no model directory {text}; check the path or give a hub id (owner/name)")
     return text, not _hub_reachable()
@@ -161,27 +130,43 @@ def _hub_reachable() -> bool:
     return True
 
 
-def _require_config(directory: Path, trust_remote_code: bool) -> None:
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ChaiError(f"{directory} has no config.json, so it is no Hugging Face model; check the path")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ChaiError(f"{path} is not valid JSON ({_first_line(error)}); copy it again") from error
-    if not isinstance(content, dict):
-        raise ChaiError(f"{path} is not a JSON object; copy it again")
+def _require_own_code(directory: Path, trust_remote_code: bool) -> None:
     from transformers import CONFIG_MAPPING
 
+    content = read_json(directory / CONFIG, fix="copy it again", exact=False)
     if content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
         raise ChaiError(_remote_code_message(directory))
 
 
-def _require_weights(directory: Path) -> None:
-    if not any((directory / name).is_file() for name in _WEIGHT_FILES):
+def _require_whole(source: object, config: Any, info: dict[str, Any]) -> None:
+    """Raise unless the weights are those of the configuration: transformers fills and drops without an error.
+
+    Raises:
+        ChaiError: weights are absent, or layers of the model have weights that it does not use.
+    """
+    missing = sorted(info.get("missing_keys") or [])
+    if missing:
         raise ChaiError(
-            f"{directory} has no weights (none of {', '.join(_WEIGHT_FILES)}); download the model again"
+            f"{source} lacks {len(missing)} of its weights ({_some(missing)}); {_fix(config, missing)}"
         )
+    unused = sorted(name for name in info.get("unexpected_keys") or [] if _IN_A_LAYER.search(name))
+    if unused:
+        raise ChaiError(
+            f"{source} has weights in its layers without a place in its {CONFIG} ({_some(unused)}); use the "
+            f"{CONFIG} that belongs to them"
+        )
+
+
+def _fix(config: Any, missing: list[str]) -> str:
+    written_as = next(iter(getattr(config, "architectures", None) or []), "")
+    headless = all("lm_head" in name or "embed_out" in name for name in missing)
+    if headless and written_as and not written_as.endswith(("ForCausalLM", "LMHeadModel")):
+        return f"it is a {written_as}, which has no output head for tokens; choose the model that writes text"
+    return "download the model again"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join([*names[:3], *(["…"] if len(names) > 3 else [])])
 
 
 def _torch_dtype(name: str) -> Any:
@@ -205,9 +190,6 @@ def _hub_message(hub_id: str, error: Exception) -> str:
             f"{hub_id} is neither a directory nor in the local hub cache, and the hub cannot be reached; "
             "check the path or the network"
         )
-    return f"{hub_id} cannot be loaded from the hub ({_first_line(error)})"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(" .:")[:200]
+    return (
+        f"{hub_id} cannot be loaded from the hub ({reason(error)}); choose a model with {CONFIG} and weights"
+    )

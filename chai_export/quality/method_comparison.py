@@ -143,8 +143,9 @@ def compare(
         UsageError: a setting makes no sense.
     """
     from chai_export.models.kv_sources import describe_model
-    from chai_export.models.loading import load_model, load_tokenizer
+    from chai_export.models.loading import load_model
     from chai_export.models.oracle import model_logits
+    from chai_export.models.tokenizer import load_tokenizer
 
     chosen = methods_named(list(METHODS) if methods is None else methods)
     _check_settings(probe_tokens, windows, seq_len)
