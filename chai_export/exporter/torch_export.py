@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from chai_export.errors import ChaiError
 from chai_export.models.families import Attention, family_of
+from chai_export.models.sliding import register_traced, window_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -123,13 +124,15 @@ def _optimised(model: ir.Model) -> ir.Model:
     from onnxscript import optimizer
     from onnxscript.rewriter import onnx_fusions
 
+    from chai_export.exporter.exact_scalars import exact_scalars
     from chai_export.exporter.lazy_transpose import fold_weight_transposes
 
     def is_small(node: ir.Node) -> bool | None:
         tensors = [value.const_value for value in node.inputs if value is not None]
         return False if any(t is not None and t.size > _LARGEST_FOLDED for t in tensors) else None
 
-    optimizer.optimize_ir(model, should_fold=is_small)
+    with exact_scalars(model):
+        optimizer.optimize_ir(model, should_fold=is_small)
     onnx_fusions.fuse(model)
     fold_weight_transposes(model)
     return model
@@ -148,7 +151,8 @@ def _traceable(model: PreTrainedModel, attention: str) -> Iterator[None]:
         model.config._attn_implementation = "eager"
     else:
         try:
-            model.set_attn_implementation(attention)
+            plain = attention == "sdpa" and window_of(model.config) is not None
+            model.set_attn_implementation(register_traced() if plain else attention)
         except ValueError:
             # Some families have eager attention only.
             model.set_attn_implementation("eager")

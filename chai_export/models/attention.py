@@ -21,6 +21,7 @@ from chai_export.errors import ChaiError
 from chai_export.models.families import Attention, family_of
 from chai_export.models.own_attention import hides_the_future_only, redirected
 from chai_export.models.quiet import quiet
+from chai_export.models.sliding import causal_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -168,8 +169,7 @@ def _active() -> _Run:
 
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     if NAME not in AttentionInterface._global_mapping:
         AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        AttentionMaskInterface.register(NAME, causal_mask)

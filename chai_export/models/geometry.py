@@ -8,6 +8,7 @@ from typing import Any
 from chai_export.errors import ChaiError
 from chai_export.models.families import family_of
 from chai_export.models.rope import rope_of
+from chai_export.models.sliding import window_of
 from chai_export.op.heads import DecoderHeads
 
 
@@ -20,8 +21,8 @@ class Geometry(DecoderHeads):
         model_type: the family, as transformers names it ("llama", "opt", …).
         hidden_size: width of the residual stream.
         vocab_size: rows of the output head (V).
-        max_positions: a hard limit in tokens: length of a position table, or where rotary factors that grow
-            with a row begin to; None without one.
+        max_positions: a hard limit in tokens: length of a position table or of a sliding window, or where
+            rotary factors that grow with a row begin to; None without one.
         context_length: tokens of context that the model was trained for; None when it does not say.
     """
 
@@ -48,19 +49,20 @@ def describe(config: Any) -> Geometry:
             f"config.json of this {model_type} model has {heads} query heads for {kv_heads} KV heads, "
             "which do not divide evenly; correct num_attention_heads or num_key_value_heads"
         )
-    head_dim, value_head_dim = _head_dims(config, hidden // heads)
+    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
     context = getattr(config, "max_position_embeddings", None)
-    last_length = int(context) if context and family.position_table else rope_of(config).last_length
+    table = int(context) if context and family.position_table else None
+    limits = [limit for limit in (table, rope_of(config).last_length, window_of(config)) if limit]
     return Geometry(
         model_type=model_type,
         num_layers=_size(config, model_type, "num_hidden_layers"),
         num_query_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        value_head_dim=value_head_dim,
+        value_head_dim=int(getattr(config, "v_head_dim", None) or head_dim),
         hidden_size=hidden,
         vocab_size=_size(config, model_type, "vocab_size"),
-        max_positions=last_length,
+        max_positions=min(limits, default=None),
         context_length=int(context) if context else None,
     )
 
@@ -73,11 +75,3 @@ def _size(config: Any, model_type: str, name: str) -> int:
             "only decoder-only models with the same heads in every layer can be compiled"
         )
     return value
-
-
-def _head_dims(config: Any, default: int) -> tuple[int, int]:
-    """(D, Dv). Latent-attention families give the two halves of a key head and the value head separately."""
-    if isinstance(getattr(config, "qk_nope_head_dim", None), int):
-        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-    head_dim = getattr(config, "head_dim", None) or default
-    return int(head_dim), int(getattr(config, "v_head_dim", None) or head_dim)

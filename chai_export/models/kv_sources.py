@@ -40,7 +40,8 @@ def kv_source_layers(model: PreTrainedModel) -> tuple[int, ...] | None:
     Runs the model once; later calls remember.
 
     Raises:
-        ChaiError: a layer reads the keys of one layer and the values of another.
+        ChaiError: a layer reads the keys of one layer and the values of another, or has other heads than the
+            configuration says.
     """
     if model not in _KNOWN:
         _KNOWN[model] = _observe(model)
@@ -48,11 +49,13 @@ def kv_source_layers(model: PreTrainedModel) -> tuple[int, ...] | None:
 
 
 def _observe(model: PreTrainedModel) -> tuple[int, ...] | None:
+    geometry = describe(model.config)
     # Held until the end, so that no address is used twice.
     seen: list[tuple[Tensor, Tensor]] = []
     sources: list[int] = []
 
     def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        _require_heads(geometry, index, query, key, value)
         same_key = _first_same(key, [k for k, _ in seen])
         same_value = _first_same(value, [v for _, v in seen])
         if same_key != same_value:
@@ -69,6 +72,18 @@ def _observe(model: PreTrainedModel) -> tuple[int, ...] | None:
     with attention_of(model, layer), torch.inference_mode():
         model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     return None if sources == list(range(len(sources))) else tuple(sources)
+
+
+def _require_heads(geometry: Geometry, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise unless a layer's heads are those of every layer: caches and head maps are of one size."""
+    expected = (geometry.num_query_heads, geometry.num_kv_heads, geometry.head_dim, geometry.value_head_dim)
+    found = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+    if found != expected:
+        text = "{} query heads and {} KV heads of {} (keys) and {} (values)"
+        raise ChaiError(
+            f"layer {layer} of this {geometry.model_type} model has {text.format(*found)}, not "
+            f"{text.format(*expected)}; choose a model with the same heads in every layer"
+        )
 
 
 def _first_same(tensor: Tensor, earlier: list[Tensor]) -> int | None:

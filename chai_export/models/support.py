@@ -6,9 +6,12 @@ from typing import Any
 
 from chai_export.errors import ChaiError
 from chai_export.models.families import Attention, covered_families, family_of
+from chai_export.models.sliding import SLIDING, is_idle, layer_kinds, window_of
 
 # Attention layer kinds that are plain causal attention over a key cache.
 _PLAIN_LAYERS = frozenset({"full_attention"})
+# What a layer may have of its own: nothing here reads it.
+_MAY_DIFFER = frozenset({"intermediate_size", "moe_intermediate_size"})
 _SOFTCAP_NAMES = ("attn_logit_softcapping", "attn_logit_softcap")
 
 
@@ -17,11 +20,12 @@ def unsupported_reasons(config: Any) -> list[str]:
 
     A reason that concerns single layers starts with them: "layers 0-5: …".
     """
-    whole = _not_a_decoder(config)
+    whole = _not_a_decoder(config) or _differing_layers(config)
     if whole:
         return whole
     layers = _num_layers(config)
-    reasons = [*_layer_kinds(config, layers), *_scores(config, layers), *_weights(config)]
+    reasons = [*_layer_kinds(config), *_scores(config, layers), *_caches(config, layers)]
+    reasons += _weights(config)
     # An unusual layer is the root cause; that the class has no attention interface is only its symptom.
     return reasons or _no_interface(config)
 
@@ -40,24 +44,6 @@ def require_supported(config: Any) -> None:
             f"this {family} model cannot be compiled: {'; '.join(reasons)}; "
             f"choose a decoder of a supported family ({supported})"
         )
-
-
-def drop_idle_windows(config: Any) -> None:
-    """Turn sliding windows that no position of the context can reach past into plain causal attention.
-
-    Changes ``config`` in place, and only when every window is at least as long as the context: the model
-    then computes the same, and exporters do not emit window arithmetic for it.
-    """
-    window = getattr(config, "sliding_window", None)
-    context = getattr(config, "max_position_embeddings", None)
-    if not window or not context or window < context:
-        return
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        if any(kind in (getattr(config, "rope_parameters", None) or {}) for kind in kinds):
-            return  # the kinds choose the rotary frequencies too
-        config.layer_types = ["full_attention" if kind == "sliding_attention" else kind for kind in kinds]
-    config.sliding_window = None
 
 
 def _num_layers(config: Any) -> int:
@@ -86,18 +72,27 @@ def _model_class(config: Any) -> Any | None:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
-def _layer_kinds(config: Any, layers: int) -> list[str]:
-    kinds = list(getattr(config, "layer_types", None) or [])
-    if not kinds and getattr(config, "sliding_window", None):
-        # Families without a list of kinds apply their window everywhere, unless a switch turns it off.
-        kinds = ["sliding_attention"] * layers if getattr(config, "use_sliding_window", True) else []
+def _differing_layers(config: Any) -> list[str]:
+    """Layers with sizes of their own; transformers raises when such a size is read for the whole model."""
+    names = (getattr(config, "per_layer_attributes", None) or set()) - _MAY_DIFFER
+    reasons = []
+    for name in sorted(names):
+        values = [getattr(layer, name, None) for layer in config.per_layer_config]
+        others = [index for index, value in enumerate(values) if value != values[0]]
+        reasons.append(
+            f"{layer_ranges(others)}: {name} is {values[others[0]]}, not {values[0]} as in layer 0"
+        )
+    return reasons
+
+
+def _layer_kinds(config: Any) -> list[str]:
+    kinds = layer_kinds(config)
     reasons = []
     for kind in dict.fromkeys(kinds):
         where = layer_ranges([index for index, each in enumerate(kinds) if each == kind])
-        if kind == "sliding_attention":
-            window = getattr(config, "sliding_window", None)
-            context = getattr(config, "max_position_embeddings", None)
-            if window and (not context or window < context):
+        if kind == SLIDING:
+            window, context = window_of(config), getattr(config, "max_position_embeddings", None)
+            if window and not is_idle(config, window):
                 limit = f"the context of {context} tokens" if context else "an unlimited context"
                 reasons.append(f"{where}: a sliding window of {window} tokens is smaller than {limit}")
         elif kind not in _PLAIN_LAYERS:
@@ -122,9 +117,21 @@ def _scores(config: Any, layers: int) -> list[str]:
     return reasons
 
 
+def _caches(config: Any, layers: int) -> list[str]:
+    """Caches that are not one K and one V row per KV head."""
+    rank = getattr(config, "kv_lora_rank", None)
+    if not rank:
+        return []
+    everywhere = layer_ranges(list(range(layers)))
+    return [
+        f"{everywhere}: keys and values of all heads are made from one latent vector (kv_lora_rank {rank}); "
+        "a cache should hold that vector"
+    ]
+
+
 def _weights(config: Any) -> list[str]:
     """Weights that cannot be exported."""
-    if getattr(config, "quantization_config", None) is None:
+    if not any(getattr(config, name, None) for name in ("quantization_config", "quantization")):
         return []
     return ["its weights are quantised; use the original float checkpoint"]
 
