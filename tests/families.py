@@ -1,9 +1,13 @@
-"""Tiny random models, one per supported family and head layout, made from configurations and a seed."""
+"""Tiny random models, one per tested family and head layout, made from configurations and a seed.
+
+Their names stand in the table of :mod:`chai_export.models.families`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -11,7 +15,13 @@ _HEADS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "
 _SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _MODERN = {**_HEADS, **_SPECIAL, "intermediate_size": 96, "max_position_embeddings": 128}
 _FALCON = {**_HEADS, **_SPECIAL, "max_position_embeddings": 128}
+_GQA = {**_MODERN, "num_key_value_heads": 4}
+_WINDOW = {**_GQA, "sliding_window": 128}
+"""As long as the context, so that it hides nothing."""
+_SCALED = {"attention_multiplier": 0.2}
 _EXPERTS = {"num_experts_per_tok": 2}
+_ROUTED = {**_EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
+           "moe_intermediate_size": 16}  # fmt: skip
 _GPT = {
     "n_embd": 64,
     "n_layer": 2,
@@ -22,7 +32,7 @@ _GPT = {
     "eos_token_id": 2,
 }
 
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+_ALWAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-mha": ("llama", {**_MODERN, "num_key_value_heads": 8}),
     "llama-gqa": ("llama", {**_MODERN, "num_key_value_heads": 2}),
     "mistral-mha": ("mistral", {**_MODERN, "num_key_value_heads": 8, "sliding_window": None}),
@@ -52,6 +62,66 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-gqa": ("falcon", {**_FALCON, "num_kv_heads": 2, "new_decoder_architecture": True}),
     "falcon-mqa": ("falcon", {**_FALCON, "multi_query": True}),
 }  # fmt: skip
+
+_MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "apertus-gqa": ("apertus", _GQA),
+    "arcee-gqa": ("arcee", _GQA),
+    "biogpt": ("biogpt", _MODERN),
+    "cohere-gqa": ("cohere", {**_GQA, "use_qk_norm": True}),
+    "cohere2-window": ("cohere2", _WINDOW),
+    "ernie4_5-gqa": ("ernie4_5", {**_GQA, "head_dim": 8}),
+    "ernie4_5_moe-gqa": ("ernie4_5_moe", {**_GQA, "moe_num_experts": 4, "moe_k": 2,
+                                          "moe_intermediate_size": 16, "moe_layer_start_index": 0}),
+    "exaone4-window": ("exaone4", {**_WINDOW, "sliding_window_pattern": 2}),
+    "flex_olmo-gqa": ("flex_olmo", {**_GQA, **_EXPERTS, "num_experts": 4}),
+    "gemma3-window": ("gemma3_text", {**_WINDOW, "head_dim": 8, "sliding_window_pattern": 2}),
+    "glm-gqa": ("glm", {**_GQA, "head_dim": 8}),
+    "glm4-gqa": ("glm4", {**_GQA, "head_dim": 8}),
+    "glm4_moe-gqa": ("glm4_moe", {**_GQA, **_ROUTED, "head_dim": 8}),
+    "gpt_bigcode-mha": ("gpt_bigcode", {**_GPT, "multi_query": False}),
+    "gpt_bigcode-mqa": ("gpt_bigcode", {**_GPT, "multi_query": True}),
+    "granite-gqa": ("granite", {**_GQA, **_SCALED, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+                                "logits_scaling": 2.0}),
+    "granitemoe-gqa": ("granitemoe", {**_GQA, **_SCALED, **_EXPERTS, "num_local_experts": 4}),
+    "granitemoeshared-gqa": ("granitemoeshared", {**_GQA, **_SCALED, **_EXPERTS, "num_local_experts": 4,
+                                                  "shared_intermediate_size": 16}),
+    "helium-gqa": ("helium", {**_GQA, "head_dim": 8}),
+    "hunyuan-gqa": ("hunyuan_v1_dense", {**_GQA, "head_dim": 8}),
+    "hunyuan_moe-gqa": ("hunyuan_v1_moe", {**_GQA, "head_dim": 8, "num_experts": 4, "moe_topk": 2}),
+    "hyperclovax-gqa": ("hyperclovax", _GQA),
+    "internlm3-gqa": ("internlm3", {**_GQA, "head_dim": 8}),
+    "jais2-gqa": ("jais2", _GQA),
+    "minimax_m2-gqa": ("minimax_m2", {**_GQA, **_EXPERTS, "head_dim": 8, "num_local_experts": 4}),
+    "ministral-window": ("ministral", {**_WINDOW, "head_dim": 8}),
+    "ministral3-gqa": ("ministral3", {**_GQA, "head_dim": 8, "sliding_window": None}),
+    "mistral-window": ("mistral", _WINDOW),
+    "nanochat-gqa": ("nanochat", _GQA),
+    "nemotron-gqa": ("nemotron", {**_GQA, "head_dim": 8}),
+    "olmo3-window": ("olmo3", _WINDOW),
+    "olmoe-gqa": ("olmoe", {**_GQA, **_EXPERTS, "num_experts": 4}),
+    "persimmon": ("persimmon", _MODERN),
+    "phimoe-gqa": ("phimoe", {**_GQA, **_EXPERTS, "num_local_experts": 4, "sliding_window": None}),
+    "qwen3_moe-gqa": ("qwen3_moe", {**_GQA, **_EXPERTS, "head_dim": 16, "num_experts": 4,
+                                    "moe_intermediate_size": 16}),
+    "seed_oss-gqa": ("seed_oss", {**_GQA, "head_dim": 16}),
+    "smollm3-gqa": ("smollm3", {**_GQA, "no_rope_layer_interval": 2}),
+    "starcoder2-gqa": ("starcoder2", {**_GQA, "sliding_window": None}),
+}  # fmt: skip
+
+FAMILIES = {**_ALWAYS, **_MORE}
+
+GRAPHS_IN_CI = frozenset(_ALWAYS)
+"""Those whose bundles are run step by step in CI."""
+GATES_IN_CI = GRAPHS_IN_CI | {
+    "apertus-gqa", "cohere-gqa", "cohere2-window", "exaone4-window", "glm4-gqa", "gpt_bigcode-mqa",
+    "granitemoe-gqa", "helium-gqa", "minimax_m2-gqa", "nemotron-gqa", "persimmon", "smollm3-gqa",
+}  # fmt: skip
+"""Those that are exported and verified in CI: of the others, each is like one of these but for sizes."""
+
+
+def each_family(in_ci: frozenset[str]) -> list[Any]:
+    """Every name of FAMILIES as a parameter of a test; all but ``in_ci`` in the slow set only."""
+    return [pytest.param(name, marks=[] if name in in_ci else [pytest.mark.slow]) for name in FAMILIES]
 
 
 def family_config(name: str, **changes: Any) -> Any:

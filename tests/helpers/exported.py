@@ -30,7 +30,7 @@ def scratch() -> Path:
 
 def layers(name: str) -> dict[str, Any]:
     """Tracing costs seconds per layer: two layers where their order is at stake, one elsewhere."""
-    if name in ("llama-gqa", "gpt2", "opt"):
+    if name in ("llama-gqa", "gpt2", "opt", "smollm3-gqa"):
         return {}
     return {"num_hidden_layers": 1}
 

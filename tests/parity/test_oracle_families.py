@@ -6,16 +6,15 @@ import pytest
 
 from chai_export.clustering.clusters import Clusters
 from chai_export.exporter.stage import export
-from chai_export.models.geometry import describe
 from chai_export.quality.verify import verify
-from tests.families import FAMILIES, family_config, family_model
+from tests.families import GATES_IN_CI, each_family, family_model
+from tests.helpers.exported import kept_of, layers
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", each_family(GATES_IN_CI))
 def test_a_bundle_of_every_family_passes_the_gate(name, tmp_path):
-    groups = describe(family_config(name)).num_kv_heads
-    family_model(name).save_pretrained(tmp_path / "model")
-    export(tmp_path / "model", Clusters((max(1, groups // 2), max(1, groups - 3))), tmp_path / "bundle")
+    family_model(name, **layers(name)).save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", Clusters(kept_of(name)), tmp_path / "bundle")
     result = verify(tmp_path / "bundle", tmp_path / "model")
     assert result.ok
     assert max(result.max_abs_logit_diff.values()) <= 1e-4
