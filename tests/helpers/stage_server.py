@@ -55,6 +55,7 @@ class StageServer:
             graph: an ONNX file that stands in for what torch would export.
         """
         words = [os.fspath(word) if isinstance(word, Path) else str(word) for word in arguments]
+        self._log.write_text("")
         began = time.monotonic()
         self._say(json.dumps({"arguments": words, "log": str(self._log), "graph": graph and str(graph)}))
         child = int(self._answer())
