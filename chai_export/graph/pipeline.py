@@ -7,14 +7,17 @@ from pathlib import Path
 from chai_export.bundle.bundle import MODEL_FILE
 from chai_export.bundle.manifest import Manifest, Proof, RopeRecord
 from chai_export.clustering.clusters import Clusters
+from chai_export.errors import ChaiError
 from chai_export.graph.explain.estimate import estimate
 from chai_export.graph.match.find import require_sites
+from chai_export.graph.match.miss import DYNAMIC
 from chai_export.graph.prove.attentions import TOLERANCE, SiteProver
 from chai_export.graph.prove.exact_activations import quantises_activations
 from chai_export.graph.prove.rows import prove_rows
 from chai_export.graph.prove.survey import survey, survey_again
 from chai_export.graph.prove.whole_model import RELATIVE_TOLERANCE, prove_model
 from chai_export.graph.read.load import load_graph, read_model
+from chai_export.graph.read.quiet import quiet_onnx_ir
 from chai_export.graph.rewrite.cleanup import check_result
 from chai_export.graph.rewrite.draft import draft_manifest, require_opset
 from chai_export.graph.rewrite.position_limit import position_limit
@@ -27,6 +30,7 @@ _LARGE = 10**9
 """Bytes of weights from which on the estimate is printed."""
 
 
+@quiet_onnx_ir()
 def rewrite_model(
     path: Path, clusters: Clusters, directory: Path, probe_tokens: int, *, take: bool = False
 ) -> Manifest:
@@ -47,6 +51,12 @@ def rewrite_model(
     sites = require_sites(found)
     roles = found.roles
     assert roles is not None
+    one_row = f"{path} takes 1 row in each call"
+    if roles.batch is not None and not needs.whole_model:
+        raise ChaiError(
+            f"{one_row}, and whether it can take more is seen on the whole model, which is too large to be "
+            f"run here; {DYNAMIC}"
+        )
     draft = draft_manifest(path, source, sites, probe_tokens)
     clusters.check(draft.head_counts)
     prover = SiteProver(source.graph, roles, probe_tokens)
@@ -66,7 +76,12 @@ def rewrite_model(
     attentions = f"{len(sites)} attentions cut out of the source (max difference {prover.max_abs_diff:.2g})"
     if needs.whole_model:
         exact = ", activations exact" if quantises_activations(source.graph) else ""
-        whole = prove_model(source, roles, sites, read_model(directory / MODEL_FILE))
+        try:
+            whole = prove_model(source, roles, sites, read_model(directory / MODEL_FILE))
+        except ChaiError as error:
+            if roles.batch is None:
+                raise
+            raise ChaiError(f"{one_row}, and cannot be made to take more; {DYNAMIC}") from error
         compared = f"{attentions} and the whole model's logits and caches, all heads kept, in float32{exact}"
         proof = Proof(compared=f"{compared}; weights {how}", max_abs_diff=whole, tolerance=RELATIVE_TOLERANCE)
     else:

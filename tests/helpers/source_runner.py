@@ -16,9 +16,10 @@ TYPES = {element.onnxruntime: element.numpy for element in ELEMENT_TYPES.values(
 
 
 class SourceRunner:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, optimised: bool = False) -> None:
         options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if not optimised:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = 1
         options.log_severity_level = 4
         self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -62,7 +62,8 @@ class Explanation:
             return "cannot be rewritten: no attention found"
         if self.survey.refusals:
             worst = self.survey.refusals[0]
-            return f"cannot be rewritten: {worst.where()}: {worst.reason}"
+            advice = f"; {worst.advice}" if worst.advice else ""
+            return f"cannot be rewritten: {worst.where()}: {worst.reason}{advice}"
         return f"can be rewritten: {len(self.survey.sites)} attentions"
 
     def rows(self) -> list[tuple[str, ...]]:

@@ -23,7 +23,7 @@ from chai_export.graph.match.miss import NoMatch, Reached
 from chai_export.graph.match.site import AttentionSite, CachedHeads, ScoreChain
 from chai_export.graph.match.trace_cache import strip_scale, trace_cache
 from chai_export.graph.read.constants import rank
-from chai_export.graph.read.unfuse import by_head, output_by_head
+from chai_export.graph.read.unfuse import by_head, has_merged_heads, output_by_head
 
 
 def is_anchor(node: ir.Node) -> bool:
@@ -41,7 +41,7 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
     query, key, value, mask, past_key, past_value, valid = inputs
     if query is None or key is None or value is None:
         raise NoMatch(node, "query, key or value is missing")
-    merged = rank(query) == 3
+    merged = has_merged_heads(node)
     query = by_head(query) if merged else query
     output = output_by_head(node) if merged else node.outputs[0]
     if query is None or output is None or rank(query) != 4:
@@ -77,7 +77,7 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
 
 def _cached(node: ir.Node, operand: ir.Value, past: ir.Value | None, index: int, what: str) -> CachedHeads:
     """Rule 3: the node appends to the cache itself."""
-    new = by_head(operand) if rank(operand) == 3 else operand
+    new = by_head(operand) if has_merged_heads(node) else operand
     if new is None or past is None or not past.is_graph_input() or index >= len(node.outputs):
         raise NoMatch(
             node, f"the cache of {what} is no graph input, or nothing gives its present", Reached.OPERANDS

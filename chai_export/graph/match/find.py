@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from chai_export.errors import ChaiError
-from chai_export.graph.match import attention_op, group_query, multi_head, softmax
+from chai_export.graph.match import attention_op, group_query, multi_head, softmax, unsupported
 from chai_export.graph.match.caches import Finding, with_matching_caches, with_source_layers
 from chai_export.graph.match.miss import NoMatch, Refusal
-from chai_export.graph.match.roles import Roles, find_roles
+from chai_export.graph.match.roles import Roles, find_roles, require_free_sizes
 from chai_export.graph.match.site import AttentionSite
 
 Matcher = tuple[Callable[[ir.Node], bool], Callable[[ir.Node, int], AttentionSite]]
@@ -22,6 +22,7 @@ MATCHERS: tuple[Matcher, ...] = (
     (softmax.is_anchor, softmax.match),
     (group_query.is_anchor, group_query.match),
     (multi_head.is_anchor, multi_head.match),
+    (unsupported.is_anchor, unsupported.match),
 )
 """Anchor test and matcher of each form. A node is an anchor of at most one of them."""
 
@@ -52,9 +53,10 @@ def locate(model: ir.Model) -> Survey:
     """Every attention of a normalised model as its matcher sees it, masks not looked at yet.
 
     Raises:
-        ChaiError: an input of the graph is unknown.
+        ChaiError: an input of the graph is unknown, or its sizes are fixed.
     """
     graph = model.graph
+    require_free_sizes(graph)
     opset = model.opset_imports.get("", 0)
     findings = [finding for node in graph if (finding := _match(node, opset)) is not None]
     findings = [replace(finding, layer=index) for index, finding in enumerate(findings)]
@@ -81,10 +83,11 @@ def require_sites(found: Survey) -> list[AttentionSite]:
         first = found.refusals[0] if found.sites else nearest
         count = len(found.refusals)
         others = f" ({count} of {len(found.findings)} attentions refused)" if count > 1 else ""
-        raise ChaiError(
-            f"{first.where()}: {first.reason}{others}; choose a model with plain causal attention and "
-            "past key/values, or see `chai-export rewrite --explain`"
+        advice = first.advice or (
+            "choose a model with plain causal attention and past key/values, or see "
+            "`chai-export rewrite --explain`"
         )
+        raise ChaiError(f"{first.where()}: {first.reason}{others}; {advice}")
     return found.sites
 
 
@@ -94,7 +97,9 @@ def _match(node: ir.Node, opset: int) -> Finding | None:
             try:
                 return match(node, opset)
             except NoMatch as miss:
-                return Refusal(node, miss.node, miss.reason, miss.reached, chain=miss.chain)
+                return Refusal(
+                    node, miss.node, miss.reason, miss.reached, chain=miss.chain, advice=miss.advice
+                )
     return None
 
 

@@ -6,8 +6,7 @@
 3. The operator is causal by definition. Which keys are padding it reads off ``seqlens_k``, and that this is
    right is left to the numerical proof, which feeds an attention mask.
 
-``PagedAttention`` and ``SparseAttention`` are anchors too, only to be refused with a reason. Form G has
-fused RoPE in the file, form H separate nodes.
+Form G has fused RoPE in the file, form H separate nodes.
 """
 
 from __future__ import annotations
@@ -23,14 +22,6 @@ from chai_export.graph.match.miss import NoMatch, Reached
 from chai_export.graph.match.site import AttentionSite, CachedHeads, ScoreChain
 from chai_export.graph.read.unfuse import MICROSOFT, by_head, output_by_head
 
-_REFUSED = {
-    "PagedAttention": "the cache is paged (PagedAttention)",
-    "SparseAttention": "attention is block-sparse (SparseAttention)",
-    "LinearAttention": "attention is linear (LinearAttention), there is no KV cache",
-    "Attention": "the fused Attention operator keeps keys and values in one cache",
-    "DecoderMaskedMultiHeadAttention": "DecoderMaskedMultiHeadAttention is not supported",
-    "DecoderMaskedSelfAttention": "DecoderMaskedSelfAttention is not supported",
-}
 _INPUTS = {
     10: "a bias is added to the scores (attention_bias)",
     11: "the softmax has attention sinks (head_sink)",
@@ -40,8 +31,8 @@ _NORMS = (14, 15)
 
 
 def is_anchor(node: ir.Node) -> bool:
-    """Whether ``node`` is one of onnxruntime's decoder attentions."""
-    return node.domain == MICROSOFT and (node.op_type == "GroupQueryAttention" or node.op_type in _REFUSED)
+    """Whether ``node`` is a ``GroupQueryAttention``."""
+    return node.domain == MICROSOFT and node.op_type == "GroupQueryAttention"
 
 
 def match(node: ir.Node, opset: int) -> AttentionSite:
@@ -51,8 +42,6 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
         NoMatch: with the node and the reason.
     """
     del opset
-    if node.op_type in _REFUSED:
-        raise NoMatch(node, _REFUSED[node.op_type])
     _plain(node)
     query, key, value = (by_head(item) for item in node.inputs[:3])
     output = output_by_head(node)

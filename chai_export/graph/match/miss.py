@@ -9,6 +9,12 @@ import onnx_ir as ir
 
 from chai_export.graph.match.site import ScoreChain
 
+DYNAMIC = (
+    "export it again with free sizes: `optimum-cli export onnx` without --no-dynamic-axes, torch.onnx.export "
+    "with dynamic_shapes, or `chai-export export MODEL`"
+)
+"""What helps where a graph was exported for calls of one size."""
+
 
 class Reached(Enum):
     """What was looked at when a match failed, in the order in which a matcher looks; in words."""
@@ -29,7 +35,8 @@ class Reached(Enum):
 class NoMatch(Exception):  # noqa: N818
     """Raised inside a matcher; carries the node that does not fit, the reason, and how far the match came.
 
-    ``chain`` is what happens to the scores, if that was found: it may hold a better reason.
+    ``chain`` is what happens to the scores, if that was found: it may hold a better reason. ``advice`` is
+    what helps, where that is more than another model.
     """
 
     def __init__(
@@ -38,12 +45,14 @@ class NoMatch(Exception):  # noqa: N818
         reason: str,
         reached: Reached = Reached.OPERATOR,
         chain: ScoreChain | None = None,
+        advice: str | None = None,
     ) -> None:
         super().__init__(reason)
         self.node = node
         self.reason = reason
         self.reached = reached
         self.chain = chain
+        self.advice = advice
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class Refusal:
     reached: Reached
     layer: int | None = None
     chain: ScoreChain | None = None
+    advice: str | None = None
 
     def where(self) -> str:
         """The layer (or anchor) and the node, for messages."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from chai_export.errors import ChaiError
+from chai_export.graph.match.miss import DYNAMIC
 from chai_export.graph.match.site import AttentionSite
 from chai_export.graph.read.constants import rank, static_dim
 
@@ -37,7 +38,8 @@ class Roles:
 
     Caches of a ``fixed`` size come with inputs that say where new rows go: ``cache_position`` [S] for all
     batch rows, or ``write_indices`` [B]; ``valid_lengths`` [B] counts the tokens in the cache once they are
-    written. ``cache_sizes`` are heads and head dim of the caches whose attention matched.
+    written. ``batch`` is 1 if the graph was exported for one row. ``cache_sizes`` are heads and head dim of
+    the caches whose attention matched.
     """
 
     input_ids: ir.Value
@@ -48,7 +50,12 @@ class Roles:
     write_indices: ir.Value | None = None
     valid_lengths: ir.Value | None = None
     fixed: bool = False
+    batch: int | None = None
     cache_sizes: Mapping[ir.Value, tuple[int, int]] = field(default_factory=dict)
+
+    def fit(self, sizes: Sizes) -> Sizes:
+        """The same sizes with as many rows as the graph takes."""
+        return sizes if self.batch is None else replace(sizes, batch=self.batch)
 
     @property
     def capacity(self) -> int | None:
@@ -163,6 +170,7 @@ def find_roles(graph: ir.Graph, caches: Iterable[ir.Value], sites: Sequence[Atte
             "the graph has no input named input_ids of shape [batch, tokens]; "
             "export a decoder-only text model with its token ids as input"
         )
+    batch = static_dim(input_ids, 0)
     attention_mask = named.pop("attention_mask", None)
     position_ids = named.pop("position_ids", None)
     cache_position = _vector(named, "cache_position", "ScatterND", 1)
@@ -187,12 +195,26 @@ def find_roles(graph: ir.Graph, caches: Iterable[ir.Value], sites: Sequence[Atte
         write_indices=write_indices,
         valid_lengths=valid_lengths,
         fixed=True in fixed,
+        batch=batch,
         cache_sizes={
             cache.past: (site.heads.num_kv_heads, dim)
             for site in sites
             for cache, dim in ((site.key, site.heads.head_dim), (site.value, site.heads.value_head_dim))
         },
     )
+
+
+def require_free_sizes(graph: ir.Graph) -> None:
+    """Refuse graphs for calls of one size; a batch of one row can be mended.
+
+    Raises:
+        ChaiError: the number of tokens is fixed, or that of rows to more than one.
+    """
+    input_ids = next((value for value in graph.inputs if value.name == "input_ids"), None)
+    rows, tokens = static_dim(input_ids, 0), static_dim(input_ids, 1)
+    if tokens is not None or rows not in (None, 1):
+        shape = f"[{rows or 'batch'}, {tokens or 'tokens'}]"
+        raise ChaiError(f"the graph takes input_ids of shape {shape} only; {DYNAMIC}")
 
 
 def _vector(named: dict[str | None, ir.Value], name: str, reader: str, index: int) -> ir.Value | None:

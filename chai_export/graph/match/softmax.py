@@ -24,6 +24,7 @@ import onnx_ir as ir
 from chai_export.graph.match.form import Form
 from chai_export.graph.match.geometry import site_geometry
 from chai_export.graph.match.miss import NoMatch, Reached
+from chai_export.graph.match.quantised import OPERATORS, quantised
 from chai_export.graph.match.site import AttentionSite, CachedHeads, ScoreChain
 from chai_export.graph.match.trace_cache import strip_scale, trace_cache
 from chai_export.graph.read.constants import constant, rank
@@ -42,9 +43,9 @@ def is_anchor(node: ir.Node) -> bool:
     """Whether ``node`` is a Softmax that leads into a MatMul or a cut of its last axis: attention-like."""
     if node.op_type != "Softmax" or node.domain != "":
         return False
-    return any(
-        follower.op_type == "MatMul" for follower in _consumers_through(node.outputs[0], _GUARDS | {"Slice"})
-    )
+    passed = _GUARDS | {"Slice", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+    followers = _consumers_through(node.outputs[0], passed)
+    return any(follower.op_type in ("MatMul", "QLinearMatMul", "MatMulInteger") for follower in followers)
 
 
 def match(node: ir.Node, opset: int) -> AttentionSite:
@@ -118,6 +119,8 @@ def _score_product(softmax: ir.Node) -> ir.Node:
     if len(found) == 1:
         return found[0]
     for node in blocked:
+        if node.op_type in OPERATORS:
+            raise quantised(node, "the scores", Reached.SCORES)
         if node.op_type in _NAMED and _has_product_above(node):
             raise NoMatch(node, _NAMED[node.op_type], Reached.SCORES)
     if found:
@@ -133,6 +136,8 @@ def _value_product(softmax: ir.Node) -> ir.Node:
     for node in _consumers_through(softmax.outputs[0], _GUARDS):
         if node.op_type == "MatMul" and node.domain == "":
             return node
+        if node.op_type in OPERATORS:
+            raise quantised(node, "the probabilities", Reached.SCORES)
         if node.op_type == "Slice":
             raise NoMatch(
                 node, "probabilities are cut off after the softmax (attention sinks)", Reached.SCORES

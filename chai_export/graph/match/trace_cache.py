@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from chai_export.graph.match.miss import NoMatch, Reached
+from chai_export.graph.match.miss import DYNAMIC, NoMatch, Reached
+from chai_export.graph.match.quantised import OPERATORS, quantised
 from chai_export.graph.match.site import CachedHeads
-from chai_export.graph.read.constants import rank, scalar
+from chai_export.graph.read.constants import rank, scalar, static_dim
 
 # Nodes that only move, repeat or retype data. Whether they move it rightly is for the numerical proof.
 _MOVES = frozenset({"Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Cast", "Tile", "Identity"})
@@ -64,6 +65,8 @@ def trace_cache(value: ir.Value, what: str) -> CachedHeads:
             return _written(node, value, what, scale)
         if _is_scatter(node):
             return _scattered(node, value, what, scale)
+        if node.op_type in OPERATORS:
+            raise quantised(node, what, Reached.OPERANDS)
         if node.op_type not in _MOVES or node.domain != "" or node.inputs[0] is None:
             raise NoMatch(node, f"{what} is not a concatenation of past and new rows", Reached.OPERANDS)
         value = node.inputs[0]
@@ -81,6 +84,10 @@ def _append(node: ir.Node, present: ir.Value, what: str, scale: float) -> Cached
     assert new is not None
     if not past.is_graph_input():
         raise NoMatch(node, f"the first part of {what} is no graph input, so it is no cache", Reached.CACHE)
+    if isinstance(size := static_dim(past, 2), int):
+        raise NoMatch(
+            node, f"the cache of {what} has {size} rows in every call", Reached.CACHE, advice=DYNAMIC
+        )
     if rank(past) not in (None, 4):
         raise NoMatch(
             node, f"the cache of {what} has rank {rank(past)} instead of 4 [B, G, P, D]", Reached.CACHE

@@ -76,7 +76,8 @@ class SiteProver:
         presents = [site.key.present, site.value.present] if site.source_layer is None else []
         part = cut(self.graph, leaves, [site.output, *presents], self.roles)
         generator = np.random.default_rng(site.layer)
-        for sizes, padded in _CASES[site.right_padding]:
+        for wanted, padded in _CASES[site.right_padding]:
+            sizes = self.roles.fit(wanted)
             if not site.chunks and sizes.past and sizes.tokens > 1:
                 continue
             lengths = np.full(sizes.batch, sizes.tokens, np.int32)

@@ -97,7 +97,7 @@ class MaskProver:
             fed = replace(fed, heads=site.heads.num_query_heads)
         scales = []
         chunks = True
-        for sizes in _SIZES:
+        for sizes in map(self._roles.fit, _SIZES):
             for padding in _paddings(sizes):
                 try:
                     scales.append(self._check(part, chain, fed, sizes, padding))
@@ -110,7 +110,7 @@ class MaskProver:
         return MaskProof(scales[0], self._check_long(part, chain, fed), chunks)
 
     def _runs(self, part: Slice, chain: ScoreChain, fed: _Attention) -> bool:
-        sizes = _SIZES[0]
+        sizes = self._roles.fit(_SIZES[0])
         try:
             self._check(part, chain, fed, sizes, _paddings(sizes)[0])
         except EvaluationError:

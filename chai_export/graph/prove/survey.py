@@ -12,8 +12,10 @@ from chai_export.graph.match.miss import Reached, Refusal
 from chai_export.graph.match.roles import Roles
 from chai_export.graph.match.site import AttentionSite
 from chai_export.graph.prove.mask import MaskError, MaskProver
+from chai_export.graph.read.quiet import quiet_onnx_ir
 
 
+@quiet_onnx_ir()
 def survey(model: ir.Model) -> Survey:
     """Find and check every attention of a normalised model; the model is not changed.
 

@@ -79,7 +79,9 @@ def prove_model(
             their = next(theirs)
             tolerance = RELATIVE_TOLERANCE * max(1.0, float(np.abs(their[logits_name]).max()))
             end = case.sizes.past + int(valid)
-            pairs = [("the logits", their[logits_name][0, :valid], my[LOGITS][row, :valid])]
+            # Those of all tokens, or of the last one.
+            logits = their[logits_name].reshape(-1, their[logits_name].shape[-1])
+            pairs = [("the logits", logits, my[LOGITS][row, int(valid) - len(logits) : valid])]
             for site in with_cache(sites):
                 keys = their[str(site.key.present.name)][0, :, :end]
                 values = their[str(site.value.present.name)][0, :, :end]
@@ -168,8 +170,8 @@ def _bundle_inputs(case: _Case, sites: list[AttentionSite]) -> dict[str, Array]:
 def _vocabulary(source: ir.Model) -> int:
     """A number of token ids that surely exist: the first 64 of any vocabulary, or its size if known."""
     for value in source.graph.outputs:
-        if value.name == LOGITS and value.shape is not None and isinstance(value.shape[2], int):
-            return int(value.shape[2])
+        if value.name == LOGITS and value.shape is not None and isinstance(value.shape[-1], int):
+            return int(value.shape[-1])
     return 64
 
 

@@ -8,9 +8,11 @@ import onnx
 import onnx_ir as ir
 
 from chai_export.errors import ChaiError
+from chai_export.graph.read.cache_branch import choose_cache_branch
 from chai_export.graph.read.check import check_model
 from chai_export.graph.read.external_data import external_tensors, locate_external_data
 from chai_export.graph.read.normalise import normalise
+from chai_export.graph.read.quiet import quiet_onnx_ir
 from chai_export.graph.read.unfuse import unfuse
 
 _PREFERRED = ("decoder.onnx", "model.onnx", "decoder_model.onnx")
@@ -41,6 +43,7 @@ def find_onnx(path: Path) -> Path:
     return usual[0] if usual else found[0]
 
 
+@quiet_onnx_ir()
 def read_model(path: Path) -> ir.Model:
     """Read an ONNX file; external weights stay on disk until they are used.
 
@@ -74,6 +77,7 @@ def data_files(path: Path) -> list[Path]:
     return sorted({Path(tensor.path) for tensor in external_tensors(read_model(path))})
 
 
+@quiet_onnx_ir()
 def load_graph(path: Path) -> ir.Model:
     """Read an ONNX file, normalise it (:func:`normalise`) and take fused operators apart (:mod:`unfuse`).
 
@@ -85,6 +89,7 @@ def load_graph(path: Path) -> ir.Model:
     if opset is None:
         raise ChaiError(f"{path} imports no standard ONNX operators; it is not a language model")
     try:
+        choose_cache_branch(model)
         normalise(model)
         unfuse(model)
     except ChaiError:

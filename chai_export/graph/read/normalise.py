@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from chai_export.graph.read.interface_types import take_off_cache_casts, widen_integer_inputs
 from chai_export.graph.read.shapes import infer_shapes
 
 INLINE_BYTES = 1024
@@ -15,11 +16,12 @@ def normalise(model: ir.Model) -> None:
     """Bring a model into the form that matchers rely on, without changing what it computes.
 
     1. Constants are initializers, of the main graph; initializers are no graph inputs.
-    2. Identity nodes are gone, and casts to the type that a value has already.
-    3. A widening cast directly undone is gone (float16 → float32 → float16).
-    4. Initializers of up to a kilobyte are in memory, larger ones stay where they are.
-    5. Shapes are stated where the exporter left them out and ONNX can infer them.
-    6. Nodes stand in topological order, unused ones are gone, every value has a unique name.
+    2. Integer inputs are int64; caches come and go in the type that attention computes with.
+    3. Identity nodes are gone, and casts to the type that a value has already.
+    4. A widening cast directly undone is gone (float16 → float32 → float16).
+    5. Initializers of up to a kilobyte are in memory, larger ones stay where they are.
+    6. Shapes are stated where the exporter left them out and ONNX can infer them.
+    7. Nodes stand in topological order, unused ones are gone, every value has a unique name.
     """
     ir.passes.Sequential(
         common.RemoveInitializersFromInputsPass(),
@@ -27,6 +29,8 @@ def normalise(model: ir.Model) -> None:
         common.TopologicalSortPass(),
         common.IdentityEliminationPass(),
     )(model)
+    widen_integer_inputs(model.graph)
+    take_off_cache_casts(model.graph)
     _remove_idle_casts(model.graph)
     for value in model.graph.initializers.values():
         tensor = value.const_value

@@ -11,6 +11,14 @@ _LIKE_FIRST = frozenset(
     {"Cast", "Identity", "RotaryEmbedding", "RMSNormalization", "LayerNormalization", "Neg", "Clip"}
     | {"SimplifiedLayerNormalization"}
 )
+_WEIGHTS = {
+    "MatMul": 1,
+    "MatMulInteger": 1,
+    "QLinearMatMul": 3,
+    "SkipSimplifiedLayerNormalization": 2,
+    "SkipLayerNormalization": 2,
+}
+"""Operators as wide as the last axis of one of their operands."""
 _BROADCAST = frozenset({"Add", "Sub", "Mul", "Div", "Where"})
 _PIECES = frozenset({"Concat", "Slice", "Split"})
 _DEEPEST = 24
@@ -42,8 +50,8 @@ def last_dim(value: ir.Value | None, depth: int = _DEEPEST) -> int | None:  # no
         return size
     if node.op_type == "MatMulNBits" and "N" in node.attributes:
         return node.attributes["N"].as_int()
-    if node.op_type == "MatMul" and node.domain == "":
-        return static_dim(node.inputs[1], -1)
+    if node.op_type in _WEIGHTS:
+        return static_dim(node.inputs[_WEIGHTS[node.op_type]], -1)
     if node.op_type == "Gemm" and node.domain == "":
         transposed = "transB" in node.attributes and node.attributes["transB"].as_int() == 1
         return static_dim(node.inputs[1], 0 if transposed else 1)

@@ -7,6 +7,7 @@ The op takes query [B,H,S,D], key and value [B,G,S,D] after RoPE. Fused operator
 2. Operators that take [B,S,H·D] get their operands split into heads and merged again in front of them, and
    the other way round behind them. The matchers hand on the split values; the rest falls away.
 3. ``ScatterND`` into a cache whose axes were moved gets the new rows moved to [B,G,S,D] and back.
+4. ``FusedMatMul`` of two computed values becomes Transpose, MatMul and Mul.
 
 What the graph computes does not change. An operator whose sizes are not stated is left alone, for its matcher
 to refuse with the reason.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from chai_export.graph.read.builder import Builder, graph_input
@@ -33,15 +35,23 @@ def unfuse(model: ir.Model) -> None:
     graph = model.graph
     builder = Builder(graph)
     for node in list(graph):
-        if node.domain == MICROSOFT and node.op_type == "GroupQueryAttention":
+        if node.domain == MICROSOFT and node.op_type == "FusedMatMul":
+            _matmul(builder, node)
+        elif node.domain == MICROSOFT and node.op_type == "GroupQueryAttention":
             _group_query(builder, node)
         elif node.domain == MICROSOFT and node.op_type == "MultiHeadAttention":
             _multi_head(builder, node)
-        elif node.domain == "" and node.op_type == "Attention" and rank(node.inputs[0]) == 3:
+        elif node.domain == "" and node.op_type == "Attention" and has_merged_heads(node):
             _attention_3d(builder, node)
         elif node.domain == "" and node.op_type == "ScatterND":
             _scatter(builder, node)
     graph.sort()
+
+
+def has_merged_heads(node: ir.Node) -> bool:
+    """Whether an ``Attention`` takes [B,S,H·D], for which alone it needs the number of heads."""
+    known = rank(node.inputs[0])
+    return known == 3 or (known is None and _attribute(node, "q_num_heads") > 0)
 
 
 def by_head(value: ir.Value | None) -> ir.Value | None:
@@ -209,6 +219,41 @@ def _scatter(builder: Builder, node: ir.Node) -> None:
         moved.shape = ir.Shape([rows.shape[axis] for axis in _TOKENS_THIRD])
         back.shape = rows.shape.copy()
     node.replace_input_with(2, back)
+
+
+def _matmul(builder: Builder, node: ir.Node) -> None:
+    """A MatMul into which onnxruntime put the scales and transposes around it; with a weight it stays."""
+    left, right = node.inputs[:2]
+    batched = _attribute(node, "transBatchA") or _attribute(node, "transBatchB")
+    if left is None or right is None or batched or left.is_initializer() or right.is_initializer():
+        return
+    operands = [
+        _last_two_swapped(builder, value, f"{node.name}/operand_{index}") if _attribute(node, name) else value
+        for index, (value, name) in enumerate(((left, "transA"), (right, "transB")))
+    ]
+    product = builder.op("MatMul", *operands, name=f"{node.name}/product")
+    old = node.outputs[0]
+    product.type, product.shape = old.type, old.shape
+    alpha = node.attributes.get("alpha")
+    factor = alpha.as_float() if alpha is not None else 1.0
+    if factor != 1.0:
+        dtype = old.dtype or left.dtype or ir.DataType.FLOAT
+        scale = builder.constant(np.array(factor, dtype.numpy()), f"{node.name}/alpha")
+        scaled = builder.op("Mul", product, scale, name=f"{node.name}/scaled")
+        scaled.type, scaled.shape = old.type, old.shape
+        product = scaled
+    ir.convenience.replace_all_uses_with(old, product)
+    builder.graph.remove(node, safe=True)
+
+
+def _last_two_swapped(builder: Builder, value: ir.Value, name: str) -> ir.Value:
+    axes = list(range(rank(value) or 4))
+    axes[-2:] = axes[:-3:-1]
+    moved = builder.op("Transpose", value, perm=axes, name=name)
+    moved.type = value.type
+    if value.shape is not None:
+        moved.shape = ir.Shape([value.shape[axis] for axis in axes])
+    return moved
 
 
 def _pass_by_head(builder: Builder, node: ir.Node, index: int, heads: int, dim: int) -> None:

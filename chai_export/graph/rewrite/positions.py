@@ -89,15 +89,17 @@ def _position_layout(graph: ir.Graph, value: ir.Value, roles: Roles) -> tuple[li
     Raises:
         ChaiError: it changes with the past but is no position.
     """
+    sizes_tried = [roles.fit(sizes) for sizes in _SIZES]
     try:
         part = cut(graph, [], [value], roles)
-        arrays = [_run(part, sizes, roles) for sizes in _SIZES]
-        moved = _run(part, Sizes(_SIZES[0].batch, _SIZES[0].tokens, _SIZES[0].past + 1), roles)
+        arrays = [_run(part, sizes, roles) for sizes in sizes_tried]
+        first = sizes_tried[0]
+        moved = _run(part, Sizes(first.batch, first.tokens, first.past + 1), roles)
     except EvaluationError as error:
         raise ChaiError(f"{value.name} depends on the past and cannot be evaluated ({error})") from error
     if arrays[0].shape == moved.shape and np.array_equal(arrays[0], moved):
         return None
-    layouts = [_layout(array, sizes) for array, sizes in zip(arrays, _SIZES, strict=True)]
+    layouts = [_layout(array, sizes) for array, sizes in zip(arrays, sizes_tried, strict=True)]
     if layouts[0] is None or any(layout != layouts[0] for layout in layouts):
         node = value.producer()
         raise ChaiError(

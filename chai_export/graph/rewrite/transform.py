@@ -19,6 +19,7 @@ from chai_export.graph.rewrite.cleanup import (
     state_shapes,
     tidy,
 )
+from chai_export.graph.rewrite.free_batch import free_batch
 from chai_export.graph.rewrite.interface import make_inputs, token_positions
 from chai_export.graph.rewrite.positions import replace_derived_positions
 from chai_export.graph.rewrite.replace import replace_sites
@@ -49,10 +50,12 @@ def transform(
     graph = model.graph
     opset = model.opset_imports[""]
     builder = Builder(graph)
+    if roles.batch is not None:
+        free_batch(builder)
     inputs = make_inputs(roles.input_ids, io)
     logits = _logits(graph, sites)
     presents = replace_sites(builder, sites, inputs, probe_tokens)
-    selected = select_outputs(builder, logits, inputs[OUTPUT_POSITIONS])
+    selected = select_outputs(builder, logits, inputs[OUTPUT_POSITIONS], roles)
     graph.outputs.clear()
     graph.outputs.extend([selected, *presents])
     _describe_logits(selected, logits, io.logits)
