@@ -191,7 +191,7 @@ def test_what_the_quantiser_takes_for_its_own_attention(tmp_path: Path) -> None:
 PROMPTS = [[4, 8, 15, 16, 23, 42, 7], [3, 1, 4, 1, 5, 9, 2]]
 
 
-@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("opset", [pytest.param(18, marks=pytest.mark.slow), 23])
 def test_a_batch_fixed_at_one_becomes_free(opset: int, tmp_path: Path) -> None:
     path = exported_with(("tokens", "past"), 3, 5, opset)
     assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
@@ -206,12 +206,12 @@ def test_a_batch_of_one_is_freed_only_where_the_whole_model_is_compared(
 ) -> None:
     monkeypatch.setattr(pipeline, "estimate", lambda *_: Estimate(1, 1, 1, 1, whole_model=False))
     with pytest.raises(ChaiError, match=r"takes 1 row in each call.*dynamic_shapes"):
-        rewrite(exported_with(("tokens", "past"), 3, 5), Clusters(kept_of(NAME)), tmp_path / "bundle")
+        rewrite(exported_with(("tokens", "past"), 3, 5, 23), Clusters(kept_of(NAME)), tmp_path / "bundle")
 
 
 def test_a_batch_of_one_that_cannot_be_freed(tmp_path: Path) -> None:
     """The first row taken out and put back: right for one row, silently another model for two."""
-    model = onnx.load(exported_with(("tokens", "past"), 3, 5))
+    model = onnx.load(exported_with(("tokens", "past"), 3, 5, 23))
     path = tmp_path / "model.onnx"
     variants.take_first_row(model.graph)
     onnx.save(model, path)

@@ -15,7 +15,7 @@ NAME = "llama-gqa"
 
 
 @lru_cache
-def exported_with(dynamic: tuple[str, ...], tokens: int, past: int, opset: int = 18) -> Path:
+def exported_with(dynamic: tuple[str, ...], tokens: int, past: int, opset: int = 23) -> Path:
     """The tiny Llama with batch 1 and only the dims named in ``dynamic`` ("tokens", "past") free."""
     model = model_of(NAME)
     shapes = cache_shapes(model)

@@ -12,6 +12,7 @@ from chai_export.graph.read.cache_branch import choose_cache_branch
 from chai_export.graph.read.check import check_model
 from chai_export.graph.read.external_data import external_tensors, locate_external_data
 from chai_export.graph.read.normalise import normalise
+from chai_export.graph.read.omitted_outputs import remember_omitted_outputs
 from chai_export.graph.read.quiet import quiet_onnx_ir
 from chai_export.graph.read.unfuse import unfuse
 
@@ -89,6 +90,7 @@ def load_graph(path: Path) -> ir.Model:
     if opset is None:
         raise ChaiError(f"{path} imports no standard ONNX operators; it is not a language model")
     try:
+        remember_omitted_outputs(model)
         choose_cache_branch(model)
         normalise(model)
         unfuse(model)

@@ -11,6 +11,7 @@ from chai_export.errors import ChaiError
 from chai_export.graph.match.roles import Roles
 from chai_export.graph.match.site import AttentionSite
 from chai_export.graph.read.builder import Builder
+from chai_export.graph.read.omitted_outputs import restore_omitted_outputs
 from chai_export.graph.rewrite.cleanup import (
     drop_dead_nodes,
     replace_cache_shapes,
@@ -25,6 +26,7 @@ from chai_export.graph.rewrite.positions import replace_derived_positions
 from chai_export.graph.rewrite.replace import replace_sites
 from chai_export.graph.rewrite.rope_rows import choose_by_row, prove_edges
 from chai_export.graph.rewrite.rope_switch import RopeSwitch
+from chai_export.graph.rewrite.rotary_heads import state_rotary_heads
 from chai_export.graph.rewrite.select_outputs import select_outputs
 from chai_export.op.function import function_proto
 from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE, VERSION
@@ -86,6 +88,8 @@ def transform(
     tidy(model)
     # Positions that the graph derived itself had one row for the whole batch; ours differ by row.
     state_shapes(model, forget=roles.position_ids is None)
+    restore_omitted_outputs(model)
+    state_rotary_heads(graph)
 
 
 def _logits(graph: ir.Graph, sites: list[AttentionSite]) -> ir.Value:
