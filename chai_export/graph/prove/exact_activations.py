@@ -113,7 +113,12 @@ def _finish(
 def _without_the_pair(builder: Builder, node: ir.Node) -> None:
     source = _static_quantiser(node)
     assert source is not None
-    ir.convenience.replace_all_uses_with(node.outputs[0], source)
+    old = node.outputs[0]
+    if old.is_graph_output():  # keeps its name
+        name, old.name = str(old.name), f"{old.name}/quantised"
+        source = builder.op("Identity", source, outputs=(name,))
+        source.type, source.shape = old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, source, replace_graph_outputs=True)
 
 
 def _quantiser(value: ir.Value | None) -> ir.Value | None:
@@ -128,7 +133,7 @@ def _static_quantiser(node: ir.Node) -> ir.Value | None:
     before = None if value is None else value.producer()
     if before is None or before.op_type != "QuantizeLinear" or before.inputs[1] is not node.inputs[1]:
         return None
-    return None if node.outputs[0].is_graph_output() else before.inputs[0]
+    return before.inputs[0]
 
 
 def _shifted(builder: Builder, weights: ir.Value | None, zero_point: ir.Value | None) -> ir.Value:
