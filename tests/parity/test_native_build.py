@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ("cmake", "ctest", "g++")
+from tests.helpers.native_build import build, needs_tools, succeed
 
-pytestmark = pytest.mark.skipif(
-    not all(map(shutil.which, TOOLS)) and "CI" not in os.environ, reason=f"needs {', '.join(TOOLS)}"
-)
-
-
-def run(*command, **environment):
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, (
-        f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    )
-    return done.stdout
+pytestmark = needs_tools
 
 
 @pytest.fixture(scope="module")
 def sanitized_build():
-    """Kept between runs, so that only what changed is compiled again."""
-    build = ROOT / "build" / "sanitize"
-    run("cmake", "-S", ROOT, "-B", build, "-DCHAI_SANITIZE=ON", "-DCHAI_BUILD_TESTS=ON")
-    run("cmake", "--build", build, "--parallel", os.cpu_count() or 1)
-    return build
+    return build("sanitize", "-DCHAI_SANITIZE=ON", "-DCHAI_BUILD_TESTS=ON")
 
 
 def test_native_tests_pass_under_sanitizers(sanitized_build):
-    output = run("ctest", "--test-dir", sanitized_build, "--output-on-failure", "--parallel", 2)
+    output = succeed("ctest", "--test-dir", sanitized_build, "--output-on-failure", "--parallel", 2)
     assert "100% tests passed" in output
+    assert "Skipped" not in output
+    assert "runner_bundle_test" in output
 
 
 @pytest.mark.parametrize(
@@ -62,7 +39,7 @@ def test_case_suite_passes_under_sanitizers(sanitized_build, version, variable, 
     ]
     tests = ["test_native_v2"] if version else ["test_native", "test_native_shared"]
     library = sanitized_build / "plugins" / "op" / "onnxruntime" / f"libchai_onnxruntime{version}.so"
-    output = run(
+    output = succeed(
         *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
         *(f"tests/parity/{name}.py" for name in tests),
         *("-k", chosen),

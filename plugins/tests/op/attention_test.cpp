@@ -357,8 +357,9 @@ void check_cache(const Problem& p, const TestPool& pool, const Bytes& fresh) {
         }
         std::memcpy(rows.data() + row * pool.row_bytes(), pool.present.data() + row * pool.row_bytes(),
                     pool.row_bytes());
-        std::memcpy(scales.data() + row * pool.row_scales() * 2,
-                    pool.present_scales.data() + row * pool.row_scales() * 2, pool.row_scales() * 2);
+        // Of caches without scales this is nothing, from nowhere.
+        std::copy_n(pool.present_scales.begin() + row * pool.row_scales() * 2, pool.row_scales() * 2,
+                    scales.begin() + row * pool.row_scales() * 2);
       }
     }
   }
