@@ -21,6 +21,9 @@ from chai_export.engines.tensorrt_profiles import Range, profiles
 from chai_export.op.dtypes import ELEMENT_TYPES
 
 ENGINE_TYPES = {element.onnxruntime: element.tensorrt for element in ELEMENT_TYPES.values()}
+USER_MANAGED = "user managed"
+TENSORRT = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=USER_MANAGED))
+"""The part of the module that the session uses."""
 NUMPY_TYPES = {element.tensorrt: element.numpy for element in ELEMENT_TYPES.values()}
 
 
@@ -54,7 +57,11 @@ class FakeEngine:
         shape = next(node.shape for node in nodes if node.name == name)
         return [size if isinstance(size, int) else -1 for size in shape]
 
-    def create_execution_context(self) -> FakeContext:
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        return (3000, 500)[profile]
+
+    def create_execution_context(self, strategy: str) -> FakeContext:
+        assert strategy == USER_MANAGED
         self.contexts.append(FakeContext(self))
         return self.contexts[-1]
 
@@ -67,8 +74,13 @@ class FakeContext:
         self._profile: Mapping[str, Range] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
+        self.memory = (0, 0)
         self.executed = 0
         self.bound = 0
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert self._profile, "the profile decides the size"
+        self.memory = (memory, size)
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self._profile = self._engine.profiles[index]
@@ -89,6 +101,7 @@ class FakeContext:
         return address != 0
 
     def execute_async_v3(self, stream: int) -> bool:
+        assert self.memory[1] == 3000
         assert self._addresses["head_map"] != self._addresses["present_head_map"]
         feeds = {n: self._view(n, kind, self._shapes[n]).copy() for n, kind in self._engine.inputs.items()}
         names = list(self._engine.outputs)

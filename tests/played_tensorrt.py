@@ -17,7 +17,7 @@ from chai_export.kernels.spec import Spec
 from chai_export.op.schema import DOMAIN, OP_TYPE
 from chai_export.runtime import tensorrt_session as session_module
 from chai_export.runtime.tensorrt_environment import Gpu
-from tests.fake_tensorrt import FakeEngine, HostDevice
+from tests.fake_tensorrt import TENSORRT, FakeEngine, HostDevice
 from tests.tiny_graph import TinyModel
 
 MODEL = TinyModel(positions=96)
@@ -43,6 +43,7 @@ class Played:
             LayerType=SimpleNamespace(PLUGIN_V3="plugin"),
             MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
             Runtime=lambda logger: engine,
+            **vars(TENSORRT),
         )
         self.polygraphy = SimpleNamespace(
             network_from_onnx_path=self._parse,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ PLAN_FILE = "engine.plan"
 NETWORK_FILE = "tensorrt.onnx"
 KERNELS = "kernels"
 _MEBI = 1 << 20
+_CAUSES = 2
+"""Reports that an error shows: the last one is often the consequence of the one before."""
 
 
 def build_tensorrt(
@@ -211,7 +213,7 @@ def _build_plan(
                     (builder, network, parser), config=config, save_timing_cache=str(timing_cache)
                 )
             except PolygraphyException as error:
-                raise build_error([*recorder.messages, str(error)]) from error
+                raise build_error(recorder.messages, str(error)) from error
 
 
 def _polygraphy_profile(polygraphy: Any, shapes: Mapping[str, Range]) -> Any:
@@ -253,10 +255,13 @@ def parse_error(message: str, *, with_plugin: bool) -> ChaiError:
     return ChaiError(f"TensorRT's ONNX parser does not take the graph ({reason(message)}); {fix}")
 
 
-def build_error(messages: list[str]) -> ChaiError:
-    """The first cause among TensorRT's reports, with what can be done about it."""
-    cause = reason(messages[0])
-    if any("out of memory" in m.lower() or "outofmemory" in m.lower() for m in messages):
+def build_error(reports: Sequence[str], otherwise: str) -> ChaiError:
+    """What TensorRT reported last, which is why it gave up, with what can be done about it.
+
+    Reports before that are of attempts that it went on from. Without any there is what the caller was told.
+    """
+    cause = "; ".join(map(reason, reports[-_CAUSES:])) or reason(otherwise)
+    if any("out of memory" in m.lower() or "outofmemory" in m.lower() for m in (*reports, otherwise)):
         return ChaiError(
             f"GPU memory ran out while building ({cause}); lower --max-batch, --max-seq or --builder-memory, "
             "or free the GPU"
@@ -275,7 +280,7 @@ def _prove(tensorrt: Any, bundle: Bundle, plan: Any, in_place: bool, max_batch: 
     from chai_export.runtime.tensorrt_session import TensorRtSession, load_engine
 
     engine = load_engine(tensorrt, bytes(plan))
-    session = TensorRtSession(bundle.manifest, Heads.CHAI, engine, in_place=in_place)
+    session = TensorRtSession(bundle.manifest, Heads.CHAI, engine, tensorrt=tensorrt, in_place=in_place)
     tokens = 1
     session.begin(max_batch, tokens)
     logits = session.step(

@@ -150,7 +150,7 @@ def _run_tensorrt(
             with polygraphy.TrtRunner(engine) as runner:
                 results = runner.infer(feeds)
         except PolygraphyException as error:
-            raise build_error([str(error)]) from error
+            raise build_error([], str(error)) from error
     return {name: np.array(result, np.float32) for name, result in results.items()}
 
 

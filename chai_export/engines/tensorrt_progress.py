@@ -78,7 +78,7 @@ def error_recorder(tensorrt: Any) -> Any:
             self.messages: list[str] = []
             self._codes: list[Any] = []
 
-        def num_errors(self) -> int:
+        def get_num_errors(self) -> int:
             return len(self.messages)
 
         def get_error_code(self, index: int) -> Any:

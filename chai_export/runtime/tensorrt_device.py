@@ -45,9 +45,12 @@ class CudaDevice:
             ) from error
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record ``work``, which is not run, as a CUDA graph; call the result to run it."""
+        """Record ``work``, which is not run, as a CUDA graph; call the result to run it.
+
+        Other threads of the program may go on allocating meanwhile.
+        """
         graph = torch.cuda.CUDAGraph()
         self.synchronize()
-        with torch.cuda.graph(graph, stream=self._stream):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph.replay

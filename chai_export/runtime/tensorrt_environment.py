@@ -130,7 +130,10 @@ def require_plugin(tensorrt: Any) -> Path | None:
             f"{library} was compiled for TensorRT {compiled_for} and {tensorrt.__version__} is installed; "
             f"{rebuild}"
         )
-    if tensorrt.get_plugin_registry().get_creator(OP_TYPE, PLUGIN_VERSION, PLUGIN_NAMESPACE) is None:
+    registry = tensorrt.get_plugin_registry()
+    registered = registry.get_creator(OP_TYPE, PLUGIN_VERSION, PLUGIN_NAMESPACE) is not None
+    # It registers by itself when it is first loaded; after somebody took that back, the registry does it.
+    if not registered and registry.load_library(str(library)) is None:
         raise ChaiError(
             f"{library} loads but registers no plugin in TensorRT {tensorrt.__version__}; {rebuild}"
         )

@@ -53,6 +53,7 @@ class TensorRtSession:
         manifest: of the bundle that the engine was built from.
         heads: "chai", or "all" for K caches with every KV head, which makes the same engine plain attention.
         engine: an ``ICudaEngine`` with profiles for prefill and decode.
+        tensorrt: its module.
         in_place: the engine has the plugin, which appends to the caches it is given.
         device: where the tensors live; the current CUDA device if not given.
 
@@ -66,6 +67,7 @@ class TensorRtSession:
         heads: Heads | str,
         engine: Any,
         *,
+        tensorrt: Any,
         in_place: bool,
         device: CudaDevice | None = None,
     ) -> None:
@@ -77,23 +79,31 @@ class TensorRtSession:
         _check_engine(engine, manifest)
         self._io = manifest.io
         self._logits_type = getattr(torch, _ELEMENT_TYPES[engine.get_tensor_dtype(LOGITS).name])
-        self._contexts = [self._context(profile) for profile in (PREFILL, DECODE)]
+        self._contexts = self._make_contexts(tensorrt)
         self._batch = 0
         self._capacity = 0
         self._caches: list[dict[str, torch.Tensor]] = []
         self._decode: _Decode | None = None
         self._bound: tuple[dict[str, torch.Tensor], ...] = ()
 
-    def _context(self, profile: int) -> Any:
-        context = self._engine.create_execution_context()
-        if context is None:
-            raise ChaiError(
-                "TensorRT could not make an execution context; free GPU memory, or build with a lower "
-                "--max-batch or --max-seq"
+    def _make_contexts(self, tensorrt: Any) -> list[Any]:
+        """One per profile, with scratch memory in common: they never run at one time."""
+        engine, profiles = self._engine, (PREFILL, DECODE)
+        size = max(engine.get_device_memory_size_for_profile_v2(profile) for profile in profiles)
+        with self._device.in_stream():
+            self._scratch = self._device.empty((size,), torch.int8)
+        contexts = []
+        for profile in profiles:
+            context = engine.create_execution_context(
+                tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED
             )
-        if not context.set_optimization_profile_async(profile, self._device.stream_handle):
-            raise ChaiError(f"the engine has no profile {profile}; build it with `chai-export build`")
-        return context
+            if context is None:
+                raise ChaiError("TensorRT could not make an execution context; see its message above")
+            if not context.set_optimization_profile_async(profile, self._device.stream_handle):
+                raise ChaiError(f"the engine has no profile {profile}; build it with `chai-export build`")
+            context.set_device_memory(self._scratch.data_ptr(), size)
+            contexts.append(context)
+        return contexts
 
     @property
     def bounded_scratch(self) -> bool:
@@ -293,7 +303,7 @@ def open_tensorrt_session(bundle: Bundle, heads: Heads) -> TensorRtSession:
             f"{bundle.path} --backend {Backend.TENSORRT}` again"
         )
     engine = load_engine(tensorrt, (bundle.path / plan).read_bytes())
-    return TensorRtSession(bundle.manifest, heads, engine, in_place=needs_plugin)
+    return TensorRtSession(bundle.manifest, heads, engine, tensorrt=tensorrt, in_place=needs_plugin)
 
 
 def load_engine(tensorrt: Any, plan: bytes) -> Any:

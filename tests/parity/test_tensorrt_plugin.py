@@ -138,12 +138,28 @@ for step in sys.argv[2:]:
         (["load", "dlopen"], [1, 1]),
         (["load", "unload", "load"], [1, 0, 1]),
         (["dlopen", "dlopen"], [1, 1]),
+        # It registers by itself once in a process: what was taken back is loaded again by the registry.
+        (["load", "unload", "dlopen", "load"], [1, 0, 0, 1]),
     ],
 )
 def test_both_ways_of_loading_register_once(steps: list[str], counts: list[int]) -> None:
     command = [sys.executable, "-c", LOADING, str(LIBRARY), *steps]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert [int(line) for line in done.stdout.split()] == counts
+
+
+def test_the_library_stays_where_it_is_when_it_is_closed() -> None:
+    """TensorRT keeps pointers into it."""
+    code = f"""
+import _ctypes, ctypes
+library = ctypes.CDLL({str(LIBRARY)!r})
+_ctypes.dlclose(library._handle)
+print(any({LIBRARY.name!r} in line for line in open("/proc/self/maps")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "True"
 
 
 def test_the_library_loads_without_tensorrt_and_without_a_driver() -> None:

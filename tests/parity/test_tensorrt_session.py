@@ -5,16 +5,20 @@ What this cannot show is that TensorRT and a GPU do the same; no GPU has run the
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.errors import ChaiError
 from chai_export.runtime.runner import Runner
+from chai_export.runtime.tensorrt_device import CudaDevice
 from chai_export.runtime.tensorrt_session import DECODE, PREFILL, TensorRtSession
-from tests.fake_tensorrt import FakeEngine, HostDevice
+from tests.fake_tensorrt import TENSORRT, FakeEngine, HostDevice
 from tests.tiny_graph import TinyModel
 
 MODELS = {
@@ -42,6 +46,7 @@ class Opened:
             bundle.manifest,
             heads,
             self.engine,
+            tensorrt=TENSORRT,
             in_place=in_place,
             device=self.device,  # type: ignore[arg-type]
         )
@@ -134,4 +139,35 @@ def test_an_engine_of_another_model_is_refused(bundles, tmp_path: Path):
     ):
         other = model.write(tmp_path / f"other{number}").manifest
         with pytest.raises(ChaiError, match=f"the engine is of another model: {difference}"):
-            TensorRtSession(other, "chai", engine, in_place=True, device=HostDevice())  # type: ignore[arg-type]
+            TensorRtSession(
+                other,
+                "chai",
+                engine,
+                tensorrt=TENSORRT,
+                in_place=True,
+                device=HostDevice(),  # type: ignore[arg-type]
+            )
+
+
+def test_both_contexts_share_one_scratch_buffer(bundles):
+    prefill, decode = Opened(bundles["mha"]).engine.contexts
+    assert prefill.memory == decode.memory
+    assert prefill.memory[0] != 0
+
+
+def test_other_threads_may_allocate_while_a_graph_is_captured(monkeypatch):
+    captures = []
+
+    @contextlib.contextmanager
+    def graph(graph, **settings):
+        captures.append(settings)
+        yield
+
+    stream = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: "replayed"))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    work = []
+    assert CudaDevice().capture(lambda: work.append("done"))() == "replayed"
+    assert work == ["done"]
+    assert captures == [{"stream": stream, "capture_error_mode": "thread_local"}]

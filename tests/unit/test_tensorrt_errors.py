@@ -63,6 +63,17 @@ def raiser(message: str) -> Callable[[], None]:
             ),
             "GPU memory ran out while building .Requested 9 GB.*lower --max-batch",
         ),
+        (
+            lambda p: setattr(
+                p,
+                "fail",
+                lambda: (
+                    [report(p, m) for m in ("a tactic was skipped", "no\nkernel", "layer 3 has no tactic")]
+                    and raiser("Invalid Engine.")()
+                ),
+            ),
+            r"could not build the engine \(no kernel; layer 3 has no tactic\)",
+        ),
         (lambda p: setattr(p, "plugin_layers", 1), "parsed 1 plugin layers for 2 attentions"),
         (
             lambda p: setattr(
@@ -137,7 +148,7 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_plugin_library_and_one_for_another_version(
     library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry = SimpleNamespace(get_creator=lambda *names: None)
+    registry = SimpleNamespace(get_creator=lambda *names: None, load_library=lambda path: None)
     tensorrt = SimpleNamespace(__version__="11.4.0", get_plugin_registry=lambda: registry)
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setattr(environment, "find_library", lambda name: None)
@@ -153,6 +164,9 @@ def test_no_plugin_library_and_one_for_another_version(
     loaded.chai_tensorrt_major = lambda: 11
     with pytest.raises(ChaiError, match="loads but registers no plugin"):
         environment.require_plugin(tensorrt)
+    registry.load_library = lambda path: object() if path == str(library) else None
+    assert environment.require_plugin(tensorrt) == library
+    registry.load_library = lambda path: pytest.fail("it is registered")
     registry.get_creator = lambda *names: object()
     assert environment.require_plugin(tensorrt) == library
 

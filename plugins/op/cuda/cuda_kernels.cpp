@@ -1,8 +1,13 @@
 #include "op/cuda/cuda_kernels.h"
 
+#include <cstdlib>
+#include <cstring>
 #include <map>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "op/cuda/cuda_error.h"
 
@@ -15,6 +20,27 @@ constexpr std::uint32_t kSharedWithoutAsking = 48 * 1024;
 const void* handle(cudaKernel_t kernel) {
   return reinterpret_cast<const void*>(kernel);
 }
+
+// A cubin where the driver can read its ELF structures; in the image it starts anywhere. The driver makes a
+// copy.
+class AlignedCopy {
+ public:
+  explicit AlignedCopy(std::string_view content) {
+    constexpr std::size_t kAlignment = 64;
+    const std::size_t size = (content.size() + 1 + kAlignment - 1) / kAlignment * kAlignment;
+    copy_.reset(static_cast<char*>(std::aligned_alloc(kAlignment, size)));
+    if (copy_ == nullptr) throw std::bad_alloc();
+    std::memcpy(copy_.get(), content.data(), content.size());
+    copy_.get()[content.size()] = '\0';  // for code as text (PTX)
+  }
+  const void* get() const { return copy_.get(); }
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<char, Free> copy_;
+};
 
 }  // namespace
 
@@ -36,8 +62,8 @@ void CudaKernels::load(const KernelImage& image) {
   for (const Kernel& kernel : program_.kernels()) {
     if (loaded.count(kernel.file) == 0) {
       cudaLibrary_t library = nullptr;
-      const void* code = image.file(kernel.file).data();
-      require(cudaLibraryLoadData(&library, code, nullptr, nullptr, 0, nullptr, nullptr, 0),
+      const AlignedCopy code(image.file(kernel.file));
+      require(cudaLibraryLoadData(&library, code.get(), nullptr, nullptr, 0, nullptr, nullptr, 0),
               "loading " + kernel.file);
       libraries_.push_back(library);
       loaded[kernel.file] = library;

@@ -270,6 +270,8 @@ std::int32_t ClusteredHeadAttention::onShapeChange(const PluginTensorDesc* in, s
   return guarded("onShapeChange", kFailure, [&] {
     require_counts(num_inputs, num_outputs);
     plan_for(checked_sizes(in));
+    // While building, TensorRT may run a plugin that was never attached to a context.
+    if (launcher_ == nullptr) launcher_ = acquire_kernels(attributes_.kernels);
     return kSuccess;
   });
 }
@@ -309,8 +311,9 @@ void ClusteredHeadAttention::attend(const PluginTensorDesc* in, const void* cons
   }
   if (workspace == nullptr && program_->workspace_bytes(sizes) > 0)
     throw std::runtime_error("called without workspace");
-  // While building, TensorRT may run a plugin that was never attached to a context.
-  if (launcher_ == nullptr) launcher_ = acquire_kernels(attributes_.kernels);
+  // Not here, where a graph may be captured and others may be waiting for the stream.
+  if (launcher_ == nullptr)
+    throw std::runtime_error("called before attachToContext and onShapeChange, which load the kernels");
 
   for (const std::size_t output : {kPresentKey, kPresentValue}) {
     const std::int32_t past = kLikeInput[output];

@@ -28,15 +28,11 @@
 #include "op/cuda/launcher.h"
 #include "op/cuda/program.h"
 #include "op/tensorrt/attributes.h"
+#include "op/tensorrt/names.h"
 
 namespace chai::tensorrt {
 
 namespace op = schema::clustered_head_attention_v1;
-
-constexpr const char* kPluginName = op::kOpType;
-constexpr const char* kPluginVersion = "1";
-static_assert(op::kVersion == 1, "the plugin's version is the op's");
-constexpr const char* kPluginNamespace = schema::kDomain;
 
 constexpr std::int32_t kNumInputs = std::size(op::kInputs);
 constexpr std::int32_t kNumOutputs = std::size(op::kOutputs);

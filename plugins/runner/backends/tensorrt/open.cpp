@@ -1,12 +1,18 @@
 #include "runner/backends/tensorrt/open.h"
 
+#include <algorithm>
+
 #include "runner/backends/tensorrt/session.h"
 #include "support/error.h"
 
 namespace chai {
 namespace {
 
-constexpr const char* kPlan = "/engines/tensorrt/engine.plan";
+constexpr const char* kPlan = ".plan";
+
+bool ends_with(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
 
 // Whether an engine is one of this model. It does not tell its probe tokens.
 bool fits(const Geometry& engine, const Geometry& model) {
@@ -31,7 +37,12 @@ std::unique_ptr<Session> open_tensorrt_session(const std::string& bundle, const 
           "the tensorrt engine was built from another model.onnx" + again + " again");
   require(record->second.has_plugin,
           "the tensorrt engine is one of the function body, which this library does not run" + again);
-  auto session = std::make_unique<TensorRtSession>(bundle + kPlan, plugin, options.heads);
+  const Files& files = record->second.files;
+  const auto plan =
+      std::find_if(files.begin(), files.end(), [](const auto& file) { return ends_with(file.first, kPlan); });
+  require(plan != files.end(), "the tensorrt engine of " + bundle + " has no .plan file" + again + " again");
+  check_files(bundle, files, again + " again");
+  auto session = std::make_unique<TensorRtSession>(bundle + "/" + plan->first, plugin, options.heads);
   require(fits(session->geometry(), manifest.geometry),
           "the tensorrt engine does not fit the bundle's manifest" + again + " again");
   return session;

@@ -1,5 +1,6 @@
 #include "runner/backends/tensorrt/session.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <fstream>
@@ -8,6 +9,7 @@
 #include <utility>
 
 #include "op/cuda/cuda_error.h"
+#include "op/tensorrt/names.h"
 #include "support/error.h"
 #include "support/half.h"
 #include "support/log.h"
@@ -28,6 +30,7 @@ StderrLogger& logger() {
   return instance;
 }
 
+using chai::require;
 using cuda::require;
 
 std::vector<char> read_file(const std::string& path) {
@@ -72,26 +75,29 @@ TensorRtSession::Buffer& TensorRtSession::Buffer::operator=(Buffer&& other) noex
 
 TensorRtSession::TensorRtSession(const std::string& plan, const std::string& plugin, Heads heads) {
   const std::vector<char> bytes = read_file(plan);
-  require(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a CUDA stream");
+  cudaStream_t stream = nullptr;
+  require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a CUDA stream");
+  stream_.reset(stream);
   runtime_.reset(nvinfer1::createInferRuntime(logger()));
   require(runtime_ != nullptr, "TensorRT does not start (see its message)");
-  require(runtime_->getPluginRegistry().loadLibrary(plugin.c_str()) != nullptr,
-          plugin + " does not load, or was loaded before (see TensorRT's message)");
+  load_plugin(plugin);
   engine_.reset(runtime_->deserializeCudaEngine(bytes.data(), bytes.size()));
   require(engine_ != nullptr, plan + " does not load; build it on this GPU and with this TensorRT");
   read_geometry(heads);
-  make_context(kPrefill);
-  make_context(kDecode);
+  make_contexts();
 }
 
 TensorRtSession::~TensorRtSession() {
-  if (stream_ != nullptr) cudaStreamSynchronize(stream_);
-  drop_decode();
-  // Contexts before the engine, the engine before the runtime, and all before the stream.
-  for (auto& context : contexts_) context.reset();
-  engine_.reset();
-  runtime_.reset();
-  if (stream_ != nullptr) cudaStreamDestroy(stream_);
+  cudaStreamSynchronize(stream_.get());
+}
+
+void TensorRtSession::load_plugin(const std::string& library) {
+  nvinfer1::IPluginRegistry& registry = runtime_->getPluginRegistry();
+  // A library that the program has loaded by itself would be refused.
+  if (registry.getCreator(tensorrt::kPluginName, tensorrt::kPluginVersion, tensorrt::kPluginNamespace))
+    return;
+  require(registry.loadLibrary(library.c_str()) != nullptr,
+          library + " does not load (see TensorRT's message)");
 }
 
 void TensorRtSession::read_geometry(Heads heads) {
@@ -124,11 +130,20 @@ void TensorRtSession::read_geometry(Heads heads) {
   }
 }
 
-void TensorRtSession::make_context(Profile profile) {
-  contexts_[profile].reset(engine_->createExecutionContext());
-  require(contexts_[profile] != nullptr, "no GPU memory for an execution context");
-  require(contexts_[profile]->setOptimizationProfileAsync(profile, stream_), "the engine lacks a profile");
-  require(cudaStreamSynchronize(stream_), "choosing a profile");
+void TensorRtSession::make_contexts() {
+  std::int64_t scratch = 0;
+  for (const Profile profile : {kPrefill, kDecode})
+    scratch = std::max<std::int64_t>(scratch, engine_->getDeviceMemorySizeForProfileV2(profile));
+  if (scratch > 0) scratch_ = Buffer(static_cast<std::size_t>(scratch));
+  for (const Profile profile : {kPrefill, kDecode}) {
+    auto& context = contexts_[profile];
+    context.reset(
+        engine_->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
+    require(context != nullptr, "TensorRT could not make an execution context (see its message)");
+    require(context->setOptimizationProfileAsync(profile, stream_.get()), "the engine lacks a profile");
+    context->setDeviceMemoryV2(scratch_.get(), scratch);
+  }
+  require(cudaStreamSynchronize(stream_.get()), "choosing profiles");
 }
 
 void TensorRtSession::begin(std::int64_t batch, std::int64_t capacity) {
@@ -146,7 +161,7 @@ void TensorRtSession::begin(std::int64_t batch, std::int64_t capacity) {
                     sizeof(std::int32_t);
   head_map_ = Buffer(maps);
   present_head_map_ = Buffer(maps);
-  require(cudaMemsetAsync(head_map_.get(), 0, maps, stream_), "clearing the head map");
+  require(cudaMemsetAsync(head_map_.get(), 0, maps, stream_.get()), "clearing the head map");
 }
 
 void TensorRtSession::allocate_caches() {
@@ -180,7 +195,7 @@ TensorRtSession::Feeds TensorRtSession::make_feeds(std::int64_t tokens, std::int
 void TensorRtSession::fill(const Feeds& feeds, const Step& step) {
   const auto copy = [&](const char* name, const void* data) {
     const Buffer& buffer = feeds.inputs.at(name);
-    require(cudaMemcpyAsync(buffer.get(), data, buffer.bytes(), cudaMemcpyHostToDevice, stream_),
+    require(cudaMemcpyAsync(buffer.get(), data, buffer.bytes(), cudaMemcpyHostToDevice, stream_.get()),
             "copying inputs");
   };
   copy("input_ids", step.input_ids.data());
@@ -216,9 +231,9 @@ void TensorRtSession::bind(Profile profile, const Feeds& feeds) {
 }
 
 void TensorRtSession::execute(Profile profile) {
-  require(contexts_[profile]->enqueueV3(stream_), "TensorRT could not run the step (see its message)");
+  require(contexts_[profile]->enqueueV3(stream_.get()), "TensorRT could not run the step (see its message)");
   require(cudaMemcpyAsync(head_map_.get(), present_head_map_.get(), head_map_.bytes(),
-                          cudaMemcpyDeviceToDevice, stream_),
+                          cudaMemcpyDeviceToDevice, stream_.get()),
           "keeping the head map");
 }
 
@@ -257,38 +272,39 @@ const std::vector<float>& TensorRtSession::step(const Step& step) {
   }
   fill(*decode_, step);
   if (decode_graph_ == nullptr) capture_decode();
-  require(cudaGraphLaunch(decode_graph_, stream_), "launching the decode graph");
+  require(cudaGraphLaunch(decode_graph_.get(), stream_.get()), "launching the decode graph");
   return read_logits(*decode_);
 }
 
 void TensorRtSession::capture_decode() {
-  require(cudaStreamSynchronize(stream_), "waiting before a capture");
-  cudaGraph_t graph = nullptr;
-  require(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "beginning a capture");
+  require(cudaStreamSynchronize(stream_.get()), "waiting before a capture");
+  // Other threads of the program may go on allocating.
+  require(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal), "beginning a capture");
+  cudaGraph_t captured = nullptr;
   try {
     execute(kDecode);
   } catch (...) {
-    cudaStreamEndCapture(stream_, &graph);
-    if (graph != nullptr) cudaGraphDestroy(graph);
+    cudaStreamEndCapture(stream_.get(), &captured);
+    if (captured != nullptr) cudaGraphDestroy(captured);
     throw;
   }
-  require(cudaStreamEndCapture(stream_, &graph), "ending a capture");
-  const cudaError_t status = cudaGraphInstantiate(&decode_graph_, graph, 0);
-  cudaGraphDestroy(graph);
-  require(status, "instantiating the decode graph");
+  require(cudaStreamEndCapture(stream_.get(), &captured), "ending a capture");
+  const Owned<cudaGraph_t> graph(captured);
+  cudaGraphExec_t executable = nullptr;
+  require(cudaGraphInstantiate(&executable, graph.get(), 0), "instantiating the decode graph");
+  decode_graph_.reset(executable);
 }
 
 void TensorRtSession::drop_decode() {
-  if (decode_graph_ != nullptr) cudaGraphExecDestroy(decode_graph_);
-  decode_graph_ = nullptr;
+  decode_graph_.reset();
   decode_.reset();
 }
 
 const std::vector<float>& TensorRtSession::read_logits(const Feeds& feeds) {
   std::vector<char> raw(feeds.logits.bytes());
-  require(cudaMemcpyAsync(raw.data(), feeds.logits.get(), raw.size(), cudaMemcpyDeviceToHost, stream_),
+  require(cudaMemcpyAsync(raw.data(), feeds.logits.get(), raw.size(), cudaMemcpyDeviceToHost, stream_.get()),
           "copying logits");
-  require(cudaStreamSynchronize(stream_), "running the step");
+  require(cudaStreamSynchronize(stream_.get()), "running the step");
   const nvinfer1::DataType type = engine_->getTensorDataType("logits");
   logits_.resize(raw.size() / item_bytes(type));
   if (type == nvinfer1::DataType::kFLOAT) {
@@ -305,9 +321,10 @@ const std::vector<float>& TensorRtSession::read_logits(const Feeds& feeds) {
 
 std::vector<std::int32_t> TensorRtSession::head_map() const {
   std::vector<std::int32_t> map(head_map_.bytes() / sizeof(std::int32_t));
-  require(cudaMemcpyAsync(map.data(), head_map_.get(), head_map_.bytes(), cudaMemcpyDeviceToHost, stream_),
-          "copying the head map");
-  require(cudaStreamSynchronize(stream_), "copying the head map");
+  require(
+      cudaMemcpyAsync(map.data(), head_map_.get(), head_map_.bytes(), cudaMemcpyDeviceToHost, stream_.get()),
+      "copying the head map");
+  require(cudaStreamSynchronize(stream_.get()), "copying the head map");
   return map;
 }
 

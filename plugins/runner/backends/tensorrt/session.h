@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "runner/geometry.h"
@@ -80,8 +81,9 @@ class TensorRtSession final : public Session {
 
   enum Profile : std::int32_t { kPrefill = 0, kDecode = 1 };
 
+  void load_plugin(const std::string& library);
   void read_geometry(Heads heads);
-  void make_context(Profile profile);
+  void make_contexts();
   void allocate_caches();
   Feeds make_feeds(std::int64_t tokens, std::int64_t outputs) const;
   void fill(const Feeds& feeds, const Step& step);
@@ -91,9 +93,19 @@ class TensorRtSession final : public Session {
   void drop_decode();
   const std::vector<float>& read_logits(const Feeds& feeds);
 
-  cudaStream_t stream_ = nullptr;
+  struct Destroy {
+    void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
+    void operator()(cudaGraph_t graph) const { cudaGraphDestroy(graph); }
+    void operator()(cudaGraphExec_t graph) const { cudaGraphExecDestroy(graph); }
+  };
+  template <typename Handle>
+  using Owned = std::unique_ptr<std::remove_pointer_t<Handle>, Destroy>;
+
+  // In the order in which they are made; they go in the reverse order, from a constructor that throws too.
+  Owned<cudaStream_t> stream_;
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
+  Buffer scratch_;  // of both contexts, which never run at one time
   std::unique_ptr<nvinfer1::IExecutionContext> contexts_[2];
   Geometry geometry_;
   std::vector<std::int64_t> cached_heads_;  // per layer: kept heads, or all
@@ -108,7 +120,7 @@ class TensorRtSession final : public Session {
   Buffer present_head_map_;
 
   std::unique_ptr<Feeds> decode_;
-  cudaGraphExec_t decode_graph_ = nullptr;
+  Owned<cudaGraphExec_t> decode_graph_;
   std::vector<float> logits_;
 };
 

@@ -328,6 +328,24 @@ TEST_CASE("wrong fields are refused") {
   CHECK(logger.took_error("no fields were given"));
 }
 
+TEST_CASE("kernels are loaded before enqueue, never in it") {
+  auto plugin = create();
+  Logger& logger = Logger::install();
+  const Call call;
+  const auto inputs = call.inputs();
+  CHECK(enqueue(*plugin, call, Addresses(true)) != 0);
+  CHECK(
+      logger.took_error("enqueue: called before attachToContext and onShapeChange, which load the kernels"));
+  // There is no TensorRT here to load them.
+  CHECK(plugin->onShapeChange(inputs.data(), kNumInputs, nullptr, kNumOutputs) != 0);
+  CHECK(logger.took_error("onShapeChange: no TensorRT library is loaded in this process"));
+  const auto recorder = std::make_shared<RecordingLauncher>(kArgumentCounts);
+  plugin->use_launcher(recorder);
+  CHECK(plugin->onShapeChange(inputs.data(), kNumInputs, nullptr, kNumOutputs) == 0);
+  CHECK(enqueue(*plugin, call, Addresses(true)) == 0);
+  CHECK(recorder->launches.size() == 1);
+}
+
 TEST_CASE("a plugin without a GPU says so") {
   auto plugin = create();
   CHECK(plugin->attachToContext(nullptr) == nullptr);

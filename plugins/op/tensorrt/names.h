@@ -1,0 +1,13 @@
+// How the plugin is found in TensorRT's registry.
+#pragma once
+
+#include "chai/op_schema.h"
+
+namespace chai::tensorrt {
+
+constexpr const char* kPluginName = schema::clustered_head_attention_v1::kOpType;
+constexpr const char* kPluginVersion = "1";
+static_assert(schema::clustered_head_attention_v1::kVersion == 1, "the plugin's version is the op's");
+constexpr const char* kPluginNamespace = schema::kDomain;
+
+}  // namespace chai::tensorrt
