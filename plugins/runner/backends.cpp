@@ -7,6 +7,7 @@
 #include <filesystem>
 
 #include "runner/backends/onnxruntime/session.h"
+#include "runner/op_nodes.h"
 #include "support/error.h"
 #ifdef CHAI_WITH_TENSORRT
 #include "runner/backends/tensorrt/open.h"
@@ -43,14 +44,22 @@ const char* name(Backend backend) {
 
 std::unique_ptr<Session> open_session(const std::string& bundle, const Manifest& manifest,
                                       const Options& options) {
+  require(
+      !manifest.switches_rope,
+      bundle +
+          " has rotary factors that follow the length of a row, which this library does not compute; run it "
+          "from Python");
   if (options.backend == Backend::kOnnxRuntime) {
     const std::string library = find_op_library(options.op_library, "libchai_onnxruntime.so");
     Ort::Env& environment = onnxruntime_environment(options.onnxruntime_library);
-    return std::make_unique<OnnxRuntimeSession>(environment, bundle, manifest, options, library);
+    auto session = std::make_unique<OnnxRuntimeSession>(environment, bundle, manifest, options, library);
+    check_op_nodes(bundle + "/model.onnx", manifest);
+    return session;
   }
 #ifdef CHAI_WITH_TENSORRT
   const std::string plugin = find_op_library(options.op_library, "libchai_tensorrt.so");
   require(!plugin.empty(), "libchai_tensorrt.so was not found; set Options::op_library to its path");
+  check_op_nodes(bundle + "/model.onnx", manifest);
   return open_tensorrt_session(bundle, manifest, options, plugin);
 #else
   throw std::runtime_error(

@@ -7,8 +7,11 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "runner/manifest_schema.h"
+#include "runner/sampler.h"
 #include "support/error.h"
 #include "support/json.h"
+#include "support/json_schema.h"
 
 namespace chai {
 namespace {
@@ -16,12 +19,6 @@ namespace {
 constexpr const char* kFormat = "chai-bundle/1";
 constexpr std::int64_t kOpVersion = 1;
 constexpr const char* kAgain = "; run `chai-export export` (or `rewrite`) again";
-
-std::int64_t count(const Json& parent, const char* name) {
-  const std::int64_t value = parent.at(name).integer();
-  require(value >= 1, std::string(name) + " is " + std::to_string(value) + ", less than 1");
-  return value;
-}
 
 std::vector<std::int64_t> integers(const Json& json) {
   std::vector<std::int64_t> result;
@@ -52,9 +49,7 @@ std::vector<std::int64_t> kv_source_layers(const Json& json, const Geometry& geo
 
 ItemType item_type(const std::string& name) {
   if (name == "float32") return ItemType::kFloat32;
-  if (name == "float16") return ItemType::kFloat16;
-  require(name == "bfloat16", "dtype is " + name);
-  return ItemType::kBfloat16;
+  return name == "float16" ? ItemType::kFloat16 : ItemType::kBfloat16;
 }
 
 void read_generation(const Json& json, Manifest& manifest) {
@@ -62,58 +57,124 @@ void read_generation(const Json& json, Manifest& manifest) {
   if (const auto value = json.find("top_k")) manifest.top_k = value->integer();
   if (const auto value = json.find("top_p")) manifest.top_p = value->real();
   if (const auto value = json.find("repetition_penalty")) manifest.repetition_penalty = value->real();
+  SamplingSettings settings;
+  settings.top_k = manifest.top_k.value_or(settings.top_k);
+  settings.top_p = manifest.top_p.value_or(settings.top_p);
+  settings.repetition_penalty = manifest.repetition_penalty.value_or(settings.repetition_penalty);
+  check(settings);
 }
 
-EngineRecord read_engine(const Json& json, const std::string& model_sha256) {
+// A relative path with forward slashes, without empty parts, "." and "..".
+void check_name(const std::string& name) {
+  require(name.find('\\') == std::string::npos && name.find('\0') == std::string::npos && !name.empty() &&
+              name.back() != '/',
+          "'" + name + "' is no path inside the bundle");
+  std::istringstream parts(name);
+  for (std::string part; std::getline(parts, part, '/');)
+    require(!part.empty() && part != "." && part != "..", "'" + name + "' is no path inside the bundle");
+}
+
+Files read_files(const Json& json) {
+  Files files;
+  for (const auto& [name, record] : json.members()) {
+    check_name(name);
+    files[name] = record.at("size").integer();
+  }
+  return files;
+}
+
+EngineRecord read_engine(const std::string& backend, const Json& json, const std::string& model_sha256) {
+  const std::string& own = json.at("backend").string();
+  require(own == backend, "the engine of " + backend + " says that it is one of " + own);
   EngineRecord record;
   record.is_of_this_model = json.at("model_sha256").string() == model_sha256;
-  record.max_batch = count(json, "max_batch");
-  record.max_seq = count(json, "max_seq");
+  record.max_batch = json.at("max_batch").integer();
+  record.max_seq = json.at("max_seq").integer();
   record.has_plugin = json.find("plugin_version").has_value();
+  if (const auto files = json.find("files")) record.files = read_files(*files);
   return record;
 }
 
-Manifest read_fields(const Json& json) {
-  Manifest manifest;
-  const std::int64_t op_version = count(json, "op_version");
-  require(op_version == kOpVersion, "op_version is " + std::to_string(op_version) + " and this library has " +
-                                        std::to_string(kOpVersion));
-  manifest.item_type = item_type(json.at("dtype").string());
-  Geometry& geometry = manifest.geometry;
-  geometry.num_layers = count(json, "num_layers");
-  geometry.num_query_heads = count(json, "num_query_heads");
-  geometry.num_kv_heads = count(json, "num_kv_heads");
-  geometry.head_dim = count(json, "head_dim");
-  geometry.value_head_dim = count(json, "value_head_dim");
-  geometry.vocab_size = count(json, "vocab_size");
-  geometry.probe_tokens = count(json, "probe_tokens");
-  geometry.kept_heads = integers(json.at("kept_heads"));
-  if (json.find("max_positions")) manifest.max_positions = count(json, "max_positions");
-  manifest.has_static_membership = json.find("static").has_value();
+void check_heads(const Geometry& geometry) {
   require(geometry.num_query_heads % geometry.num_kv_heads == 0,
           "num_query_heads is no multiple of num_kv_heads");
   require(static_cast<std::int64_t>(geometry.kept_heads.size()) == geometry.num_layers,
           "kept_heads has not one number per layer");
   for (const std::int64_t kept : geometry.kept_heads)
-    require(kept >= 1 && kept <= geometry.num_kv_heads,
-            "kept_heads has " + std::to_string(kept) + ", not 1 to num_kv_heads");
+    require(kept <= geometry.num_kv_heads,
+            "kept_heads has " + std::to_string(kept) + ", more than num_kv_heads");
+}
+
+void check_head_maps(const Json& maps, const Geometry& geometry) {
+  const std::vector<Json> layers = maps.array();
+  bool fits = static_cast<std::int64_t>(layers.size()) == geometry.num_layers;
+  for (const Json& layer : layers) {
+    const std::vector<std::int64_t> map = integers(layer);
+    fits = fits && static_cast<std::int64_t>(map.size()) == geometry.num_query_heads &&
+           *std::max_element(map.begin(), map.end()) < geometry.num_query_heads;
+  }
+  require(fits, "static.head_maps are not one map of query heads to query heads per layer");
+}
+
+// Of a document that fits the schema.
+Manifest read_fields(const Json& json) {
+  Manifest manifest;
+  const std::int64_t op_version = json.at("op_version").integer();
+  require(op_version == kOpVersion, "op_version is " + std::to_string(op_version) + " and this library has " +
+                                        std::to_string(kOpVersion));
+  manifest.item_type = item_type(json.at("dtype").string());
+  Geometry& geometry = manifest.geometry;
+  geometry.num_layers = json.at("num_layers").integer();
+  geometry.num_query_heads = json.at("num_query_heads").integer();
+  geometry.num_kv_heads = json.at("num_kv_heads").integer();
+  geometry.head_dim = json.at("head_dim").integer();
+  geometry.value_head_dim = json.at("value_head_dim").integer();
+  geometry.vocab_size = json.at("vocab_size").integer();
+  geometry.probe_tokens = json.at("probe_tokens").integer();
+  geometry.kept_heads = integers(json.at("kept_heads"));
+  check_heads(geometry);
   geometry.kv_source_layers = kv_source_layers(json, geometry);
+  if (const auto positions = json.find("max_positions")) manifest.max_positions = positions->integer();
+  const auto membership = json.find("static");
+  manifest.has_static_membership = membership.has_value();
+  if (membership) check_head_maps(membership->at("head_maps"), geometry);
+  if (const auto rope = json.find("rope")) {
+    const auto lengths = rope->find("switch_lengths");
+    manifest.switches_rope = lengths && !lengths->array().empty();
+  }
   if (const auto generation = json.find("generation")) read_generation(*generation, manifest);
+  const auto files = json.find("files");
+  const auto model = files ? files->find("model.onnx") : std::nullopt;
+  require(model.has_value(), "it lists no model.onnx");
+  manifest.files = read_files(*files);
+  if (const auto engines = json.find("engines"))
+    for (const auto& [name, engine] : engines->members())
+      manifest.engines[name] = read_engine(name, engine, model->at("sha256").string());
   return manifest;
 }
 
-void check_files(const std::filesystem::path& bundle, const Json& files) {
-  for (const auto& [name, file] : files.members()) {
-    const std::filesystem::path path = bundle / name;
-    std::error_code error;
-    const auto size = std::filesystem::file_size(path, error);
-    require(!error, path.string() + " is missing" + kAgain);
-    require(static_cast<std::int64_t>(size) == file.at("size").integer(),
-            path.string() + " was changed after the bundle was written (its size differs)" + kAgain);
-  }
+const Json& manifest_schema() {
+  static const Json schema = Json::parse(kManifestSchema);
+  return schema;
 }
 
 }  // namespace
+
+void check_files(const std::string& bundle, const Files& files, const std::string& again) {
+  const std::filesystem::path root = std::filesystem::canonical(bundle);
+  for (const auto& [name, size] : files) {
+    const std::string path = bundle + "/" + name;
+    std::error_code error;
+    const std::filesystem::path real = std::filesystem::canonical(path, error);
+    require(!error, path + " is missing" + again);
+    const auto inside = std::mismatch(root.begin(), root.end(), real.begin(), real.end());
+    require(inside.first == root.end(),
+            path + " is a link that leads out of the bundle; copy the bundle with `cp -rL`");
+    const auto found = std::filesystem::file_size(real, error);
+    require(!error && static_cast<std::int64_t>(found) == size,
+            path + " was changed after the bundle was written (its size differs)" + again);
+  }
+}
 
 Manifest read_manifest(const std::string& bundle) {
   const std::filesystem::path path = std::filesystem::path(bundle) / "manifest.json";
@@ -124,22 +185,17 @@ Manifest read_manifest(const std::string& bundle) {
   std::ostringstream text;
   text << stream.rdbuf();
   Manifest manifest;
-  std::optional<Json> files;
   try {
     const Json json = Json::parse(text.str());
-    const std::string& format = json.at("format").string();
-    require(format == kFormat, "format is " + format + " and this library reads " + kFormat);
+    const auto format = json.find("format");
+    require(format && format->kind() == Json::Kind::kString && format->string() == kFormat,
+            "format is " + (format ? format->text() : "missing") + " and this library reads " + kFormat);
+    check_schema(json, manifest_schema());
     manifest = read_fields(json);
-    files = json.at("files");
-    const std::string& model_sha256 = files->at("model.onnx").at("sha256").string();
-    if (const auto engines = json.find("engines")) {
-      for (const auto& [name, engine] : engines->members())
-        manifest.engines[name] = read_engine(engine, model_sha256);
-    }
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(path.string() + ": " + error.what() + kAgain);
   }
-  check_files(bundle, *files);
+  check_files(bundle, manifest.files, kAgain);
   return manifest;
 }
 

@@ -13,11 +13,15 @@ namespace chai {
 
 enum class ItemType { kFloat32, kFloat16, kBfloat16 };
 
+// Sizes in bytes by path, relative to the bundle and with forward slashes.
+using Files = std::map<std::string, std::int64_t>;
+
 struct EngineRecord {
   std::int64_t max_batch = 0;
   std::int64_t max_seq = 0;
   bool has_plugin = false;
   bool is_of_this_model = false;
+  Files files;
 };
 
 struct Manifest {
@@ -25,15 +29,21 @@ struct Manifest {
   Geometry geometry;
   std::optional<std::int64_t> max_positions;
   bool has_static_membership = false;
+  bool switches_rope = false;  // rotary factors follow the length of a row
   std::vector<std::int64_t> eos_token_ids;
   std::optional<std::int64_t> top_k;
   std::optional<double> top_p;
   std::optional<double> repetition_penalty;
+  Files files;
   std::map<std::string, EngineRecord> engines;  // by name of the back end
 };
 
 // Throws std::runtime_error: not a bundle, another format or op version, a wrong field, or a file that is
-// missing or has another size than the manifest says. Contents are not hashed; `chai-export inspect` does.
+// missing, lies outside the bundle or has another size than the manifest says. Contents are not hashed;
+// `chai-export inspect` does. Files of engines are left to those who run them.
 Manifest read_manifest(const std::string& bundle);
+
+// The check of files that read_manifest makes.
+void check_files(const std::string& bundle, const Files& files, const std::string& again);
 
 }  // namespace chai

@@ -1,4 +1,5 @@
 // Choosing the next token from logits, in the order that transformers applies its processors.
+// chai_export/runtime/sampling.py does the same; tests/data/sampling_cases.json holds both to it.
 #pragma once
 
 #include <cstdint>
@@ -14,20 +15,32 @@ struct SamplingSettings {
   double repetition_penalty = 1.0;
 };
 
-// Throws std::runtime_error if a value is out of range.
+// Throws std::runtime_error if a value is not finite or out of range.
 void check(const SamplingSettings& settings);
+
+struct Candidate {
+  std::int64_t token;
+  double probability;
+};
+
+// What is drawn from: the tokens that survive temperature, top-k and top-p, ascending, with probabilities
+// that sum to 1. `context` is the prompt and the text so far. Throws std::runtime_error if the logits are not
+// finite.
+std::vector<Candidate> candidates(const SamplingSettings& settings, const float* logits, std::size_t size,
+                                  const std::vector<std::int64_t>& context);
+
+// The candidate at `place`, in [0, 1), of the sum of the probabilities.
+std::int64_t pick(const std::vector<Candidate>& candidates, double place);
 
 // The sampler of one row: its text depends on its prompt and the seed, never on what else is in the batch.
 class Sampler {
  public:
   Sampler(const SamplingSettings& settings, std::uint64_t seed) : settings_(settings), random_(seed) {}
 
-  // `logits` has `size` values; `context` is the prompt and the text so far. Throws if they are not finite.
+  // Arguments and errors as of candidates().
   std::int64_t choose(const float* logits, std::size_t size, const std::vector<std::int64_t>& context);
 
  private:
-  std::int64_t sample(const std::vector<float>& logits);
-
   SamplingSettings settings_;
   std::mt19937_64 random_;
 };

@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 import chai_export as ce
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, SWITCH, find_library
+from tests.helpers.native_build import ROOT, build, needs_tools, run, succeed
 from tests.tiny_graph import TinyModel
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "cpp"
-TOOLS = ("cmake", "ctest", "g++")
 PROMPTS = [list(range(4, 33)), [5, 9], [7, 8, 20, 21, 6, 30]]
 DEMO = ROOT / "engines" / "out" / "demo" / "bundle"
 
-pytestmark = pytest.mark.skipif(
-    not all(map(shutil.which, TOOLS)) and "CI" not in os.environ, reason=f"needs {', '.join(TOOLS)}"
-)
-
-
-def run(*command, **environment):
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def succeed(*command, **environment):
-    done = run(*command, **environment)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+pytestmark = needs_tools
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +30,11 @@ def onnxruntime_library() -> str:
 
 
 @pytest.fixture(scope="module")
-def build() -> Path:
-    """The runner, its example and its tests; kept, so that only what changed is compiled again."""
-    configured = succeed("cmake", "-S", ROOT, "-B", BUILD, "-DCHAI_BUILD_TESTS=ON", "-DCHAI_BUILD_RUNTIME=ON")
-    if not (BUILD / "plugins" / "runner" / "chai_export-config.cmake").is_file():
-        pytest.skip(f"ONNX Runtime's headers were not found: {configured[-300:]}")
-    targets = ("generate_onnxruntime", "runner_parts_test", "runner_bundle_test", "runner_session_test")
-    succeed("cmake", "--build", BUILD, "--parallel", 2, "--target", *targets)
-    return BUILD
+def built() -> Path:
+    """The runner and its example; their native tests run in test_native_build.py."""
+    folder = build("release", targets=("generate_onnxruntime",))
+    assert (folder / "plugins" / "runner" / "chai_export-config.cmake").is_file()
+    return folder
 
 
 @pytest.fixture(scope="module", params=["function body", "library"])
@@ -75,11 +49,11 @@ def op_library(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def generate(build: Path, op_library: str, onnxruntime_library: str):
-    def call(*arguments):
+def generate(built: Path, op_library: str, onnxruntime_library: str):
+    def call(*arguments, **environment):
         op = ["--op-library", op_library] if op_library else ["--function-body"]
-        program = build / "plugins" / "runner" / "generate_onnxruntime"
-        return run(program, *op, *arguments, CHAI_ONNXRUNTIME_LIBRARY=onnxruntime_library)
+        program = built / "plugins" / "runner" / "generate_onnxruntime"
+        return run(program, *op, *arguments, **environment, CHAI_ONNXRUNTIME_LIBRARY=onnxruntime_library)
 
     return call
 
@@ -130,16 +104,6 @@ def test_example_prints_the_python_runners_tokens_for_the_demo(generate):
     assert tokens(generate(DEMO, 64, as_argument(prompt)).stdout) == [expected]
 
 
-def test_native_tests_of_the_runner_pass(build):
-    library = find_library(ONNXRUNTIME_LIBRARY)
-    output = succeed(
-        *("ctest", "--test-dir", build, "-R", "^runner_", "--output-on-failure"),
-        CHAI_TEST_LIBRARY=str(library or ""),
-    )
-    assert "100% tests passed" in output
-    assert "runner_bundle_test" in output
-
-
 @pytest.mark.parametrize(
     ("arguments", "environment", "reason"),
     [
@@ -152,10 +116,10 @@ def test_native_tests_of_the_runner_pass(build):
         (("BUNDLE", 4, "1"), {"CHAI_ONNXRUNTIME_LIBRARY": "missing.so"}, "ONNX Runtime does not load"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, build, onnxruntime_library, arguments, environment, reason):
+def test_mistakes_are_one_line(tmp_path, built, onnxruntime_library, arguments, environment, reason):
     bundle = TinyModel().write(tmp_path / "bundle").path
     words = [bundle if word == "BUNDLE" else word for word in arguments]
-    program = build / "plugins" / "runner" / "generate_onnxruntime"
+    program = built / "plugins" / "runner" / "generate_onnxruntime"
     done = run(program, *words, **{"CHAI_ONNXRUNTIME_LIBRARY": onnxruntime_library} | environment)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
@@ -170,11 +134,37 @@ def test_graph_that_does_not_fit_its_manifest_is_refused(tmp_path, generate):
     assert "model.onnx does not fit its manifest: past_key.0 has size 8 in dimension 3, not 4" in done.stderr
 
 
-def test_damaged_op_library_is_one_line(tmp_path, build, onnxruntime_library):
+def test_graph_with_another_probe_than_its_manifest_is_refused(tmp_path, generate):
+    bundle = TinyModel().write(tmp_path / "bundle", probe_tokens=7).path
+    done = generate(bundle, 4, "1")
+    assert done.returncode == 1
+    assert "probe_tokens of node '' is 5 and should be 7" in done.stderr
+
+
+def test_rotary_factors_that_follow_a_rows_length_are_refused_by_name(tmp_path, generate):
+    bundle = TinyModel().write(tmp_path / "bundle", rope={"types": ["longrope"], "switch_lengths": [64]}).path
+    done = generate(bundle, 4, "1")
+    assert done.returncode == 1
+    assert "rotary factors that follow the length of a row" in done.stderr
+    assert "run it from Python" in done.stderr
+
+
+def test_nothing_is_left_in_the_users_home(tmp_path, generate):
+    """ONNX Runtime writes an identity and a database of events there, unless it is told not to."""
+    bundle = TinyModel().write(tmp_path / "bundle").path
+    home = tmp_path / "home"
+    home.mkdir()
+    places = {"HOME": str(home), "XDG_CACHE_HOME": None, "XDG_DATA_HOME": None, "XDG_CONFIG_HOME": None}
+    done = generate(bundle, 4, "1", **places, ORT_DISABLE_TELEMETRY=None)
+    assert done.returncode == 0, done.stderr
+    assert list(home.rglob("*")) == []
+
+
+def test_damaged_op_library_is_one_line(tmp_path, built, onnxruntime_library):
     bundle = TinyModel().write(tmp_path / "bundle").path
     damaged = tmp_path / "libchai_onnxruntime.so"
     damaged.write_text("not a library")
-    program = build / "plugins" / "runner" / "generate_onnxruntime"
+    program = built / "plugins" / "runner" / "generate_onnxruntime"
     done = run(
         *(program, "--op-library", damaged, bundle, 4, "1"), CHAI_ONNXRUNTIME_LIBRARY=onnxruntime_library
     )
@@ -182,7 +172,7 @@ def test_damaged_op_library_is_one_line(tmp_path, build, onnxruntime_library):
     assert "does not load in ONNX Runtime" in done.stderr
 
 
-def test_program_outside_the_tree_finds_the_package(tmp_path, build, onnxruntime_library):
+def test_program_outside_the_tree_finds_the_package(tmp_path, built, onnxruntime_library):
     """The program of docs/cpp.md, as a reader would build it."""
     page = (ROOT / "docs" / "cpp.md").read_text(encoding="utf-8")
     app = tmp_path / "app"
@@ -191,7 +181,7 @@ def test_program_outside_the_tree_finds_the_package(tmp_path, build, onnxruntime
         (code,) = re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
         (app / file).write_text(code, encoding="utf-8")
     prefix = tmp_path / "chai"
-    succeed("cmake", "--install", build, "--component", "cpp", "--prefix", prefix)
+    succeed("cmake", "--install", built, "--component", "cpp", "--prefix", prefix)
     flags = "-Wall -Wextra -Werror"
     succeed(
         *("cmake", "-S", app, "-B", app / "build"),

@@ -146,6 +146,24 @@ def test_bad_shapes_are_refused(name, shape, message):
         run(case, inputs, "float32")
 
 
+@pytest.mark.parametrize("name", ["query", "past_key", "past_head_map", "past_lengths", "lengths"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_memory_that_is_not_aligned_is_refused(name, dtype):
+    """Whoever binds raw memory may bind any address; reading 4 bytes across a word is undefined."""
+    case = Case("unaligned", 4, 4, 2, ((0, 7), (9, 1)))
+    arrays = {
+        each: array.astype(dtype if array.ndim == 4 else np.int32) for each, array in case.inputs().items()
+    }
+    whole = arrays[name]
+    place = np.zeros(whole.nbytes + 64, np.uint8)
+    start = -place.ctypes.data % 64 + 1
+    arrays[name] = place[start : start + whole.nbytes].view(whole.dtype).reshape(whole.shape)
+    arrays[name][...] = whole
+    bound = OpSession(case.attributes(), dtype, LIBRARY).bind(arrays, in_place=True)
+    with pytest.raises(Exception, match=f"{name} does not start at a multiple of {whole.itemsize} bytes"):
+        bound.run()
+
+
 def test_bad_attribute_is_refused():
     case = Case("bad_probe", 4, 4, 2, ((0, 7),))
     inputs = case.inputs()

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.cpp_schema import header
 from chai_export.errors import ChaiError
 
-TABLE = json.loads((Path(__file__).parents[1] / "data/manifest_cases.json").read_text())
+ROOT = Path(__file__).parents[2]
+TABLE = json.loads((ROOT / "tests/data/manifest_cases.json").read_text())
 
 
 def changed(case: dict[str, Any]) -> dict[str, Any]:
@@ -74,3 +76,9 @@ def test_a_link_may_not_lead_out_of_the_bundle(layout, tmp_path):
     with pytest.raises(ChaiError) as caught:
         Bundle.load(bundle)
     assert "\n" not in str(caught.value)
+
+
+def test_the_cpp_schema_is_made_from_the_manifest():
+    assert (ROOT / "plugins/runner/manifest_schema.h").read_text() == header(), (
+        "run `python -m chai_export.bundle.cpp_schema > plugins/runner/manifest_schema.h`"
+    )

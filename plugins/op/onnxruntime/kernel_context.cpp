@@ -9,6 +9,31 @@ void optional(OrtStatus* status) {
   if (status != nullptr) api->ReleaseStatus(status);
 }
 
+std::size_t item_bytes(ONNXTensorElementDataType type) {
+  switch (type) {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32:
+      return 4;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+// The data of a tensor. Programs that bind memory of their own may bind any address.
+void* aligned_data(OrtValue* value, ONNXTensorElementDataType type, const char* op, const std::string& name) {
+  void* data = nullptr;
+  require(api->GetTensorMutableData(value, &data));
+  const std::size_t alignment = item_bytes(type);
+  if (reinterpret_cast<std::uintptr_t>(data) % alignment != 0) {
+    refuse(op, name + " does not start at a multiple of " + std::to_string(alignment) +
+                   " bytes, the size of its items; bind memory that does");
+  }
+  return data;
+}
+
 void run_in_pool(void* context, std::size_t count, void (*task)(void*, std::size_t), void* data) {
   // Without a number of batches, threads take one task after the other.
   require(
@@ -49,19 +74,22 @@ Tensor input(const OrtKernelContext* context, const char* op, const schema::Para
     refuse(op, std::string(parameter.name) + " has rank " + std::to_string(rank) + ", expected " +
                    std::to_string(parameter.rank));
   }
-  void* data = nullptr;
-  require(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
-  tensor.data = data;
+  tensor.data = aligned_data(const_cast<OrtValue*>(value), tensor.type, op, parameter.name);
   return tensor;
 }
 
 void* output(OrtKernelContext* context, const char* op, std::size_t index, const Dims& dims) {
   OrtValue* value = nullptr;
   require(api->KernelContext_GetOutput(context, index, dims.data(), dims.size(), &value));
-  if (value == nullptr) refuse(op, "output " + std::to_string(index) + " must be present");
-  void* data = nullptr;
-  require(api->GetTensorMutableData(value, &data));
-  return data;
+  const std::string name = "output " + std::to_string(index);
+  if (value == nullptr) refuse(op, name + " must be present");
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  require(api->GetTensorTypeAndShape(value, &info));
+  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  OrtStatus* const status = api->GetTensorElementType(info, &type);
+  api->ReleaseTensorTypeAndShapeInfo(info);
+  require(status);
+  return aligned_data(value, type, op, name);
 }
 
 void read(const OrtKernelInfo* info, const char* name, float* value) {

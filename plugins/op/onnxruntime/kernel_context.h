@@ -63,7 +63,8 @@ struct Tensor {
 
 std::string text(const Dims& dims);
 
-// Input `index`, which has the rank that its parameter says.
+// Input `index`, which has the rank that its parameter says. Data of inputs and outputs starts at a multiple
+// of the size of its items.
 Tensor input(const OrtKernelContext* context, const char* op, const schema::Parameter& parameter,
              std::size_t index);
 void* output(OrtKernelContext* context, const char* op, std::size_t index, const Dims& dims);

@@ -1,4 +1,4 @@
-// What is refused in a manifest.
+// Reading manifests. tests/data/manifest_cases.json holds this reader and Python's to the same.
 #include "runner/manifest.h"
 
 #include <doctest/doctest.h>
@@ -6,61 +6,186 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "tests/data.h"
 
 namespace {
 
-using Ids = std::vector<std::int64_t>;
+namespace fs = std::filesystem;
+using chai::Json;
 
-TEST_CASE("wrong manifests are refused") {
-  const auto directory = std::filesystem::temp_directory_path() / "chai_runner_parts_test";
-  const auto read = [&](const std::string& from, const std::string& to) {
-    std::string json =
-        R"({"format": "chai-bundle/1", "op_version": 1, "dtype": "float32", "num_layers": 2,
-            "num_query_heads": 4, "num_kv_heads": 2, "head_dim": 8, "value_head_dim": 8, "vocab_size": 50,
-            "max_positions": null, "kept_heads": [1, 2], "probe_tokens": 5, "proof": {"max_abs_diff": 1.5e-3},
-            "generation": {"eos_token_ids": [3], "top_p": 0.25}, "source": {"name": "caf\u0009é"},
-            "files": {"model.onnx": {"sha256": "00", "size": 2}}, "engines": {}})";
-    if (!from.empty()) json.replace(json.find(from), from.size(), to);
-    std::filesystem::create_directories(directory);
-    std::ofstream(directory / "manifest.json") << json;
-    std::ofstream(directory / "model.onnx") << "ok";
-    return chai::read_manifest(directory.string());
+const Json& table() {
+  static const Json json = chai::test::read_data("manifest_cases.json");
+  return json;
+}
+
+// What a case changes: a path of names, and the value that takes its place, or none.
+struct Change {
+  std::vector<Json> path;
+  std::optional<Json> value;
+};
+
+std::vector<Change> changes_of(const Json& test_case) {
+  std::vector<Change> changes;
+  if (const auto set = test_case.find("set"))
+    for (const Json& change : set->array()) changes.push_back({change.array()[0].array(), change.array()[1]});
+  if (const auto removed = test_case.find("remove"))
+    for (const Json& path : removed->array()) changes.push_back({path.array(), std::nullopt});
+  return changes;
+}
+
+// An object, as JSON, after the changes at a depth of their paths.
+std::string changed(const Json& object, const std::vector<Change>& changes, std::size_t depth = 0) {
+  std::string text;
+  const auto add = [&](const std::string& name, const std::string& value) {
+    text += (text.empty() ? "{" : ", ") + name + ": " + value;
   };
-  const chai::Manifest manifest = read("", "");
-  CHECK(manifest.top_p.value() == 0.25);
-  CHECK(manifest.eos_token_ids == Ids{3});
-  CHECK_FALSE(manifest.max_positions.has_value());
-  CHECK(manifest.geometry.cached_heads(chai::Heads::kChai, 0) == 1);
-  CHECK(manifest.geometry.cached_heads(chai::Heads::kAll, 0) == 2);
-  CHECK_THROWS_WITH_AS(read("chai-bundle/1", "chai-bundle/2"), doctest::Contains("reads chai-bundle/1"),
-                       std::runtime_error);
-  CHECK_THROWS_WITH_AS(read("\"op_version\": 1", "\"op_version\": 2"), doctest::Contains("op_version is 2"),
-                       std::runtime_error);
-  CHECK_THROWS_WITH_AS(read("[1, 2]", "[1, 3]"), doctest::Contains("kept_heads has 3"), std::runtime_error);
-  CHECK_THROWS_WITH_AS(read("[1, 2]", "[1]"), doctest::Contains("one number per layer"), std::runtime_error);
-  CHECK(manifest.geometry.num_caches() == 2);
-  const chai::Geometry shared = read("[1, 2]", "[2, 2], \"kv_source_layers\": [0, 0]").geometry;
-  CHECK(shared.has_cache(0));
-  CHECK_FALSE(shared.has_cache(1));
-  CHECK(shared.num_caches() == 1);
-  CHECK_THROWS_WITH_AS(read("[1, 2]", "[1, 2], \"kv_source_layers\": [0]"),
-                       doctest::Contains("kv_source_layers has not one"), std::runtime_error);
-  CHECK_THROWS_WITH_AS(read("[1, 2]", "[1, 2], \"kv_source_layers\": [1, 1]"),
-                       doctest::Contains("which has none before it"), std::runtime_error);
-  CHECK_THROWS_WITH_AS(read("[1, 2]", "[1, 2], \"kv_source_layers\": [0, 0]"),
-                       doctest::Contains("keeps other heads"), std::runtime_error);
-  CHECK_THROWS_WITH_AS(read("\"head_dim\": 8", "\"head_dim\": \"x\""),
-                       doctest::Contains("'/head_dim': expected an integer"), std::runtime_error);
-  CHECK_THROWS_WITH_AS(read("float32", "int8"), doctest::Contains("dtype is int8"), std::runtime_error);
-  CHECK_THROWS_WITH_AS(read("\"size\": 2", "\"size\": 3"), doctest::Contains("its size differs"),
-                       std::runtime_error);
-  CHECK_THROWS_WITH_AS(read("{", "["), doctest::Contains("JSON"), std::runtime_error);
-  std::filesystem::remove_all(directory);
-  CHECK_THROWS_WITH_AS(chai::read_manifest(directory.string()), doctest::Contains("is not a bundle"),
-                       std::runtime_error);
+  std::vector<bool> done(changes.size());
+  for (const auto& [name, value] : object.members()) {
+    std::vector<Change> deeper;
+    bool replaced = false;
+    for (std::size_t i = 0; i < changes.size(); ++i) {
+      if (changes[i].path[depth].string() != name) continue;
+      done[i] = true;
+      if (changes[i].path.size() > depth + 1) {
+        deeper.push_back(changes[i]);
+      } else {
+        replaced = true;
+        if (changes[i].value) add("\"" + name + "\"", changes[i].value->text());
+      }
+    }
+    if (!replaced) add("\"" + name + "\"", deeper.empty() ? value.text() : changed(value, deeper, depth + 1));
+  }
+  for (std::size_t i = 0; i < changes.size(); ++i) {
+    if (done[i]) continue;
+    REQUIRE(changes[i].path.size() == depth + 1);
+    REQUIRE(changes[i].value.has_value());
+    add(changes[i].path[depth].text(), changes[i].value->text());
+  }
+  return text.empty() ? "{}" : text + "}";
+}
+
+// A folder that is gone with the object.
+class Folder {
+ public:
+  Folder() {
+    char name[] = "/tmp/chai-manifest-XXXXXX";
+    REQUIRE(mkdtemp(name) != nullptr);
+    path_ = name;
+  }
+  ~Folder() { fs::remove_all(path_); }
+  const fs::path& path() const { return path_; }
+
+ private:
+  fs::path path_;
+};
+
+void write(const fs::path& path, const std::string& text) {
+  fs::create_directories(path.parent_path());
+  std::ofstream(path, std::ios::binary) << text;
+}
+
+// A bundle with this manifest; its files are empty.
+std::string write_bundle(const fs::path& bundle, const std::string& manifest) {
+  for (const auto& [name, record] : table().at("base").at("files").members()) write(bundle / name, "");
+  write(bundle / "manifest.json", manifest);
+  return bundle.string();
+}
+
+std::string error_of(const std::string& bundle) {
+  try {
+    chai::read_manifest(bundle);
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST_CASE("a manifest is taken, or refused in one line, as the table says") {
+  const Folder folder;
+  for (const Json& test_case : table().at("cases").array()) {
+    CAPTURE(test_case.at("name").string());
+    const std::string manifest = changed(table().at("base"), changes_of(test_case));
+    const std::string bundle = write_bundle(folder.path() / "bundle", manifest);
+    const std::string error = error_of(bundle);
+    if (test_case.at("usable").text() == "true") {
+      CHECK(error == "");
+      continue;
+    }
+    CHECK(error.rfind(bundle, 0) == 0);
+    CHECK(error.find('\n') == std::string::npos);
+    CHECK(error.find("again") != std::string::npos);
+  }
+}
+
+TEST_CASE("a link may not lead out of the bundle") {
+  for (const Json& layout : table().at("layouts").array()) {
+    CAPTURE(layout.at("name").string());
+    const Folder folder;
+    const fs::path bundle = folder.path() / "bundle";
+    write_bundle(bundle, table().at("base").text());
+    for (const char* name : {"bundle/other", "beside", "folder beside/file"}) write(folder.path() / name, "");
+    for (const auto& [name, target] : layout.at("links").members()) {
+      fs::remove_all(bundle / name);
+      fs::create_symlink(target.string(), bundle / name);
+    }
+    CHECK((error_of(bundle.string()) == "") == (layout.at("usable").text() == "true"));
+  }
+}
+
+TEST_CASE("a manifest's fields are read") {
+  const Folder folder;
+  const std::string text = table().at("base").text();
+  const chai::Manifest manifest = chai::read_manifest(write_bundle(folder.path(), text));
+  CHECK(manifest.top_p.value() == 0.9);
+  CHECK(manifest.eos_token_ids == std::vector<std::int64_t>{2, 7});
+  CHECK(manifest.max_positions.value() == 128);
+  const chai::Geometry& geometry = manifest.geometry;
+  CHECK(geometry.cached_heads(chai::Heads::kChai, 0) == 2);
+  CHECK(geometry.cached_heads(chai::Heads::kAll, 0) == 4);
+  CHECK(geometry.has_cache(0));
+  CHECK_FALSE(geometry.has_cache(1));
+  CHECK(geometry.num_caches() == 2);
+  CHECK(manifest.engines.at("tensorrt").has_plugin);
+  CHECK(manifest.engines.at("tensorrt").is_of_this_model);
+  CHECK(manifest.engines.at("tensorrt").files.count("engines/tensorrt/engine.plan") == 1);
+}
+
+TEST_CASE("errors name the cause") {
+  const Folder folder;
+  const auto error = [&](std::string text) {
+    return error_of(write_bundle(folder.path() / "bundle", std::move(text)));
+  };
+  const auto contains = [](const char* part) { return doctest::Contains(part); };
+  const std::string base = table().at("base").text();
+  const auto with = [&](const std::string& from, const std::string& to) {
+    std::string text = base;
+    REQUIRE(text.find(from) != std::string::npos);
+    return text.replace(text.find(from), from.size(), to);
+  };
+  CHECK(error(with("\"dtype\":\"float32\"", "\"dtype\":\"int8\"")).c_str() ==
+        contains("'/dtype': \"int8\" is not \"float32\" or \"float16\" or \"bfloat16\""));
+  CHECK(error(with("\"head_dim\":16", "\"head_dim\":\"x\"")).c_str() ==
+        contains("'/head_dim': expected an integer"));
+  CHECK(error(with("\"head_dim\":16", "\"head_dim\":0")).c_str() ==
+        contains("'/head_dim': 0 is less than 1"));
+  CHECK(error(with("\"head_dim\":16,", "")).c_str() == contains("member 'head_dim' is missing"));
+  CHECK(error(with("\"head_dim\":16", "\"head_dim\":16,\"x\\ny\":1")).c_str() ==
+        contains("member 'x y' is unknown"));
+  CHECK(error(with("chai-bundle/1", "chai-bundle/2")).c_str() == contains("reads chai-bundle/1"));
+  CHECK(error("[1, 2").c_str() == contains("JSON: "));
+  write(folder.path() / "bundle" / "folder" / "file", "");
+  write(folder.path() / "bundle" / "manifest.json", base);
+  write(folder.path() / "bundle" / "model.onnx", "x");
+  CHECK(error_of((folder.path() / "bundle").string()).c_str() == contains("its size differs"));
+  fs::remove(folder.path() / "bundle" / "model.onnx");
+  CHECK(error_of((folder.path() / "bundle").string()).c_str() == contains("model.onnx is missing"));
+  CHECK(error_of((folder.path() / "none").string()).c_str() == contains("is not a bundle"));
 }
 
 }  // namespace

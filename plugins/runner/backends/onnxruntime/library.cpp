@@ -38,7 +38,14 @@ GetApiBase find_library(const std::string& path) {
   }
 }
 
+// Otherwise ONNX Runtime writes an identity and a database of events into the user's cache.
+void disable_telemetry() {
+  constexpr int kKeepWhatIsSet = 0;
+  setenv("ORT_DISABLE_TELEMETRY", "1", kKeepWhatIsSet);
+}
+
 Ort::Env make_environment(const std::string& path) {
+  disable_telemetry();
   const OrtApiBase* base = find_library(path)();
   const OrtApi* api = base->GetApi(kApiVersion);
   if (api == nullptr)
