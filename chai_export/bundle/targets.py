@@ -96,7 +96,7 @@ def require_directory_target(
         raise ChaiError(
             f"{target} is not valid UTF-8, and ONNX Runtime opens no file by such a name; {_ELSEWHERE}"
         ) from None
-    if not target.name or target.is_mount():
+    if not target.name or os.path.ismount(target):
         raise ChaiError(f"{target} is a mount point and cannot be replaced; name a directory inside it")
     status = _status(target)
     if status is None:
@@ -234,7 +234,7 @@ def _others(directory: Path, parts: set[str]) -> Iterator[str]:
                 writer = holder(path)
                 if writer is not None:
                     yield f"{relative}, in which {writer} is writing"
-            elif relative not in parts or path.is_mount():
+            elif relative not in parts or os.path.ismount(path):
                 directories.remove(name)
                 yield relative + "/"
 

@@ -95,7 +95,7 @@ def test_weights_outside_the_directory(copy: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kept", "reason"),
-    [((1,), "1 layers, the model has 2"), ((1, 3), "layer 1 keeps 3"), ((1, 0), "layer 1 keeps 0")],
+    [((1,), "1 layers, the model has 2"), ((1, 3), "layer 1 keeps 3"), ((1, 0), "layer 1 is 0")],
 )
 def test_clusters_that_do_not_fit(kept: tuple[int, ...], reason: str, tmp_path: Path) -> None:
     refuse(exported(NAME), tmp_path, reason, kept)

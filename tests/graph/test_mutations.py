@@ -228,7 +228,7 @@ def test_the_same_meaning_in_other_words_still_matches(mutation: Mutation, tmp_p
 
 
 def test_a_wrong_rewrite_does_not_pass_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole-model proof by itself: break the wiring and not the attention."""
+    """The whole-model proof by itself: break the wiring, not the attention, where rows are not looked at."""
     transform = pipeline.transform
 
     def swapped(model, *arguments):  # type: ignore[no-untyped-def]
@@ -238,6 +238,9 @@ def test_a_wrong_rewrite_does_not_pass_the_proof(tmp_path: Path, monkeypatch: py
         positions.replace_input_with(0, column)  # without the length of the past
 
     monkeypatch.setattr(pipeline, "transform", swapped)
+    with pytest.raises(ChaiError, match="is made of positions"):  # the proof of rows sees it first
+        rewrite(exported(NAME), Clusters(kept_of(NAME)), tmp_path / "bundle")
+    monkeypatch.setattr(pipeline, "prove_rows", lambda *arguments: None)
     with pytest.raises(ChaiError, match="differs from the source"):
         rewrite(exported(NAME), Clusters(kept_of(NAME)), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()

@@ -41,9 +41,12 @@ def test_what_cannot_be_used_is_one_line_that_names_the_file(tmp_path: Path, kin
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_of_our_own_that_are_damaged_count_as_absent(tmp_path: Path, kind: str) -> None:
+    """A measurement starts anew; a directory without a legible mark is not ours to write into."""
     put(kind, tmp_path / FILE_NAME)
-    assert not StageCache(tmp_path).is_fresh("export", "key")
     assert load_state(tmp_path / FILE_NAME, "key", ErrorCurves(2, 4, 4, 5)) == 0
+    with pytest.raises(ChaiError, match="was not made by `chai-export make` and holds stages.json") as caught:
+        StageCache(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_missing_file_is_told_from_an_unreadable_one(tmp_path: Path) -> None:
