@@ -126,6 +126,7 @@ def _optimised(model: ir.Model) -> ir.Model:
 
     from chai_export.exporter.exact_scalars import exact_scalars
     from chai_export.exporter.lazy_transpose import fold_weight_transposes
+    from chai_export.exporter.rotary_casts import rotary_casts
 
     def is_small(node: ir.Node) -> bool | None:
         tensors = [value.const_value for value in node.inputs if value is not None]
@@ -133,7 +134,8 @@ def _optimised(model: ir.Model) -> ir.Model:
 
     with exact_scalars(model):
         optimizer.optimize_ir(model, should_fold=is_small)
-    onnx_fusions.fuse(model)
+    with rotary_casts(model):
+        onnx_fusions.fuse(model)
     fold_weight_transposes(model)
     return model
 
