@@ -17,9 +17,10 @@ from onnx import numpy_helper
 from chai_export.bundle.atomic import atomic_directory
 from chai_export.bundle.bundle import MODEL_FILE, Bundle, finalise
 from chai_export.bundle.environment import save_environment
-from chai_export.bundle.graph_io import GraphValue, graph_io
+from chai_export.bundle.graph_io import PAGE_TABLE, GraphValue, graph_io, scales
 from chai_export.bundle.manifest import GenerationSettings, Manifest, Source
 from chai_export.bundle.parts import BUNDLE
+from chai_export.op.cache_storage import PAGED_VERSION, CacheStorage
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.function import function_proto
 from chai_export.op.head_map import kept_kv_heads
@@ -27,6 +28,10 @@ from chai_export.op.heads import DecoderHeads
 from chai_export.op.reference import clustered_head_attention
 from chai_export.op.schema import DOMAIN, VERSION
 from chai_export.op.shared_reference import shared_clustered_head_attention
+from chai_export.op.v2 import function as paged_function
+from chai_export.op.v2 import reference as paged_reference
+from chai_export.op.v2 import shared_reference as paged_shared_reference
+from chai_export.op.v2.attributes import Attributes
 
 OPSET = 20
 _DOT = "_DOT_"  # ONNX's text form has no dots in names
@@ -34,7 +39,10 @@ _DOT = "_DOT_"  # ONNX's text form has no dots in names
 
 @dataclass(frozen=True)
 class TinyModel:
-    """Sizes and seeded weights."""
+    """Sizes and seeded weights.
+
+    With ``bits`` (of keys, of values) the bundle is of version 2 of the op: caches in pages, stored so.
+    """
 
     kept: tuple[int, ...] = (2, 3)
     heads: int = 4
@@ -47,6 +55,8 @@ class TinyModel:
     probe: int = 5
     dtype: str = "float32"
     sources: tuple[int, ...] | None = None  # layers whose caches the layers read
+    bits: tuple[int, int] | None = None
+    scale_group: int = 4
     weights: dict[str, np.ndarray] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +81,10 @@ class TinyModel:
         maps, made = [], {}
         for i, kept in enumerate(self.kept):
             r = kept if mode == "chai" else self.kv_heads
+            if self.bits is not None:
+                output = self._paged(i, hidden, w, r, maps, made)
+                hidden = hidden + output @ w[f"o{i}"]
+                continue
             if not self._has_cache(i):
                 source = self.sources[i]
                 q = self._split(hidden @ w[f"q{i}"], "q")
@@ -101,6 +115,53 @@ class TinyModel:
             made.append(int(self.reference([*ids, *made], mode)[0][-1].argmax()))
         return made
 
+    def _paged(
+        self,
+        i: int,
+        hidden: np.ndarray,
+        w: dict[str, np.ndarray],
+        kept: int,
+        maps: list[Any],
+        made: dict[int, Any],
+    ) -> np.ndarray:
+        """What layer ``i`` gives in version 2; ``maps`` and ``made`` (keys, values, caches) gain its own."""
+        length = hidden.shape[1]
+        q = self._split(hidden @ w[f"q{i}"], "q")
+        rest = np.zeros((1, self.heads), np.int32), np.zeros(1, np.int32), np.array([length], np.int32)
+        table = np.zeros((1, 1), np.int32)
+        attributes = self._attributes()
+        if not self._has_cache(i):
+            k, v, cached = made[self.sources[i]]
+            caches = cached.key_cache, cached.value_cache, cached.key_scales, cached.value_scales
+            result = paged_shared_reference.shared_clustered_head_attention(
+                q, k, v, *caches, table, maps[self.sources[i]], *rest, attributes=attributes
+            )
+            maps.append(result.present_head_map)
+            return result.output
+        k, v = (self._split(hidden @ w[f"{n}{i}"], n) for n in "kv")
+        storage, pools, factors = self._storage(), [], []
+        for held, heads in ((storage.key(i), kept), (storage.value(i), self.kv_heads)):
+            pools.append(np.zeros((1, heads, length, held.columns), held.dtype(np.dtype(np.float32))))
+            of_scales = np.zeros((1, heads, length, held.scale_columns), np.float16)
+            factors.append(of_scales if held.quantised else None)
+        result = paged_reference.clustered_head_attention(
+            q, k, v, *pools, *factors, table, *rest, attributes=attributes
+        )
+        maps.append(result.present_head_map)
+        made[i] = k, v, result
+        return result.output
+
+    def _attributes(self) -> Attributes:
+        key, value = self.bits or (0, 0)
+        return Attributes(probe_tokens=self.probe, key_bits=key, value_bits=value, group=self.scale_group)
+
+    def _storage(self) -> CacheStorage:
+        layers = len(self.kept)
+        key, value = self.bits or (0, 0)
+        return CacheStorage(
+            self._head_counts(), Dtype(self.dtype), [key] * layers, [value] * layers, self.scale_group
+        )
+
     def _has_cache(self, i: int) -> bool:
         return self.sources is None or self.sources[i] == i
 
@@ -110,7 +171,7 @@ class TinyModel:
 
     def graph(self) -> onnx.ModelProto:
         layers = range(len(self.kept))
-        io = graph_io(self._head_counts(), Dtype(self.dtype), self.vocab)
+        io = graph_io(self._storage(), self.vocab, paged=self.bits is not None)
         inputs, outputs = ([_declared(value) for value in values] for values in (io.inputs, io.outputs))
         nodes = [_EMBED, *(self._layer(i) for i in layers)]
         map_names = ", ".join(f"new_map_{i}" for i in layers)
@@ -118,7 +179,8 @@ class TinyModel:
         nodes.append(_HEAD.replace("HIDDEN", f"hidden_{len(self.kept)}"))
         body = "\n".join(nodes)
         text = (
-            f'<ir_version: 9, opset_import: ["" : {OPSET}, "chai" : 1]>\n'
+            f"<ir_version: {9 if self.bits is None else 10}, "
+            f'opset_import: ["" : {OPSET}, "chai" : {self._version()}]>\n'
             f"tiny ({', '.join(inputs)}) => ({', '.join(outputs)})\n{{\n{body}\n}}"
         )
         model = onnx.parser.parse_model(text)
@@ -128,7 +190,15 @@ class TinyModel:
             node.input[:] = [name.replace(_DOT, ".") for name in node.input]
             node.output[:] = [name.replace(_DOT, ".") for name in node.output]
         for op_type in {node.op_type for node in model.graph.node if node.domain == DOMAIN}:
-            model.functions.append(function_proto(OPSET, op_type))
+            if self.bits is None:
+                model.functions.append(function_proto(OPSET, op_type))
+            else:
+                form = paged_function.Form.of(self._attributes())
+                model.functions.append(paged_function.function_proto(OPSET, form, op_type))
+        if self.bits is not None:
+            for node in model.graph.node:
+                if node.domain == DOMAIN:
+                    node.overload = form.overload
         model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in self.weights.items())
         for name, values in {"zero": [0], "one": [1], "axis2": [2], **self._shapes()}.items():
             model.graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
@@ -147,6 +217,8 @@ class TinyModel:
             lines.append(f"{kind}_{i} = Transpose <perm = [0, 2, 1, 3]> ({kind}_split_{i})")
         lines.append(f"map_3_{i} = Gather <axis = 0> (head_map, layer_{i})")
         lines.append(f"map_{i} = Squeeze (map_3_{i}, zero)")
+        if self.bits is not None:
+            return "\n".join([*lines, self._paged_node(i), *self._after(i)])
         attributes = f"scale = 0.0, probe_tokens = {self.probe}, online = 1"
         rest = f"map_{i}, past_lengths, lengths"
         if self._has_cache(i):
@@ -157,10 +229,41 @@ class TinyModel:
             s = self.sources[i]
             inputs = f"q_{i}, k_{s}, present_key{_DOT}{s}, present_value{_DOT}{s}, chosen_{s}, {rest}"
             lines.append(f"out_{i}, chosen_{i} = chai.SharedClusteredHeadAttention <{attributes}> ({inputs})")
-        lines.append(f"new_map_{i} = Unsqueeze (chosen_{i}, zero)")
-        lines.append(f"back_{i} = MatMul (out_{i}, o{i})")
-        lines.append(f"hidden_{i + 1} = Add (hidden_{i}, back_{i})")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._after(i)])
+
+    def _after(self, i: int) -> list[str]:
+        return [
+            f"new_map_{i} = Unsqueeze (chosen_{i}, zero)",
+            f"back_{i} = MatMul (out_{i}, o{i})",
+            f"hidden_{i + 1} = Add (hidden_{i}, back_{i})",
+        ]
+
+    def _paged_node(self, i: int) -> str:
+        written = self._attributes().as_onnx().items()
+        attributes = ", ".join(f"{name} = {value}" for name, value in written)
+        source = i if self._has_cache(i) else self.sources[i]
+        maps = f"map_{i}, past_lengths, lengths"
+        names = self._caches(source, "past" if self._has_cache(i) else "present")
+        new = f"q_{i}, k_{source}, v_{source}"
+        if self._has_cache(i):
+            outputs = ", ".join([f"out_{i}", *self._caches(source, "present"), f"chosen_{i}"])
+            inputs = f"{new}, {', '.join(names)}, {PAGE_TABLE}, {maps}"
+            return f"{outputs} = chai.ClusteredHeadAttention <{attributes}> ({inputs})"
+        inputs = f"{new}, {', '.join(names)}, {PAGE_TABLE}, chosen_{source}, {maps}"
+        return f"out_{i}, chosen_{i} = chai.SharedClusteredHeadAttention <{attributes}> ({inputs})"
+
+    def _caches(self, i: int, prefix: str) -> list[str]:
+        """The four caches of a layer in the order of the op; those that it has not are empty."""
+        storage = self._storage()
+        names = [f"{prefix}_key.{i}", f"{prefix}_value.{i}"]
+        of_scales = [
+            scales(name) if held.quantised else ""
+            for name, held in zip(names, (storage.key(i), storage.value(i)), strict=True)
+        ]
+        return [name.replace(".", _DOT) or '""' for name in names + of_scales]
+
+    def _version(self) -> int:
+        return VERSION if self.bits is None else PAGED_VERSION
 
     def _head_counts(self) -> DecoderHeads:
         sizes = (self.heads, self.kv_heads, self.head_dim, self.value_dim)
@@ -168,7 +271,7 @@ class TinyModel:
 
     def manifest(self, **changes: Any) -> Manifest:
         values: dict[str, Any] = {
-            "op_version": VERSION,
+            "op_version": self._version(),
             "dtype": self.dtype,
             **asdict(self._head_counts()),
             "vocab_size": self.vocab,
@@ -179,6 +282,9 @@ class TinyModel:
             "source": Source(kind="onnx", name="tiny"),
             "created_with": "tests",
         }
+        if self.bits is not None:
+            storage = self._storage()
+            values.update(key_bits=storage.key_bits, value_bits=storage.value_bits, group=storage.group)
         return Manifest(**{**values, **changes})
 
     def write(self, path: Path, *, tokenizer: Any = None, **changes: Any) -> Bundle:

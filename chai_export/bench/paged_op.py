@@ -11,9 +11,9 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from chai_export.bench.tensors import ort_value
+from chai_export.op.cache_storage import PAGED_VERSION
 from chai_export.op.schema import OP_TYPE, signature
 from chai_export.op.v2.attributes import Attributes
-from chai_export.op.v2.function import VERSION
 from chai_export.op.v2.model import node_model
 
 Tensor = NDArray[Any]
@@ -52,7 +52,7 @@ class PagedOp:
         model = node_model(
             attributes, dtype, sinks=sinks, slopes=slopes, op_type=op_type, with_function=False
         )
-        self._outputs = signature(op_type, VERSION).outputs
+        self._outputs = signature(op_type, PAGED_VERSION).outputs
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, ["CPUExecutionProvider"]
         )

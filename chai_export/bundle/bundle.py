@@ -77,13 +77,14 @@ class Bundle:
 
 def _check(directory: Path, manifest: Manifest) -> None:
     """Raise unless this version can run the bundle and its files are those of the manifest."""
+    from chai_export.op.cache_storage import PAGED_VERSION
     from chai_export.op.schema import VERSION
 
     again = "run `chai-export export` (or `rewrite`) again"
-    if manifest.op_version != VERSION:
+    if manifest.op_version not in (VERSION, PAGED_VERSION):
         raise ChaiError(
             f"{directory} uses version {manifest.op_version} of ClusteredHeadAttention and this version "
-            f"of chai_export has {VERSION}; {again}"
+            f"of chai_export has {VERSION} and {PAGED_VERSION}; {again}"
         )
     if MODEL_FILE not in manifest.files:
         raise ChaiError(f"{directory / FILE_NAME} lists no {MODEL_FILE}; {again}")

@@ -8,20 +8,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from chai_export.op.dtypes import Dtype
-from chai_export.op.heads import DecoderHeads
+from chai_export.op.cache_storage import CacheStorage
 
 INPUT_IDS = "input_ids"
 LENGTHS = "lengths"
 PAST_LENGTHS = "past_lengths"
 OUTPUT_POSITIONS = "output_positions"
 ROPE_LENGTHS = "rope_lengths"
+PAGE_TABLE = "page_table"
 HEAD_MAP = "head_map"
 LOGITS = "logits"
 PRESENT_HEAD_MAP = "present_head_map"
 
 BATCH, TOKENS, OUTPUTS, CAPACITY = "batch", "tokens", "outputs", "capacity"
 """Sizes that a call decides: B, S, N and C. The R of a K cache is a fourth, see :func:`kept_heads`."""
+
+PAGES, ROW_PAGES, PAGE_LENGTH = "pages", "row_pages", "page_length"
+"""Those of caches in pages, which the runner chooses instead of C: the N, M and L of docs/op-v2.md."""
+
+_SCALES = "_scales"
 
 
 def past_key(layer: int) -> str:
@@ -42,6 +47,12 @@ def present_key(layer: int) -> str:
 def present_value(layer: int) -> str:
     """Name of the output with a layer's V cache."""
     return f"present_value.{layer}"
+
+
+def scales(cache: str) -> str:
+    """Name of the scales of a quantised cache, by its own: ``past_key.3`` has ``past_key_scales.3``."""
+    kind, layer = cache.split(".")
+    return f"{kind}{_SCALES}.{layer}"
 
 
 def kept_heads(layer: int) -> str:
@@ -82,7 +93,11 @@ class CacheIO:
 
 @dataclass(frozen=True)
 class GraphIO:
-    """All inputs and outputs. ``step`` are the inputs that change with every call, ``caches`` K before V."""
+    """All inputs and outputs.
+
+    ``step`` are the inputs that change with every call. ``caches`` are, layer by layer, K, V, the scales of K
+    and those of V, where there are any.
+    """
 
     step: tuple[GraphValue, ...]
     head_map: GraphValue
@@ -120,22 +135,19 @@ class GraphIO:
         return None
 
 
-def graph_io(heads: DecoderHeads, dtype: Dtype, vocab_size: int, *, rope_lengths: bool = False) -> GraphIO:
-    """Inputs and outputs of a graph with these heads and caches in ``dtype``; its logits may be float32.
+def graph_io(
+    storage: CacheStorage, vocab_size: int, *, rope_lengths: bool = False, paged: bool = False
+) -> GraphIO:
+    """Inputs and outputs of a graph with these heads and caches; its logits may be float32.
 
-    ``rope_lengths``: rows choose their rotary factors by an input of this name, the last of ``step``.
+    Args:
+        storage: heads, and what their caches hold.
+        vocab_size: columns of the logits.
+        rope_lengths: rows choose their rotary factors by an input of this name.
+        paged: the caches are pools of pages (version 2 of the op), and page_table is the last of ``step``.
     """
-    stored = (str(dtype),)
+    dtype, heads = str(storage.dtype), storage.heads
     maps = (heads.num_layers, BATCH, heads.num_query_heads)
-    caches = []
-    for layer in heads.cache_layers:
-        key = (BATCH, kept_heads(layer), CAPACITY, heads.head_dim)
-        value = (BATCH, heads.num_kv_heads, CAPACITY, heads.value_head_dim)
-        for past, present, dims in (
-            (past_key(layer), present_key(layer), key),
-            (past_value(layer), present_value(layer), value),
-        ):
-            caches.append(CacheIO(layer, GraphValue(past, stored, dims), GraphValue(present, stored, dims)))
     return GraphIO(
         step=(
             GraphValue(INPUT_IDS, ("int64",), (BATCH, TOKENS)),
@@ -143,12 +155,33 @@ def graph_io(heads: DecoderHeads, dtype: Dtype, vocab_size: int, *, rope_lengths
             GraphValue(PAST_LENGTHS, ("int32",), (BATCH,)),
             GraphValue(OUTPUT_POSITIONS, ("int64",), (BATCH, OUTPUTS)),
             *([GraphValue(ROPE_LENGTHS, ("int32",), (BATCH,))] if rope_lengths else []),
+            *([GraphValue(PAGE_TABLE, ("int32",), (BATCH, ROW_PAGES))] if paged else []),
         ),
         head_map=GraphValue(HEAD_MAP, ("int32",), maps),
-        logits=GraphValue(LOGITS, tuple(dict.fromkeys((*stored, "float32"))), (BATCH, OUTPUTS, vocab_size)),
+        logits=GraphValue(LOGITS, tuple(dict.fromkeys((dtype, "float32"))), (BATCH, OUTPUTS, vocab_size)),
         present_head_map=GraphValue(PRESENT_HEAD_MAP, ("int32",), maps),
-        caches=tuple(caches),
+        caches=tuple(cache for layer in heads.cache_layers for cache in _caches(storage, layer, paged)),
     )
+
+
+def _caches(storage: CacheStorage, layer: int, paged: bool) -> list[CacheIO]:
+    """Of one layer."""
+    rows, positions = (PAGES, PAGE_LENGTH) if paged else (BATCH, CAPACITY)
+    found, of_scales = [], []
+    for past, present, heads, held in (
+        (past_key(layer), present_key(layer), kept_heads(layer), storage.key(layer)),
+        (past_value(layer), present_value(layer), storage.heads.num_kv_heads, storage.value(layer)),
+    ):
+        sizes = (rows, heads, positions)
+        found.append(_cache(layer, past, present, storage.element(held), (*sizes, held.columns)))
+        if held.quantised:
+            names = scales(past), scales(present)
+            of_scales.append(_cache(layer, *names, "float16", (*sizes, held.scale_columns)))
+    return found + of_scales
+
+
+def _cache(layer: int, past: str, present: str, dtype: str, dims: tuple[int | str, ...]) -> CacheIO:
+    return CacheIO(layer, GraphValue(past, (dtype,), dims), GraphValue(present, (dtype,), dims))
 
 
 def kept_sizes(kept: Sequence[int]) -> dict[str, int]:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -24,9 +26,12 @@ from chai_export.bundle.sampling_rules import wanted_instead
 from chai_export.bundle.work_directory import recover
 from chai_export.errors import ChaiError
 from chai_export.files import MissingFileError, read_json
+from chai_export.op.cache_storage import PAGED_VERSION, CacheBytes, CacheStorage
 from chai_export.op.dtypes import Dtype
 from chai_export.op.heads import DecoderHeads
 from chai_export.op.kv_sharing import check_same_kept, check_sources
+from chai_export.op.v2.attributes import DEFAULT_GROUP
+from chai_export.op.v2.storage import BITS
 
 FORMAT: Final = "chai-bundle/1"
 FILE_NAME = "manifest.json"
@@ -35,6 +40,18 @@ Count = Annotated[int, Field(ge=1, le=MOST)]
 Large = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
 
+
+def _stored(bits: int) -> int:
+    if bits not in BITS:
+        raise ValueError(f"it is {bits} and should be one of {', '.join(map(str, BITS))}")
+    return bits
+
+
+# No Literal: that takes 8.0 and false for numbers of bits.
+Bits = Annotated[
+    int, AfterValidator(_stored), WithJsonSchema({"enum": list(BITS), "type": "integer"}, mode="validation")
+]
+"""How keys or values are stored: in the model's dtype, float16, 8 or 4 bits."""
 
 QuantisedWeights = Literal["int4", "int8"]
 
@@ -145,6 +162,8 @@ class Manifest(_Strict):
     ``max_positions`` is a hard limit (length of a learned position table), ``context_length`` the length
     the model was trained for. ``kv_source_layers``, absent unless layers share caches, names for each layer
     the one whose K and V cache it reads: itself, or an earlier one (:mod:`chai_export.op.kv_sharing`).
+    ``key_bits``, ``value_bits`` (one number per layer, 0 for the model's dtype) and ``group`` (elements that
+    share a scale) are what the caches of op version 2 are stored in; op version 1 has none of them.
     ``rope`` is absent where every rotary factor is a constant that the graph holds.
     ``weights``, absent unless most weights are integers, is their type; ``dtype`` is that of the caches.
     ``files`` maps paths relative to the bundle to their hash and size.
@@ -163,6 +182,9 @@ class Manifest(_Strict):
     context_length: Count | None = None
     kept_heads: list[Count]
     kv_source_layers: list[int] | None = Field(default=None, exclude_if=lambda layers: layers is None)
+    key_bits: list[Bits] | None = Field(default=None, exclude_if=lambda bits: bits is None)
+    value_bits: list[Bits] | None = Field(default=None, exclude_if=lambda bits: bits is None)
+    group: Count | None = Field(default=None, exclude_if=lambda group: group is None)
     rope: RopeRecord | None = Field(default=None, exclude_if=lambda rope: rope is None)
     probe_tokens: Count
     opset: Count
@@ -187,12 +209,37 @@ class Manifest(_Strict):
         if self.kv_source_layers is not None:
             check_sources(self.kv_source_layers, self.num_layers)
             check_same_kept(self.kept_heads, self.kv_source_layers)
+        self._check_storage()
         if self.static is not None:
             self._check_head_maps(self.static.head_maps)
         for backend, record in self.engines.items():
             if record.backend != backend:
                 raise ValueError(f"the engine of {backend} says that it is one of {record.backend}")
         return self
+
+    def _check_storage(self) -> None:
+        given = {"key_bits": self.key_bits, "value_bits": self.value_bits, "group": self.group}
+        for name, value in given.items():
+            if value is not None and not self.paged:
+                raise ValueError(
+                    f"{name} is given, and op_version is {self.op_version}, whose caches are in the dtype"
+                )
+            if value is None and self.paged and name != "group":
+                raise ValueError(f"{name} is missing, and op_version is {self.op_version}")
+        _ = self.storage  # raises where the bits do not fit the heads
+
+    @property
+    def paged(self) -> bool:
+        """Whether the caches are pools of pages, with a storage of their own: op version 2."""
+        return self.op_version == PAGED_VERSION
+
+    @property
+    def storage(self) -> CacheStorage:
+        """What the caches hold."""
+        if self.key_bits is None or self.value_bits is None:
+            return CacheStorage.exact(self.head_counts, self.dtype)
+        group = self.group or DEFAULT_GROUP
+        return CacheStorage(self.head_counts, self.dtype, self.key_bits, self.value_bits, group)
 
     @property
     def weight_type(self) -> str:
@@ -226,7 +273,9 @@ class Manifest(_Strict):
     @property
     def io(self) -> GraphIO:
         """Inputs and outputs of the bundle's graph."""
-        return graph_io(self.head_counts, self.dtype, self.vocab_size, rope_lengths=bool(self.switch_lengths))
+        return graph_io(
+            self.storage, self.vocab_size, rope_lengths=bool(self.switch_lengths), paged=self.paged
+        )
 
     @property
     def switch_lengths(self) -> list[int]:
@@ -243,7 +292,17 @@ class Manifest(_Strict):
 
     def kv_bytes_per_token(self, mode: Heads | str = Heads.CHAI) -> int:
         """Bytes of K and V cache that one token of one row takes, over all layers, shared caches once."""
-        return self.head_counts.kv_bytes_per_token(self.heads(mode), self.dtype)
+        return self.kv_bytes_by_part(mode).total
+
+    def kv_bytes_by_part(self, mode: Heads | str = Heads.CHAI) -> CacheBytes:
+        """The same for keys, values and scales."""
+        return self.storage.token_bytes(self.heads(mode))
+
+    @property
+    def kv_bytes_per_token_float16(self) -> int:
+        """What a token takes with all heads in float16, the common yardstick."""
+        float16 = CacheStorage.exact(self.head_counts, Dtype.FLOAT16)
+        return float16.token_bytes(self.head_counts.all_kept).total
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -83,6 +83,12 @@ def build_tensorrt(
             f"{bundle.path} has rotary factors that follow the length of a row, which TensorRT engines "
             "cannot do yet; use --backend onnxruntime"
         )
+    if bundle.manifest.paged:
+        raise ChaiError(
+            f"{bundle.path} has its caches in pages (op version {bundle.manifest.op_version}), which TensorRT "
+            "engines do not have yet; export it without --key-bits and --value-bits, or run it with "
+            "`--backend onnxruntime`"
+        )
     tensorrt = import_tensorrt()
     polygraphy = import_polygraphy()
     gpu = require_gpu()

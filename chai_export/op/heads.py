@@ -1,11 +1,10 @@
-"""Numbers of heads and their widths, of one attention and of a decoder, and the cache they need."""
+"""Numbers of heads and their widths, of one attention and of a decoder, and the cache elements they need."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.kv_sharing import owners
 
 
@@ -73,10 +72,6 @@ class DecoderHeads(HeadCounts):
         ``kept_heads[i]`` KV heads are in the K cache of layer i.
         """
         return sum(self.cache_elements(kept_heads[layer]) for layer in self.cache_layers)
-
-    def kv_bytes_per_token(self, kept_heads: Sequence[int], dtype: Dtype) -> int:
-        """The same in bytes, of caches in ``dtype``."""
-        return self.kv_elements_per_token(kept_heads) * ELEMENT_TYPES[dtype].item_size
 
     def kv_bytes_saved(self, kept_heads: Sequence[int]) -> float:
         """Share of the KV cache that disappears when layer i keeps ``kept_heads[i]`` heads in its K cache."""

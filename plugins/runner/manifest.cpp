@@ -18,6 +18,8 @@ namespace {
 
 constexpr const char* kFormat = "chai-bundle/1";
 constexpr std::int64_t kOpVersion = 1;
+constexpr std::int64_t kPagedVersion = 2;
+constexpr const char* kWithoutBits = "; leave --key-bits and --value-bits away";
 constexpr const char* kAgain = "; run `chai-export export` (or `rewrite`) again";
 
 std::vector<std::int64_t> integers(const Json& json) {
@@ -120,8 +122,9 @@ void check_head_maps(const Json& maps, const Geometry& geometry) {
 Manifest read_fields(const Json& json) {
   Manifest manifest;
   const std::int64_t op_version = json.at("op_version").integer();
-  require(op_version == kOpVersion, "op_version is " + std::to_string(op_version) + " and this library has " +
-                                        std::to_string(kOpVersion));
+  require(op_version == kOpVersion, "this library runs bundles of op version " + std::to_string(kOpVersion) +
+                                        " and this one is of version " + std::to_string(op_version) +
+                                        (op_version == kPagedVersion ? kWithoutBits : ""));
   manifest.item_type = item_type(json.at("dtype").string());
   Geometry& geometry = manifest.geometry;
   geometry.num_layers = json.at("num_layers").integer();

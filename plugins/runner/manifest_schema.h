@@ -99,6 +99,56 @@ inline constexpr char kManifestSchema[] = R"json({
     }
    ]
   },
+  "key_bits": {
+   "anyOf": [
+    {
+     "items": {
+      "enum": [
+       0,
+       16,
+       8,
+       4
+      ],
+      "type": "integer"
+     },
+     "type": "array"
+    },
+    {
+     "type": "null"
+    }
+   ]
+  },
+  "value_bits": {
+   "anyOf": [
+    {
+     "items": {
+      "enum": [
+       0,
+       16,
+       8,
+       4
+      ],
+      "type": "integer"
+     },
+     "type": "array"
+    },
+    {
+     "type": "null"
+    }
+   ]
+  },
+  "group": {
+   "anyOf": [
+    {
+     "maximum": 2147483647,
+     "minimum": 1,
+     "type": "integer"
+    },
+    {
+     "type": "null"
+    }
+   ]
+  },
   "rope": {
    "anyOf": [
     {

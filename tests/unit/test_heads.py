@@ -1,6 +1,7 @@
 import pytest
 
 from chai_export.kernels.spec import Spec
+from chai_export.op.cache_storage import CacheStorage
 from chai_export.op.dtypes import Dtype
 from chai_export.op.heads import DecoderHeads, HeadCounts
 from tests.tiny_graph import TinyModel
@@ -24,7 +25,8 @@ def test_a_cache_that_layers_share_counts_once():
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
 def test_bytes_are_those_of_the_dtype(dtype, size):
     heads = DecoderHeads(4, 4, 8, 4, num_layers=2)
-    assert heads.kv_bytes_per_token([2, 3], Dtype(dtype)) == size * (5 * 8 + 2 * 4 * 4)
+    storage = CacheStorage.exact(heads, Dtype(dtype))
+    assert storage.token_bytes([2, 3]).total == size * (5 * 8 + 2 * 4 * 4)
     assert heads.kv_bytes_saved([2, 3]) == 3 * 8 / (2 * 4 * 12)
 
 

@@ -7,10 +7,11 @@ import onnx
 import onnx.reference
 import pytest
 
+from chai_export.op.cache_storage import PAGED_VERSION
 from chai_export.op.model import one_node_model
 from chai_export.op.schema import OP_TYPE, SHARED_OP_TYPE, signature
 from chai_export.op.v2.cases import CACHES, CASES, TERM_CASES, check
-from chai_export.op.v2.function import VERSION, Form, function_proto
+from chai_export.op.v2.function import Form, function_proto
 from chai_export.op.v2.model import node_model
 from chai_export.op.v2.reference import AttentionResult
 from chai_export.op.v2.shared_cases import SHARED_CASES, SHARED_TERM_CASES, check_shared
@@ -130,7 +131,7 @@ def test_rows_outside_their_limits_stay_inside_the_buffers():
     bad["page_table"][2] = 1 << 20
     bad["past_head_map"][3] = 99
     model = one_node_model(
-        signature(OP_TYPE, VERSION),
+        signature(OP_TYPE, PAGED_VERSION),
         case.attributes.as_onnx(),
         {"T": "float32", "K": "float32", "V": "float32"},
         function=function_proto(18, Form()),

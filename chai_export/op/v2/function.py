@@ -13,6 +13,7 @@ from functools import lru_cache
 import onnx
 import onnx.parser
 
+from chai_export.op.cache_storage import PAGED_VERSION
 from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE, signature
 from chai_export.op.v2 import text_attend, text_cache, text_map
 from chai_export.op.v2.attributes import Attributes
@@ -20,8 +21,6 @@ from chai_export.op.v2.storage import SCALES_PER_GROUP
 
 MIN_OPSET = 18
 """ReduceMin and ReduceMax take today's form, axes as an input, from opset 18."""
-
-VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Form:
             "sinks": self.sinks,
             "alibi_slopes": self.slopes,
         }
-        of = signature(op_type, VERSION)
+        of = signature(op_type, PAGED_VERSION)
         optional = [each for each in (*of.inputs, *of.outputs) if each.optional]
         return {each.name for each in optional if not has[each.follows or each.name]}
 
@@ -73,7 +72,7 @@ def function_proto(opset: int, form: Form, op_type: str = OP_TYPE) -> onnx.Funct
     """
     if opset < MIN_OPSET:
         raise ValueError(f"the function body needs opset {MIN_OPSET} or newer, got {opset}")
-    of = signature(op_type, VERSION)
+    of = signature(op_type, PAGED_VERSION)
     header = (
         f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">\n'
         f"{op_type} <{', '.join(of.attribute_names)}>"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import onnx
 
+from chai_export.op.cache_storage import PAGED_VERSION
 from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.op.model import one_node_model
 from chai_export.op.schema import OP_TYPE, signature
 from chai_export.op.v2.attributes import Attributes
-from chai_export.op.v2.function import VERSION, Form, function_proto
+from chai_export.op.v2.function import Form, function_proto
 from chai_export.op.v2.storage import Storage
 
 
@@ -37,7 +38,7 @@ def node_model(
     element = ELEMENT_TYPES[dtype].numpy
     width = attributes.group * 2  # any that the group divides: only the dtypes are asked for
     return one_node_model(
-        signature(op_type, VERSION),
+        signature(op_type, PAGED_VERSION),
         attributes.as_onnx(),
         {
             "T": dtype,

@@ -59,8 +59,16 @@ class Storage:
 
     def row_bytes(self, item_size: int) -> int:
         """Bytes of one row with its scales; ``item_size`` is that of T."""
-        item = {0: item_size, 16: 2, 8: 1, 4: 1}[self.bits]
-        return self.columns * item + 2 * self.scale_columns
+        return self.element_bytes(item_size) + self.scale_bytes
+
+    def element_bytes(self, item_size: int) -> int:
+        """Bytes of one row without its scales."""
+        return self.columns * {0: item_size, 16: 2, 8: 1, 4: 1}[self.bits]
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of one row's scales and minima."""
+        return 2 * self.scale_columns
 
     def dtype(self, element: np.dtype[Any]) -> np.dtype[Any]:
         """dtype of the cache tensor; ``element`` is T."""
