@@ -85,9 +85,8 @@ def build_tensorrt(
         )
     if bundle.manifest.paged:
         raise ChaiError(
-            f"{bundle.path} has its caches in pages (op version {bundle.manifest.op_version}), which TensorRT "
-            "engines do not have yet; export it without --key-bits and --value-bits, or run it with "
-            "`--backend onnxruntime`"
+            f"{bundle.path} has caches in pages (op version {bundle.manifest.op_version}), which TensorRT "
+            "engines do not have yet; export without --key-bits and --value-bits, or use --backend onnxruntime"
         )
     tensorrt = import_tensorrt()
     polygraphy = import_polygraphy()
