@@ -86,7 +86,7 @@ def build_tensorrt(
     if bundle.manifest.paged:
         raise ChaiError(
             f"{bundle.path} has caches in pages (op version {bundle.manifest.op_version}), which TensorRT "
-            "engines do not have yet; export without --key-bits and --value-bits, or use --backend onnxruntime"
+            "engines do not have yet; export without --key-bits and --value-bits, or use onnxruntime"
         )
     tensorrt = import_tensorrt()
     polygraphy = import_polygraphy()
