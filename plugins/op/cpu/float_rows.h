@@ -2,6 +2,7 @@
 #pragma once
 
 #include "op/cpu/kernels.h"
+#include "op/cpu/shared_rows.h"
 #include "op/cpu/vector.h"
 
 namespace chai {
@@ -9,10 +10,17 @@ namespace CHAI_ISA {
 
 // Memory is read fastest in one ascending stream per thread: a step that touches several rows at a time costs
 // a third of the bandwidth, software prefetch a sixth (benchmarks/experiments.md).
-constexpr int kSumsAtOnce = 4;                          // vectors that sums() adds up
-constexpr int kSharedRows = 16;                         // rows that stay in L1 while several heads use them
 constexpr int kRowsFromL1 = 8;                          // of these, rows per step of a weighted sum
 constexpr int kMostRegisters = kLanes == 16 ? 24 : 12;  // accumulators of one head's weighted sum
+
+// The first bytes of the next block of rows; the machine finds the others by itself.
+constexpr std::int64_t kAhead = 1024;
+
+// Bring bytes that are read soon nearer; null: none.
+CHAI_INLINE void prefetch(const char* from, std::int64_t bytes) {
+  if (from == nullptr) return;
+  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
 
 // query · key; the vector still to be summed up.
 template <typename T>
@@ -54,40 +62,28 @@ void dots_of_one(const float* query, const T* keys, std::int64_t rows, std::int6
   }
 }
 
-// scores[q][t] = queries[q] · keys[t] for four queries.
-template <typename T>
-void dots_of_four(const float* const* queries, const T* keys, std::int64_t rows, std::int64_t dim,
-                  float* const* scores) {
-  const std::int64_t vectors = dim / kLanes, tail = vectors * kLanes;
-  for (std::int64_t t = 0; t < rows; ++t) {
-    const T* key = keys + t * dim;
-    Vec lanes[kSumsAtOnce] = {};
-    for (std::int64_t i = 0; i < vectors; ++i) {
-      const Vec k = load(key + i * kLanes);
-#pragma GCC unroll 4
-      for (int q = 0; q < kSumsAtOnce; ++q) lanes[q] += load(queries[q] + i * kLanes) * k;
-    }
-    const Quad total = sums(lanes[0], lanes[1], lanes[2], lanes[3]);
-    for (int q = 0; q < kSumsAtOnce; ++q) scores[q][t] = total[q] + dot_tail(queries[q], key, tail, dim);
-  }
-}
-
 // scores[q][t] = queries[q] · keys[t]
 template <typename T>
 void dots(const Queries& queries, const T* keys, std::int64_t rows, std::int64_t dim, float* scores,
-          std::int64_t score_stride) {
+          std::int64_t score_stride, const char* ahead) {
   if (queries.count == 1) return dots_of_one(queries.first, keys, rows, dim, scores);
+  const std::int64_t vectors = dim / kLanes, tail = vectors * kLanes;
   for (std::int64_t t = 0; t < rows; t += kSharedRows) {
     const std::int64_t n = least(kSharedRows, rows - t);
-    for (std::int64_t first = 0; first < queries.count; first += kSumsAtOnce) {
-      const float* query[kSumsAtOnce];
-      float* to[kSumsAtOnce];
-      for (int i = 0; i < kSumsAtOnce; ++i) {
-        const std::int64_t q = least(first + i, queries.count - 1);  // the last one again fills up the four
-        query[i] = queries.first + q * queries.stride;
-        to[i] = scores + q * score_stride + t;
+    const FloatSource<T> source{keys + t * dim, dim};
+    if (ahead != nullptr) prefetch(ahead + t * dim * sizeof(T), n * dim * sizeof(T));
+    for (std::int64_t first = 0; first < queries.count; first += kTileHeads) {
+      const std::int64_t count = least(kTileHeads, queries.count - first);
+      const float* query[kTileHeads];
+      float* to[kTileHeads];
+      for (std::int64_t i = 0; i < count; ++i) {
+        query[i] = queries.first + (first + i) * queries.stride;
+        to[i] = scores + (first + i) * score_stride + t;
       }
-      dots_of_four(query, keys + t * dim, n, dim, to);
+      tile_dots(query, count, source, n, vectors, to);
+      for (std::int64_t i = 0; tail < dim && i < count; ++i) {
+        for (std::int64_t r = 0; r < n; ++r) to[i][r] += dot_tail(query[i], keys + (t + r) * dim, tail, dim);
+      }
     }
   }
 }
@@ -156,15 +152,24 @@ void weighted_sum(float* out, const T* values, const float* weights, std::int64_
 // sums[i] += weights[i] · values
 template <typename T>
 void add(float* const* sums, const float* const* weights, std::int64_t count, const T* values,
-         std::int64_t rows, std::int64_t dim) {
-  const std::int64_t step = count > 1 ? kSharedRows : rows;
-  for (std::int64_t t = 0; t < rows; t += step) {
-    const std::int64_t n = least(step, rows - t);
-    for (std::int64_t i = 0; i < count; ++i) {
-      if (i == 0) {
-        weighted_sum(sums[i], values + t * dim, weights[i] + t, n, dim);
-      } else {
-        weighted_sum_from_l1(sums[i], values + t * dim, weights[i] + t, n, dim);
+         std::int64_t rows, std::int64_t dim, const char* ahead) {
+  if (count == 1) return weighted_sum(sums[0], values, weights[0], rows, dim);
+  const std::int64_t vectors = dim / kLanes;
+  for (std::int64_t t = 0; t < rows; t += kSharedRows) {
+    const std::int64_t n = least(kSharedRows, rows - t);
+    const T* from = values + t * dim;
+    if (ahead != nullptr) prefetch(ahead + t * dim * sizeof(T), n * dim * sizeof(T));
+    for (std::int64_t first = 0; first < count; first += kTileHeads) {
+      const std::int64_t heads = least(kTileHeads, count - first);
+      const float* weight[kTileHeads];
+      for (std::int64_t i = 0; i < heads; ++i) weight[i] = weights[first + i] + t;
+      tile_add(sums + first, weight, heads, FloatSource<T>{from, dim}, n, vectors);
+      for (std::int64_t i = 0; vectors * kLanes < dim && i < heads; ++i) {
+        for (std::int64_t r = 0; r < n; ++r) {
+          for (std::int64_t d = vectors * kLanes; d < dim; ++d) {
+            sums[first + i][d] += weight[i][r] * load_one(from + r * dim + d);
+          }
+        }
       }
     }
   }
@@ -177,11 +182,13 @@ struct FloatRows {
 
   static void dots(const Queries& queries, const RowBlock& block, std::int64_t dim, std::int64_t,
                    float* scores, std::int64_t score_stride, float*) {
-    CHAI_ISA::dots(queries, of(block), block.count, dim, scores, score_stride);
+    prefetch(block.ahead, kAhead);
+    CHAI_ISA::dots(queries, of(block), block.count, dim, scores, score_stride, block.ahead);
   }
   static void add(float* const* sums, const float* const* weights, std::int64_t count, const RowBlock& block,
                   std::int64_t dim, std::int64_t, float*) {
-    CHAI_ISA::add(sums, weights, count, of(block), block.count, dim);
+    prefetch(block.ahead, kAhead);
+    CHAI_ISA::add(sums, weights, count, of(block), block.count, dim, block.ahead);
   }
   static void load(float* to, const RowBlock& block, std::int64_t dim, std::int64_t) {
     widen(to, of(block), block.count * dim, 1.0f);

@@ -13,6 +13,16 @@ struct Int4Codes {
   static constexpr std::int64_t kMostVectors = 4;
   static std::int64_t bytes(std::int64_t elements) { return elements / 2; }
 
+  // The two codes of each byte as floats. One permutation looks a code up by the low bits of its lane.
+#if defined(__AVX512F__)
+  static CHAI_INLINE Vec low_codes(IntVec both) {
+    return _mm512_maskz_permutexvar_ps(0xffff, bit_cast<__m512i>(both), lane_numbers());
+  }
+#else
+  static CHAI_INLINE Vec low_codes(IntVec both) { return to_floats(both & 15); }
+#endif
+  static CHAI_INLINE Vec high_codes(IntVec both) { return to_floats(both >> 4); }
+
   // query · row = Σ_g scale_g (even · low nibbles + odd · high nibbles) + minimum_g · (sum of the query's
   // group)
   struct Query {
@@ -41,18 +51,20 @@ struct Int4Codes {
     }
   };
 
-  template <int PER>
+  template <int PER, int GROUPS>
   static CHAI_INLINE Vec dot(const Query& query, const Byte* codes, const float* scales,
                              std::int64_t groups) {
+    const std::int64_t count = GROUPS > 0 ? GROUPS : groups;
     Vec total = {};
-    for (std::int64_t g = 0; g < groups; ++g) {
+#pragma GCC unroll 4
+    for (std::int64_t g = 0; g < count; ++g) {
       Vec part = {};
 #pragma GCC unroll 4
       for (int i = 0; i < PER; ++i) {
         const std::int64_t at = (g * PER + i) * kLanes;
         const IntVec both = load_bytes(codes + at);
-        part += CHAI_ISA::load(query.even + at) * to_floats(both & 15);
-        part += CHAI_ISA::load(query.odd + at) * to_floats(both >> 4);
+        part += CHAI_ISA::load(query.even + at) * low_codes(both);
+        part += CHAI_ISA::load(query.odd + at) * high_codes(both);
       }
       total += part * splat(scales[g]);
     }
@@ -69,7 +81,19 @@ struct Int4Codes {
     }
     float* target(float*) const { return even; }
     void add_offsets(const float* factors, std::int64_t rows, std::int64_t groups) {
-      for (std::int64_t g = 0; g < groups; ++g) {
+      std::int64_t g = 0;
+      for (; g + 4 <= groups; g += 4) {
+        Quad total[2] = {};
+        const float* from = factors + groups + g;
+        std::int64_t t = 0;
+        for (; t + 2 <= rows; t += 2, from += 4 * groups) {
+          total[0] += load_four(from);
+          total[1] += load_four(from + 2 * groups);
+        }
+        if (t < rows) total[0] += load_four(from);
+        store_four(minima + g, load_four(minima + g) + (total[0] + total[1]));
+      }
+      for (; g < groups; ++g) {
         float two[2] = {};
         std::int64_t t = 0;
         for (; t + 2 <= rows; t += 2) {
@@ -92,7 +116,8 @@ struct Int4Codes {
 
   template <int PER, int GROUPS>
   static CHAI_INLINE void add_columns(float* even, float* odd, const Byte* codes, const float* factors,
-                                      std::int64_t rows, std::int64_t row_length, std::int64_t groups) {
+                                      std::int64_t rows, std::int64_t row_length, std::int64_t groups,
+                                      const char* ahead) {
     Vec low[GROUPS * PER], high[GROUPS * PER];
 #pragma GCC unroll 4
     for (int i = 0; i < GROUPS * PER; ++i) {
@@ -101,14 +126,15 @@ struct Int4Codes {
     }
     for (std::int64_t t = 0; t < rows; ++t) {
       const Byte* row = codes + t * row_length;
+      if (ahead != nullptr) prefetch(ahead + t * row_length, row_length);
 #pragma GCC unroll 4
       for (int g = 0; g < GROUPS; ++g) {
         const Vec factor = splat(factors[t * 2 * groups + g]);
 #pragma GCC unroll 4
         for (int i = g * PER; i < (g + 1) * PER; ++i) {
           const IntVec both = load_bytes(row + i * kLanes);
-          low[i] += factor * to_floats(both & 15);
-          high[i] += factor * to_floats(both >> 4);
+          low[i] += factor * low_codes(both);
+          high[i] += factor * high_codes(both);
         }
       }
     }
@@ -121,17 +147,66 @@ struct Int4Codes {
 
   template <int PER>
   static void add_rows(float* even, const Byte* codes, const float* factors, std::int64_t rows,
-                       std::int64_t dim, std::int64_t groups) {
+                       std::int64_t dim, std::int64_t groups, const char* ahead) {
     constexpr int kGroups = kColumnVectors / 2 / PER;
     float* odd = even + dim / 2;
     std::int64_t g = 0;
     for (; g + kGroups <= groups; g += kGroups) {
       const std::int64_t at = g * PER * kLanes;
-      add_columns<PER, kGroups>(even + at, odd + at, codes + at, factors + g, rows, dim / 2, groups);
+      add_columns<PER, kGroups>(even + at, odd + at, codes + at, factors + g, rows, dim / 2, groups,
+                                g == 0 ? ahead : nullptr);
     }
     for (; g < groups; ++g) {
       const std::int64_t at = g * PER * kLanes;
-      add_columns<PER, 1>(even + at, odd + at, codes + at, factors + g, rows, dim / 2, groups);
+      add_columns<PER, 1>(even + at, odd + at, codes + at, factors + g, rows, dim / 2, groups,
+                          g == 0 ? ahead : nullptr);
+    }
+  }
+
+  // Rows as floats: the even elements of a vector of bytes, the odd ones, those of the next, ….
+  template <int PER>
+  struct Source {
+    const Byte* codes;
+    const float* scales;
+    std::int64_t dim, groups;
+
+    struct Row {
+      const Byte* codes;
+      const float* scales;
+      const float* minima;
+      CHAI_INLINE Vec vector(std::int64_t j) const {
+        const std::int64_t at = j / 2, group = at / PER;
+        const IntVec both = load_bytes(codes + at * kLanes);
+        return (j % 2 == 0 ? low_codes(both) : high_codes(both)) * splat(scales[group]) +
+               splat(minima[group]);
+      }
+    };
+    CHAI_INLINE Row at(std::int64_t t) const {
+      const float* own = scales + t * 2 * groups;
+      return {codes + t * (dim / 2), own, own + groups};
+    }
+  };
+  // A query in the order of a source's elements.
+  static const float* in_order(float* to, const float* query, std::int64_t dim) {
+    for (std::int64_t first = 0; first < dim; first += 2 * kLanes) {
+      for (int i = 0; i < kLanes; ++i) {
+        to[first + i] = query[first + 2 * i];
+        to[first + kLanes + i] = query[first + 2 * i + 1];
+      }
+    }
+    return to;
+  }
+  // Where sums in that order begin, at zero, and what adds them to those in the order of the row.
+  static float* sums_in_order(float* to, float*, std::int64_t dim) {
+    __builtin_memset(to, 0, dim * sizeof(float));
+    return to;
+  }
+  static void add_in_order(float* sums, const float* from, std::int64_t dim) {
+    for (std::int64_t first = 0; first < dim; first += 2 * kLanes) {
+      const Vec even = CHAI_ISA::load(from + first), odd = CHAI_ISA::load(from + first + kLanes);
+      float* to = sums + first;
+      CHAI_ISA::store(to, CHAI_ISA::load(to) + __builtin_shuffle(even, odd, kFirstHalf));
+      CHAI_ISA::store(to + kLanes, CHAI_ISA::load(to + kLanes) + __builtin_shuffle(even, odd, kSecondHalf));
     }
   }
 

@@ -18,11 +18,13 @@ struct Int8Codes {
     CHAI_INLINE float offset(const float*, std::int64_t) const { return 0.0f; }
   };
 
-  template <int PER>
+  template <int PER, int GROUPS>
   static CHAI_INLINE Vec dot(const Query& query, const Byte* codes, const float* scales,
                              std::int64_t groups) {
+    const std::int64_t count = GROUPS > 0 ? GROUPS : groups;
     Vec total = {};
-    for (std::int64_t g = 0; g < groups; ++g) {
+#pragma GCC unroll 4
+    for (std::int64_t g = 0; g < count; ++g) {
       const float* values = query.values + g * PER * kLanes;
       const Byte* from = codes + g * PER * kLanes;
       Vec part = CHAI_ISA::load(values) * CHAI_ISA::load(from);
@@ -44,12 +46,13 @@ struct Int8Codes {
 
   template <int PER, int GROUPS>
   static CHAI_INLINE void add_columns(float* out, const Byte* codes, const float* factors, std::int64_t rows,
-                                      std::int64_t dim, std::int64_t groups) {
+                                      std::int64_t dim, std::int64_t groups, const char* ahead) {
     Vec total[GROUPS * PER];
 #pragma GCC unroll 8
     for (int i = 0; i < GROUPS * PER; ++i) total[i] = CHAI_ISA::load(out + i * kLanes);
     for (std::int64_t t = 0; t < rows; ++t) {
       const Byte* row = codes + t * dim;
+      if (ahead != nullptr) prefetch(ahead + t * dim, dim);
 #pragma GCC unroll 8
       for (int g = 0; g < GROUPS; ++g) {
         const Vec factor = splat(factors[t * groups + g]);
@@ -65,18 +68,40 @@ struct Int8Codes {
 
   template <int PER>
   static void add_rows(float* out, const Byte* codes, const float* factors, std::int64_t rows,
-                       std::int64_t dim, std::int64_t groups) {
+                       std::int64_t dim, std::int64_t groups, const char* ahead) {
     constexpr int kGroups = kColumnVectors / PER;
     std::int64_t g = 0;
     for (; g + kGroups <= groups; g += kGroups) {
       const std::int64_t at = g * PER * kLanes;
-      add_columns<PER, kGroups>(out + at, codes + at, factors + g, rows, dim, groups);
+      add_columns<PER, kGroups>(out + at, codes + at, factors + g, rows, dim, groups,
+                                g == 0 ? ahead : nullptr);
     }
     for (; g < groups; ++g) {
       const std::int64_t at = g * PER * kLanes;
-      add_columns<PER, 1>(out + at, codes + at, factors + g, rows, dim, groups);
+      add_columns<PER, 1>(out + at, codes + at, factors + g, rows, dim, groups, g == 0 ? ahead : nullptr);
     }
   }
+
+  // Rows as floats, vector by vector.
+  template <int PER>
+  struct Source {
+    const Byte* codes;
+    const float* scales;
+    std::int64_t dim, groups;
+
+    struct Row {
+      const Byte* codes;
+      const float* scales;
+      CHAI_INLINE Vec vector(std::int64_t j) const {
+        return CHAI_ISA::load(codes + j * kLanes) * splat(scales[j / PER]);
+      }
+    };
+    CHAI_INLINE Row at(std::int64_t t) const { return {codes + t * dim, scales + t * groups}; }
+  };
+  // The order of a source's elements is that of the row.
+  static const float* in_order(float*, const float* query, std::int64_t) { return query; }
+  static float* sums_in_order(float*, float* sums, std::int64_t) { return sums; }
+  static void add_in_order(float*, const float*, std::int64_t) {}
 
   static void load_row(float* to, const Byte* codes, const std::uint16_t* scales, std::int64_t dim,
                        std::int64_t group) {

@@ -28,7 +28,8 @@ struct QuantisedRows {
   static RowBlock part(const RowBlock& block, std::int64_t first, std::int64_t most_rows, std::int64_t dim,
                        std::int64_t group) {
     const std::int64_t bytes = Codes::bytes(dim), scales = row_scales(Codes::kStorage, dim, group);
-    return {block.rows + first * bytes, block.scales + first * scales, least(most_rows, block.count - first)};
+    return {block.rows + first * bytes, block.scales + first * scales, least(most_rows, block.count - first),
+            block.ahead == nullptr ? nullptr : block.ahead + first * bytes};
   }
 
   static const float* scales_of(const RowBlock& block, std::int64_t numbers, float* to) {
@@ -38,11 +39,11 @@ struct QuantisedRows {
 
   static std::size_t scratch(std::int64_t dim, std::int64_t group) {
     const std::int64_t direct =
-        2 * kScaleRows * row_scales(Codes::kStorage, dim, group) + 3 * dim + 4 * kLanes;
+        2 * kScaleRows * row_scales(Codes::kStorage, dim, group) + (kTileHeads + 1) * dim + 4 * kLanes;
     return most(direct, kSharedRows * dim);
   }
 
-  template <int PER>
+  template <int PER, int GROUPS>
   static void direct_dots(const float* query, const RowBlock& block, std::int64_t dim, std::int64_t group,
                           float* scores, float* scratch) {
     const std::int64_t groups = dim / group, numbers = row_scales(Codes::kStorage, dim, group);
@@ -55,34 +56,76 @@ struct QuantisedRows {
       const std::int64_t bytes = Codes::bytes(dim);
       std::int64_t t = 0;
       for (; t + kSumsAtOnce <= rows.count; t += kSumsAtOnce) {
+        if (rows.ahead != nullptr) prefetch(rows.ahead + t * bytes, kSumsAtOnce * bytes);
         Vec lanes[kSumsAtOnce];
 #pragma GCC unroll 4
         for (int r = 0; r < kSumsAtOnce; ++r) {
-          lanes[r] =
-              Codes::template dot<PER>(prepared, codes + (t + r) * bytes, scales + (t + r) * numbers, groups);
+          lanes[r] = Codes::template dot<PER, GROUPS>(prepared, codes + (t + r) * bytes,
+                                                      scales + (t + r) * numbers, groups);
         }
         Quad total = sums(lanes[0], lanes[1], lanes[2], lanes[3]);
         for (int r = 0; r < kSumsAtOnce; ++r) total[r] += prepared.offset(scales + (t + r) * numbers, groups);
         __builtin_memcpy(to + t, &total, sizeof(total));
       }
       for (; t < rows.count; ++t) {
-        to[t] = sum(Codes::template dot<PER>(prepared, codes + t * bytes, scales + t * numbers, groups)) +
-                prepared.offset(scales + t * numbers, groups);
+        to[t] =
+            sum(Codes::template dot<PER, GROUPS>(prepared, codes + t * bytes, scales + t * numbers, groups)) +
+            prepared.offset(scales + t * numbers, groups);
+      }
+    }
+  }
+
+  // Rows of two or four groups, which those of today's models are, without a loop over groups.
+  template <int PER>
+  static void direct_dots(const float* query, const RowBlock& block, std::int64_t dim, std::int64_t group,
+                          float* scores, float* scratch) {
+    if (dim == 4 * group) return direct_dots<PER, 4>(query, block, dim, group, scores, scratch);
+    if (dim == 2 * group) return direct_dots<PER, 2>(query, block, dim, group, scores, scratch);
+    direct_dots<PER, 0>(query, block, dim, group, scores, scratch);
+  }
+
+  template <int PER>
+  static void shared_dots(const Queries& queries, const RowBlock& block, std::int64_t dim, std::int64_t group,
+                          float* scores, std::int64_t score_stride, float* scratch) {
+    const std::int64_t numbers = row_scales(Codes::kStorage, dim, group), bytes = Codes::bytes(dim);
+    float* const own = scratch + kScaleRows * numbers;
+    for (std::int64_t first = 0; first < block.count; first += kScaleRows) {
+      const RowBlock rows = part(block, first, kScaleRows, dim, group);
+      prefetch(rows.ahead, rows.count * bytes);
+      const typename Codes::template Source<PER> source{
+          reinterpret_cast<const typename Codes::Byte*>(rows.rows), scales_of(rows, numbers, scratch), dim,
+          dim / group};
+      for (std::int64_t i = 0; i < queries.count; i += kTileHeads) {
+        const std::int64_t count = least(kTileHeads, queries.count - i);
+        const float* query[kTileHeads];
+        float* to[kTileHeads];
+        for (std::int64_t q = 0; q < count; ++q) {
+          query[q] = Codes::in_order(own + q * dim, queries.first + (i + q) * queries.stride, dim);
+          to[q] = scores + (i + q) * score_stride + first;
+        }
+        tile_dots(query, count, source, rows.count, dim / kLanes, to);
       }
     }
   }
 
   static void dots(const Queries& queries, const RowBlock& block, std::int64_t dim, std::int64_t group,
                    float* scores, std::int64_t score_stride, float* scratch) {
-    const std::int64_t per = queries.count == 1 ? vectors(group) : 0;
-    if (per == 8) return direct_dots<8>(queries.first, block, dim, group, scores, scratch);
-    if (per == 4) return direct_dots<4>(queries.first, block, dim, group, scores, scratch);
-    if (per == 2) return direct_dots<2>(queries.first, block, dim, group, scores, scratch);
-    if (per == 1) return direct_dots<1>(queries.first, block, dim, group, scores, scratch);
+    const std::int64_t per = vectors(group);
+    if (queries.count == 1) {
+      if (per == 8) return direct_dots<8>(queries.first, block, dim, group, scores, scratch);
+      if (per == 4) return direct_dots<4>(queries.first, block, dim, group, scores, scratch);
+      if (per == 2) return direct_dots<2>(queries.first, block, dim, group, scores, scratch);
+      if (per == 1) return direct_dots<1>(queries.first, block, dim, group, scores, scratch);
+    } else {
+      if (per == 8) return shared_dots<8>(queries, block, dim, group, scores, score_stride, scratch);
+      if (per == 4) return shared_dots<4>(queries, block, dim, group, scores, score_stride, scratch);
+      if (per == 2) return shared_dots<2>(queries, block, dim, group, scores, score_stride, scratch);
+      if (per == 1) return shared_dots<1>(queries, block, dim, group, scores, score_stride, scratch);
+    }
     for (std::int64_t first = 0; first < block.count; first += kSharedRows) {
       const RowBlock rows = part(block, first, kSharedRows, dim, group);
       Codes::load(scratch, rows, dim, group);
-      CHAI_ISA::dots<float>(queries, scratch, rows.count, dim, scores + first, score_stride);
+      CHAI_ISA::dots<float>(queries, scratch, rows.count, dim, scores + first, score_stride, nullptr);
     }
   }
 
@@ -96,29 +139,65 @@ struct QuantisedRows {
       const RowBlock rows = part(block, first, kScaleRows, dim, group);
       const float* scales = scales_of(rows, numbers, scratch);
       for (std::int64_t t = 0; t < rows.count; ++t) {
-        for (std::int64_t i = 0; i < numbers; ++i) {
-          factors[t * numbers + i] = scales[t * numbers + i] * weights[first + t];
-        }
+        const float weight = weights[first + t];
+        std::int64_t i = t * numbers;
+        for (; i + 4 <= (t + 1) * numbers; i += 4) store_four(factors + i, load_four(scales + i) * weight);
+        for (; i < (t + 1) * numbers; ++i) factors[i] = scales[i] * weight;
       }
       const auto* codes = reinterpret_cast<const typename Codes::Byte*>(rows.rows);
-      Codes::template add_rows<PER>(sum.target(sums), codes, factors, rows.count, dim, groups);
+      Codes::template add_rows<PER>(sum.target(sums), codes, factors, rows.count, dim, groups, rows.ahead);
       sum.add_offsets(factors, rows.count, groups);
     }
     sum.finish(sums, dim, group);
   }
 
+  template <int PER>
+  static void shared_add(float* const* sums, const float* const* weights, std::int64_t count,
+                         const RowBlock& block, std::int64_t dim, std::int64_t group, float* scratch) {
+    const std::int64_t numbers = row_scales(Codes::kStorage, dim, group), bytes = Codes::bytes(dim);
+    float* const own = scratch + kScaleRows * numbers;
+    for (std::int64_t first = 0; first < block.count; first += kScaleRows) {
+      const RowBlock rows = part(block, first, kScaleRows, dim, group);
+      prefetch(rows.ahead, rows.count * bytes);
+      const typename Codes::template Source<PER> source{
+          reinterpret_cast<const typename Codes::Byte*>(rows.rows), scales_of(rows, numbers, scratch), dim,
+          dim / group};
+      for (std::int64_t i = 0; i < count; i += kTileHeads) {
+        const std::int64_t heads = least(kTileHeads, count - i);
+        float* to[kTileHeads];
+        const float* weight[kTileHeads];
+        for (std::int64_t h = 0; h < heads; ++h) {
+          to[h] = Codes::sums_in_order(own + h * dim, sums[i + h], dim);
+          weight[h] = weights[i + h] + first;
+        }
+        tile_add(to, weight, heads, source, rows.count, dim / kLanes);
+        for (std::int64_t h = 0; h < heads; ++h) Codes::add_in_order(sums[i + h], to[h], dim);
+      }
+    }
+  }
+
   static void add(float* const* sums, const float* const* weights, std::int64_t count, const RowBlock& block,
                   std::int64_t dim, std::int64_t group, float* scratch) {
-    const std::int64_t per = count == 1 ? vectors(group) : 0;
-    if (per == 8) return direct_add<8>(sums[0], weights[0], block, dim, group, scratch);
-    if (per == 4) return direct_add<4>(sums[0], weights[0], block, dim, group, scratch);
-    if (per == 2) return direct_add<2>(sums[0], weights[0], block, dim, group, scratch);
-    if (per == 1) return direct_add<1>(sums[0], weights[0], block, dim, group, scratch);
+    const std::int64_t per = vectors(group);
+    if (count == 1) {
+      if (per == 8) return direct_add<8>(sums[0], weights[0], block, dim, group, scratch);
+      if (per == 4) return direct_add<4>(sums[0], weights[0], block, dim, group, scratch);
+      if (per == 2) return direct_add<2>(sums[0], weights[0], block, dim, group, scratch);
+      if (per == 1) return direct_add<1>(sums[0], weights[0], block, dim, group, scratch);
+    } else {
+      if (per == 8) return shared_add<8>(sums, weights, count, block, dim, group, scratch);
+      if (per == 4) return shared_add<4>(sums, weights, count, block, dim, group, scratch);
+      if (per == 2) return shared_add<2>(sums, weights, count, block, dim, group, scratch);
+      if (per == 1) return shared_add<1>(sums, weights, count, block, dim, group, scratch);
+    }
     for (std::int64_t first = 0; first < block.count; first += kSharedRows) {
       const RowBlock rows = part(block, first, kSharedRows, dim, group);
       Codes::load(scratch, rows, dim, group);
-      for (std::int64_t i = 0; i < count; ++i) {
-        weighted_sum_from_l1<float>(sums[i], scratch, weights[i] + first, rows.count, dim);
+      const float* weight[kTileHeads];
+      for (std::int64_t i = 0; i < count; i += kTileHeads) {
+        const std::int64_t heads = least(kTileHeads, count - i);
+        for (std::int64_t h = 0; h < heads; ++h) weight[h] = weights[i + h] + first;
+        CHAI_ISA::add<float>(sums + i, weight, heads, scratch, rows.count, dim, nullptr);
       }
     }
   }

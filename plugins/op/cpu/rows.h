@@ -12,6 +12,9 @@ struct RowBlock {
   char* rows;
   std::uint16_t* scales;
   std::int64_t count;
+  // Rows that are read next, to be brought nearer meanwhile; null: none. At least as many as `count`, but at
+  // the end of a range.
+  const char* ahead = nullptr;
 };
 
 // Position p is row p % page_size of page table[p / page_size].
@@ -33,14 +36,19 @@ struct PagedRows {
   }
 };
 
+// Bytes of a block up to which the next one stays in the L2 cache until it is read.
+constexpr std::int64_t kMostAhead = std::int64_t{1} << 17;
+
 // body(block, first position of the block) for each page of [begin, end).
 template <typename Body>
 CHAI_INLINE void for_each_block(const PagedRows& paged, std::int64_t begin, std::int64_t end,
                                 const Body& body) {
   while (begin < end) {
-    const RowBlock block = paged.block(begin, end);
+    RowBlock block = paged.block(begin, end);
+    const std::int64_t next = begin + block.count;
+    if (next < end && block.count * paged.row_bytes <= kMostAhead) block.ahead = paged.block(next, end).rows;
     body(block, begin);
-    begin += block.count;
+    begin = next;
   }
 }
 

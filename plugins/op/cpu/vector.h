@@ -72,6 +72,12 @@ CHAI_INLINE Vec load(const float* from) {
   return v;
 }
 
+CHAI_INLINE Quad load_four(const float* from) {
+  Quad q;
+  __builtin_memcpy(&q, from, sizeof(q));
+  return q;
+}
+
 CHAI_INLINE UintVec load_bits(const void* from) {
   HalfVec half;
   __builtin_memcpy(&half, from, sizeof(half));
@@ -153,6 +159,10 @@ CHAI_INLINE void store(float* to, Vec v) {
   __builtin_memcpy(to, &v, sizeof(v));
 }
 
+CHAI_INLINE void store_four(float* to, Quad q) {
+  __builtin_memcpy(to, &q, sizeof(q));
+}
+
 CHAI_INLINE void store_one(float* to, float x) {
   *to = x;
 }
@@ -188,14 +198,29 @@ CHAI_INLINE Quad fold(Vec v) {
 #endif
 }
 
-// The four sums of four vectors.
+// Within each four lanes: the first two of a and b in turn, the last two; the first two of a, then of b, ….
+#if CHAI_LANES == 16
+constexpr IntVec kLowPairs = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+constexpr IntVec kHighPairs = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+constexpr IntVec kFirstTwo = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+constexpr IntVec kLastTwo = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+#elif CHAI_LANES == 8
+constexpr IntVec kLowPairs = {0, 8, 1, 9, 4, 12, 5, 13};
+constexpr IntVec kHighPairs = {2, 10, 3, 11, 6, 14, 7, 15};
+constexpr IntVec kFirstTwo = {0, 1, 8, 9, 4, 5, 12, 13};
+constexpr IntVec kLastTwo = {2, 3, 10, 11, 6, 7, 14, 15};
+#else
+constexpr IntVec kLowPairs = {0, 4, 1, 5};
+constexpr IntVec kHighPairs = {2, 6, 3, 7};
+constexpr IntVec kFirstTwo = {0, 1, 4, 5};
+constexpr IntVec kLastTwo = {2, 3, 6, 7};
+#endif
+
+// The four sums of four vectors: added up together as long as they are wide.
 CHAI_INLINE Quad sums(Vec a, Vec b, Vec c, Vec d) {
-  const Quad qa = fold(a), qb = fold(b), qc = fold(c), qd = fold(d);
-  const Quad ab =
-      __builtin_shuffle(qa, qb, IntQuad{0, 4, 1, 5}) + __builtin_shuffle(qa, qb, IntQuad{2, 6, 3, 7});
-  const Quad cd =
-      __builtin_shuffle(qc, qd, IntQuad{0, 4, 1, 5}) + __builtin_shuffle(qc, qd, IntQuad{2, 6, 3, 7});
-  return __builtin_shuffle(ab, cd, IntQuad{0, 1, 4, 5}) + __builtin_shuffle(ab, cd, IntQuad{2, 3, 6, 7});
+  const Vec ab = __builtin_shuffle(a, b, kLowPairs) + __builtin_shuffle(a, b, kHighPairs);
+  const Vec cd = __builtin_shuffle(c, d, kLowPairs) + __builtin_shuffle(c, d, kHighPairs);
+  return fold(__builtin_shuffle(ab, cd, kFirstTwo) + __builtin_shuffle(ab, cd, kLastTwo));
 }
 
 CHAI_INLINE float sum(Vec v) {
