@@ -125,6 +125,9 @@ Manifest read_fields(const Json& json) {
   require(op_version == kOpVersion, "this library runs bundles of op version " + std::to_string(kOpVersion) +
                                         " and this one is of version " + std::to_string(op_version) +
                                         (op_version == kPagedVersion ? kWithoutBits : ""));
+  for (const char* name : {"key_bits", "value_bits", "group"})
+    require(!json.find(name),
+            std::string(name) + " is given, and op_version is 1, whose caches are in the dtype");
   manifest.item_type = item_type(json.at("dtype").string());
   Geometry& geometry = manifest.geometry;
   geometry.num_layers = json.at("num_layers").integer();
