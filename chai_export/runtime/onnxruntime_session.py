@@ -7,26 +7,17 @@ present, so there are two sets of buffers that swap roles. The head map always h
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.choices import Heads
 from chai_export.bundle.graph_io import HEAD_MAP, LOGITS, PRESENT_HEAD_MAP
-from chai_export.bundle.op_nodes import check_op_nodes
-from chai_export.errors import ChaiError, reason
-from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.runtime.cache import KvCache
-from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, SWITCH, find_library
-
-_COMPUTED = (Dtype.FLOAT32, Dtype.FLOAT16)
-"""What ONNX Runtime's CPU provider has operators for."""
-_ELEMENT_TYPES = {element.onnxruntime: name for name, element in ELEMENT_TYPES.items()}
-_QUIET = 3
+from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
+from chai_export.runtime.onnxruntime_model import open_model, output_type, shared_value
 
 
 class OnnxRuntimeSession:
@@ -45,19 +36,12 @@ class OnnxRuntimeSession:
     def __init__(
         self, bundle: Bundle, heads: Heads | str = Heads.CHAI, *, threads: int = 0, spin_after: bool = True
     ) -> None:
-        if bundle.manifest.dtype not in _COMPUTED:
-            raise ChaiError(
-                f"{bundle.path} is {bundle.manifest.dtype}, which ONNX Runtime does not compute on a CPU; "
-                f"export with --dtype {' or '.join(_COMPUTED)}"
-            )
         self._manifest = bundle.manifest
         self._heads = heads
         self.library = find_library(ONNXRUNTIME_LIBRARY)
-        self._session = _open(bundle, self.library, threads, spin_after)
-        _check_graph(self._session, bundle)
+        self._session = open_model(bundle, self.library, threads, spin_after)
         self._io = bundle.manifest.io
-        types = {node.name: _ELEMENT_TYPES[node.type] for node in self._session.get_outputs()}
-        self._logits_type = ELEMENT_TYPES[types[LOGITS]].numpy
+        self._logits_type = output_type(self._session, LOGITS)
         self._caches: list[KvCache] = []
         self._bindings: list[Any] = []
         self._head_maps: list[NDArray[np.int32]] = []
@@ -140,9 +124,9 @@ class OnnxRuntimeSession:
         if self._manifest.switch_lengths:
             arrays.append(past_lengths + lengths if rope_lengths is None else rope_lengths)
         for value, array in zip(self._io.step, arrays, strict=True):
-            binding.bind_ortvalue_input(value.name, _value(np.ascontiguousarray(array)))
+            binding.bind_ortvalue_input(value.name, shared_value(np.ascontiguousarray(array)))
         logits = np.empty((*output_positions.shape, self._manifest.vocab_size), self._logits_type)
-        binding.bind_ortvalue_output(LOGITS, _value(logits))
+        binding.bind_ortvalue_output(LOGITS, shared_value(logits))
         self._session.run_with_iobinding(binding)
         self._turn = 1 - self._turn
         return logits.astype(np.float32, copy=False)
@@ -156,8 +140,8 @@ class OnnxRuntimeSession:
     def _bind(self) -> None:
         """One binding per turn: the head maps swap roles every step, the caches too unless in place."""
         self._bindings = []
-        values = [{name: _value(a) for name, a in cache.arrays.items()} for cache in self._caches]
-        maps = [_value(array) for array in self._head_maps]
+        values = [{name: shared_value(a) for name, a in cache.arrays.items()} for cache in self._caches]
+        maps = [shared_value(array) for array in self._head_maps]
         for turn in range(2):
             binding = self._session.io_binding()
             past, present = values[turn % len(values)], values[(turn + 1) % len(values)]
@@ -167,46 +151,3 @@ class OnnxRuntimeSession:
             binding.bind_ortvalue_input(HEAD_MAP, maps[turn])
             binding.bind_ortvalue_output(PRESENT_HEAD_MAP, maps[1 - turn])
             self._bindings.append(binding)
-
-
-def _value(array: NDArray[Any]) -> Any:
-    """An OrtValue over the array's own memory (it keeps a reference to it)."""
-    return ort.OrtValue.ortvalue_from_numpy(array)
-
-
-def _open(bundle: Bundle, library: Any, threads: int, spin_after: bool) -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = _QUIET
-    options.intra_op_num_threads = threads
-    if not spin_after:
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-    model = str(bundle.model_path)
-    if library is not None:
-        try:
-            options.register_custom_ops_library(str(library))
-        except Exception as error:
-            raise ChaiError(
-                f"{library} does not load in ONNX Runtime {ort.__version__} ({reason(error)}); "
-                f"build it again, or set {SWITCH}=0 to run without it"
-            ) from error
-    try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        hint = f" or set {SWITCH}=0" if library is not None else ""
-        raise ChaiError(
-            f"ONNX Runtime {ort.__version__} cannot load {model} ({reason(error)}); export again{hint}"
-        ) from error
-
-
-def _check_graph(session: Any, bundle: Bundle) -> None:
-    """Compare names, types and known sizes of the graph with the manifest, before garbage can come out."""
-    given = {
-        node.name: (_ELEMENT_TYPES.get(node.type, node.type), node.shape)
-        for node in chain(session.get_inputs(), session.get_outputs())
-    }
-    difference = bundle.manifest.io.difference(given)
-    if difference is not None:
-        raise ChaiError(
-            f"{bundle.model_path} does not fit its manifest: {difference}; export or rewrite again"
-        )
-    check_op_nodes(bundle)

@@ -1,0 +1,89 @@
+"""Opening a bundle's graph in ONNX Runtime, and the few calls to it that both versions of the op need."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.op_nodes import check_op_nodes
+from chai_export.errors import ChaiError, reason
+from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
+from chai_export.runtime.native import SWITCH
+
+_COMPUTED = (Dtype.FLOAT32, Dtype.FLOAT16)
+"""What ONNX Runtime's CPU provider has operators for."""
+_ELEMENT_TYPES = {element.onnxruntime: name for name, element in ELEMENT_TYPES.items()}
+_QUIET = 3
+
+
+def open_model(bundle: Bundle, library: Path | None, threads: int, spin_after: bool) -> Any:
+    """An InferenceSession of the bundle's graph, which fits its manifest.
+
+    Args:
+        bundle: whose graph.
+        library: custom ops to register; None runs the function bodies.
+        threads: threads within an operator; 0 lets ONNX Runtime decide.
+        spin_after: whether idle threads go on spinning after a step, for the sake of the next one soon.
+
+    Raises:
+        ChaiError: the bundle is bfloat16, or its graph does not fit its manifest or ONNX Runtime.
+    """
+    if bundle.manifest.dtype not in _COMPUTED:
+        raise ChaiError(
+            f"{bundle.path} is {bundle.manifest.dtype}, which ONNX Runtime does not compute on a CPU; "
+            f"export with --dtype {' or '.join(_COMPUTED)}"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = _QUIET
+    options.intra_op_num_threads = threads
+    if not spin_after:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    model = str(bundle.model_path)
+    if library is not None:
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:
+            raise ChaiError(
+                f"{library} does not load in ONNX Runtime {ort.__version__} ({reason(error)}); "
+                f"build it again, or set {SWITCH}=0 to run without it"
+            ) from error
+    try:
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        hint = f" or set {SWITCH}=0" if library is not None else ""
+        raise ChaiError(
+            f"ONNX Runtime {ort.__version__} cannot load {model} ({reason(error)}); export again{hint}"
+        ) from error
+    _check_graph(session, bundle)
+    return session
+
+
+def output_type(session: Any, name: str) -> np.dtype[Any]:
+    """dtype of an output of the graph."""
+    kinds = {node.name: _ELEMENT_TYPES[node.type] for node in session.get_outputs()}
+    return ELEMENT_TYPES[kinds[name]].numpy
+
+
+def shared_value(array: NDArray[Any]) -> Any:
+    """An OrtValue over the array's own memory (it keeps a reference to it)."""
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _check_graph(session: Any, bundle: Bundle) -> None:
+    """Compare names, types and known sizes of the graph with the manifest, before garbage can come out."""
+    given = {
+        node.name: (_ELEMENT_TYPES.get(node.type, node.type), node.shape)
+        for node in chain(session.get_inputs(), session.get_outputs())
+    }
+    difference = bundle.manifest.io.difference(given)
+    if difference is not None:
+        raise ChaiError(
+            f"{bundle.model_path} does not fit its manifest: {difference}; export or rewrite again"
+        )
+    check_op_nodes(bundle)
