@@ -18,7 +18,7 @@ from chai_export.bundle.atomic import atomic_directory
 from chai_export.bundle.bundle import MODEL_FILE, Bundle, finalise
 from chai_export.bundle.environment import save_environment
 from chai_export.bundle.graph_io import PAGE_TABLE, GraphValue, graph_io, scales
-from chai_export.bundle.manifest import GenerationSettings, Manifest, Source
+from chai_export.bundle.manifest import GenerationSettings, Manifest, RopeRecord, Source
 from chai_export.bundle.parts import BUNDLE
 from chai_export.op.cache_storage import PAGED_VERSION, CacheStorage
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
@@ -41,7 +41,8 @@ _DOT = "_DOT_"  # ONNX's text form has no dots in names
 class TinyModel:
     """Sizes and seeded weights.
 
-    With ``bits`` (of keys, of values) the bundle is of version 2 of the op: caches in pages, stored so.
+    With ``bits`` (of keys, of values; a pair, or one for each layer) the bundle is of version 2 of the op:
+    caches in pages, stored so. Texts longer than ``switch`` have other positions from their first token on.
     """
 
     kept: tuple[int, ...] = (2, 3)
@@ -55,8 +56,9 @@ class TinyModel:
     probe: int = 5
     dtype: str = "float32"
     sources: tuple[int, ...] | None = None  # layers whose caches the layers read
-    bits: tuple[int, int] | None = None
+    bits: tuple[int, int] | tuple[tuple[int, int], ...] | None = None
     scale_group: int = 4
+    switch: int = 0
     weights: dict[str, np.ndarray] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -71,13 +73,16 @@ class TinyModel:
             shapes[f"k{i}"] = (self.width, self.kv_heads * self.head_dim)
             shapes[f"v{i}"] = (self.width, self.kv_heads * self.value_dim)
             shapes[f"o{i}"] = (self.heads * self.value_dim, self.width)
+        if self.switch:
+            shapes["long_table"] = (self.positions, self.width)
         made = {n: (random.standard_normal(s) * 0.3).astype(self.dtype) for n, s in shapes.items()}
         object.__setattr__(self, "weights", made)
 
     def reference(self, ids: list[int], mode: str = "chai") -> tuple[np.ndarray, np.ndarray]:
         """float32 logits [T,V] and head maps [L,1,H] of one fresh sequence."""
         w = {name: array.astype(np.float32) for name, array in self.weights.items()}
-        hidden = (w["embedding"][ids] + w["position_table"][: len(ids)])[None]
+        table = w["long_table" if 0 < self.switch < len(ids) else "position_table"]
+        hidden = (w["embedding"][ids] + table[: len(ids)])[None]
         maps, made = [], {}
         for i, kept in enumerate(self.kept):
             r = kept if mode == "chai" else self.kv_heads
@@ -129,7 +134,7 @@ class TinyModel:
         q = self._split(hidden @ w[f"q{i}"], "q")
         rest = np.zeros((1, self.heads), np.int32), np.zeros(1, np.int32), np.array([length], np.int32)
         table = np.zeros((1, 1), np.int32)
-        attributes = self._attributes()
+        attributes = self._attributes(i)
         if not self._has_cache(i):
             k, v, cached = made[self.sources[i]]
             caches = cached.key_cache, cached.value_cache, cached.key_scales, cached.value_scales
@@ -151,15 +156,20 @@ class TinyModel:
         made[i] = k, v, result
         return result.output
 
-    def _attributes(self) -> Attributes:
-        key, value = self.bits or (0, 0)
+    def _bits(self, i: int) -> tuple[int, int]:
+        """Of the cache that layer ``i`` reads."""
+        owner = i if self.sources is None else self.sources[i]
+        bits: Any = self.bits or (0, 0)
+        return bits[owner] if isinstance(bits[0], tuple) else bits
+
+    def _attributes(self, i: int) -> Attributes:
+        key, value = self._bits(i)
         return Attributes(probe_tokens=self.probe, key_bits=key, value_bits=value, group=self.scale_group)
 
     def _storage(self) -> CacheStorage:
-        layers = len(self.kept)
-        key, value = self.bits or (0, 0)
+        keys, values = zip(*map(self._bits, range(len(self.kept))), strict=True)
         return CacheStorage(
-            self._head_counts(), Dtype(self.dtype), [key] * layers, [value] * layers, self.scale_group
+            self._head_counts(), Dtype(self.dtype), list(keys), list(values), self.scale_group
         )
 
     def _has_cache(self, i: int) -> bool:
@@ -171,9 +181,12 @@ class TinyModel:
 
     def graph(self) -> onnx.ModelProto:
         layers = range(len(self.kept))
-        io = graph_io(self._storage(), self.vocab, paged=self.bits is not None)
+        io = graph_io(
+            self._storage(), self.vocab, rope_lengths=bool(self.switch), paged=self.bits is not None
+        )
         inputs, outputs = ([_declared(value) for value in values] for values in (io.inputs, io.outputs))
-        nodes = [_EMBED, *(self._layer(i) for i in layers)]
+        nodes = [_EMBED.replace("PLACES", _SWITCHED if self.switch else _PLAIN)]
+        nodes += [self._layer(i) for i in layers]
         map_names = ", ".join(f"new_map_{i}" for i in layers)
         nodes.append(f"present_head_map = Concat <axis = 0> ({map_names})")
         nodes.append(_HEAD.replace("HIDDEN", f"hidden_{len(self.kept)}"))
@@ -189,18 +202,14 @@ class TinyModel:
         for node in model.graph.node:
             node.input[:] = [name.replace(_DOT, ".") for name in node.input]
             node.output[:] = [name.replace(_DOT, ".") for name in node.output]
-        for op_type in {node.op_type for node in model.graph.node if node.domain == DOMAIN}:
-            if self.bits is None:
-                model.functions.append(function_proto(OPSET, op_type))
-            else:
-                form = paged_function.Form.of(self._attributes())
-                model.functions.append(paged_function.function_proto(OPSET, form, op_type))
-        if self.bits is not None:
-            for node in model.graph.node:
-                if node.domain == DOMAIN:
-                    node.overload = form.overload
+        for i, node in enumerate(node for node in model.graph.node if node.domain == DOMAIN):
+            function = self._function(i, node.op_type)
+            node.overload = function.overload
+            if function not in model.functions:
+                model.functions.append(function)
         model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in self.weights.items())
-        for name, values in {"zero": [0], "one": [1], "axis2": [2], **self._shapes()}.items():
+        constants = {"zero": [0], "one": [1], "axis2": [2], "switch": [self.switch], **self._shapes()}
+        for name, values in constants.items():
             model.graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
         return model
 
@@ -231,6 +240,12 @@ class TinyModel:
             lines.append(f"out_{i}, chosen_{i} = chai.SharedClusteredHeadAttention <{attributes}> ({inputs})")
         return "\n".join([*lines, *self._after(i)])
 
+    def _function(self, i: int, op_type: str) -> onnx.FunctionProto:
+        """The body of layer i's node."""
+        if self.bits is None:
+            return function_proto(OPSET, op_type)
+        return paged_function.function_proto(OPSET, paged_function.Form.of(self._attributes(i)), op_type)
+
     def _after(self, i: int) -> list[str]:
         return [
             f"new_map_{i} = Unsqueeze (chosen_{i}, zero)",
@@ -239,7 +254,7 @@ class TinyModel:
         ]
 
     def _paged_node(self, i: int) -> str:
-        written = self._attributes().as_onnx().items()
+        written = self._attributes(i).as_onnx().items()
         attributes = ", ".join(f"{name} = {value}" for name, value in written)
         source = i if self._has_cache(i) else self.sources[i]
         maps = f"map_{i}, past_lengths, lengths"
@@ -281,6 +296,7 @@ class TinyModel:
             "opset": OPSET,
             "source": Source(kind="onnx", name="tiny"),
             "created_with": "tests",
+            "rope": RopeRecord(switch_lengths=[self.switch]) if self.switch else None,
         }
         if self.bits is not None:
             storage = self._storage()
@@ -322,8 +338,18 @@ _EMBED = """
   place_any = Add (n_64, inside)
   place = Max (place_any, zero)
   by_token = Gather (embedding, input_ids)
-  by_place = Gather (position_table, place)
+  PLACES
   hidden_0 = Add (by_token, by_place)
+"""
+_PLAIN = "by_place = Gather (position_table, place)"
+_SWITCHED = """
+  short_place = Gather (position_table, place)
+  long_place = Gather (long_table, place)
+  rope_64 = Cast <to = 7> (rope_lengths)
+  is_long_1 = Greater (rope_64, switch)
+  is_long_2 = Unsqueeze (is_long_1, one)
+  is_long = Unsqueeze (is_long_2, axis2)
+  by_place = Where (is_long, long_place, short_place)
 """
 _HEAD = """
   wanted = Unsqueeze (output_positions, axis2)

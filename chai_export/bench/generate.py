@@ -19,6 +19,7 @@ import psutil
 
 from chai_export.arguments import require_at_least_one
 from chai_export.bench import machine
+from chai_export.bench.cache_facts import cache_facts, is_quantised
 from chai_export.bench.decoders import BundleDecoder, Decoder, GenaiDecoder, build_genai, genai_is_installed
 from chai_export.bench.timing import Timing, interleaved
 from chai_export.bundle.bundle import Bundle
@@ -27,6 +28,8 @@ from chai_export.errors import ChaiError, UsageError
 
 ALL_HEADS = "chai_all_heads"
 GENAI = "onnxruntime_genai"
+GENAI_INT8 = "onnxruntime_genai_int8"
+AGAINST = "against_all_heads"
 
 
 def bench_generate(
@@ -36,9 +39,12 @@ def bench_generate(
     new_tokens: int = 32,
     rounds: int = 3,
     model: str | Path | None = None,
+    against: str | Path | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle with CHAI and with all heads, and onnxruntime-genai on the same weights.
+
+    Where the bundle has a quantised cache, onnxruntime-genai is measured with its int8 cache too.
 
     Args:
         bundle: what to measure.
@@ -46,6 +52,7 @@ def bench_generate(
         new_tokens: tokens after the first one that are timed.
         rounds: prompts that are timed, for the time to the first token.
         model: the Hugging Face directory that the bundle was made of, for onnxruntime-genai.
+        against: another bundle of the model, such as one with an exact cache, to measure with all heads.
         threads: of every implementation; all cores that this process may use by default.
 
     Raises:
@@ -61,13 +68,16 @@ def bench_generate(
             f"{capacity} tokens are asked for, the model has {manifest.max_positions}; lower --prompt-tokens"
         )
     cores = threads or len(os.sched_getaffinity(0))
-    _require_memory(manifest, capacity)
+    other = Bundle.load(against) if against is not None else None
+    _require_memory(manifest, other, capacity)
     with tempfile.TemporaryDirectory(prefix="chai-genai-") as work:
         decoders: dict[str, Decoder] = {
             "chai": BundleDecoder(loaded, "chai", capacity, cores),
             ALL_HEADS: BundleDecoder(loaded, "all", capacity, cores),
         }
-        skipped = _add_genai(decoders, model, Path(work), manifest.dtype, capacity, cores)
+        if other is not None:
+            decoders[AGAINST] = BundleDecoder(other, "all", capacity, cores)
+        skipped = _add_genai(decoders, model, Path(work), manifest, capacity, cores)
         prompt = np.random.default_rng(0).integers(0, manifest.vocab_size, prompt_tokens)
         first, each = _measure(decoders, prompt, new_tokens, rounds)
     ceiling = decode_ceiling(loaded, prompt_tokens + new_tokens // 2)
@@ -75,8 +85,10 @@ def bench_generate(
         "machine": machine.describe(),
         "threads": cores,
         "bundle": str(bundle),
+        "against": str(against) if against is not None else None,
         "dtype": manifest.dtype,
         "kept_heads": list(manifest.kept_heads),
+        **cache_facts(manifest),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "ttft_ms": {name: timing.median for name, timing in first.items()},
@@ -114,8 +126,11 @@ def weight_bytes(path: Path) -> int:
     return total
 
 
-def _require_memory(manifest: Manifest, capacity: int) -> None:
-    caches = capacity * (manifest.kv_bytes_per_token("chai") + 2 * manifest.kv_bytes_per_token("all"))
+def _require_memory(manifest: Manifest, other: Bundle | None, capacity: int) -> None:
+    per_token = manifest.kv_bytes_per_token("chai") + 2 * manifest.kv_bytes_per_token("all")
+    if other is not None:
+        per_token += other.manifest.kv_bytes_per_token("all")
+    caches = capacity * per_token
     available = psutil.virtual_memory().available
     if caches > available:
         raise ChaiError(
@@ -128,17 +143,20 @@ def _add_genai(
     decoders: dict[str, Decoder],
     model: str | Path | None,
     work: Path,
-    dtype: str,
+    manifest: Manifest,
     capacity: int,
     threads: int,
 ) -> dict[str, str]:
     """Add onnxruntime-genai, or say why it is not there."""
+    names = [GENAI, GENAI_INT8] if is_quantised(manifest) else [GENAI]
     if not genai_is_installed():
-        return {GENAI: "not installed; pip install onnxruntime-genai"}
+        return dict.fromkeys(names, "not installed; pip install onnxruntime-genai")
     if model is None:
-        return {GENAI: "--model is not given"}
-    build_genai(Path(model), work / "model", dtype, threads)
-    decoders[GENAI] = GenaiDecoder(work / "model", capacity)
+        return dict.fromkeys(names, "--model is not given")
+    for name in names:
+        int8_cache = manifest.head_counts if name == GENAI_INT8 else None
+        build_genai(Path(model), work / name, manifest.dtype, threads, int8_cache)
+        decoders[name] = GenaiDecoder(work / name, capacity)
     return {}
 
 

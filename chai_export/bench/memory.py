@@ -13,6 +13,7 @@ import numpy as np
 
 from chai_export.arguments import require_at_least_one
 from chai_export.bench import machine
+from chai_export.bench.cache_facts import cache_facts
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.choices import Heads
 from chai_export.errors import ChaiError, last_line
@@ -39,8 +40,7 @@ def bench_memory(bundle: str | Path, *, prompt_tokens: int = 1024, new_tokens: i
         "bundle": str(bundle),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
-        "kv_bytes_per_token": manifest.kv_bytes_per_token("chai"),
-        "kv_bytes_per_token_all_heads": manifest.kv_bytes_per_token("all"),
+        **cache_facts(manifest),
         "heads": {mode: _in_own_process(bundle, mode, prompt_tokens, new_tokens) for mode in MODES},
     }
 

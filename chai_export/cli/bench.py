@@ -156,6 +156,10 @@ def _add_generate(subparsers: Any) -> None:
     command.add_argument(
         "--model", metavar="DIR", type=Path, help="the bundle's model, to measure onnxruntime-genai on it too"
     )
+    command.add_argument(
+        "--against", metavar="BUNDLE", type=Path,
+        help="another bundle of the model, such as one with an exact cache, to measure with all heads",
+    )  # fmt: skip
     command.add_argument("--threads", metavar="N", type=int, help="(default: all cores)")
     command.set_defaults(measure=(_generate, _show_generate))
 
@@ -169,6 +173,7 @@ def _generate(arguments: argparse.Namespace) -> Mapping[str, Any]:
         new_tokens=arguments.new_tokens,
         rounds=arguments.rounds,
         model=arguments.model,
+        against=arguments.against,
         threads=arguments.threads,
     )
 
@@ -220,3 +225,5 @@ def _show_memory(result: Mapping[str, Any]) -> None:
             for mode, figures in result["heads"].items()
         ],
     )
+    stored, float16 = result["kv_bytes_per_token"], result["kv_bytes_per_token_float16"]
+    note(f"a token takes {bytes_text(stored)}, {stored / float16:.1%} of all heads in float16")

@@ -10,7 +10,7 @@ from chai_export.bundle.choices import Backend, Heads
 from chai_export.cli.output import print_json
 from chai_export.errors import UsageError
 from chai_export.progress import note
-from chai_export.units import bytes_text
+from chai_export.units import bytes_of, bytes_text
 
 NAME = "run"
 HELP = "Generate text with a bundle."
@@ -39,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-seq", metavar="N", type=int, help="largest prompt plus text, in tokens")
     parser.add_argument(
+        "--cache-memory", metavar="SIZE",
+        help="most memory for KV caches, such as 2GiB; prompts without room wait (default: what is free)",
+    )  # fmt: skip
+    parser.add_argument(
         "--backend", metavar="NAME", default=Backend.ONNXRUNTIME, help="(default %(default)s)"
     )
     parser.add_argument(
@@ -64,7 +68,13 @@ def execute(arguments: argparse.Namespace) -> int:
     names = ("temperature", "top_k", "top_p", "seed")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     SamplingSettings(**given)  # before the bundle is loaded: what is out of range is refused at once
-    runner = load(arguments.bundle, backend=arguments.backend, heads=arguments.heads)
+    memory = arguments.cache_memory
+    runner = load(
+        arguments.bundle,
+        backend=arguments.backend,
+        heads=arguments.heads,
+        cache_memory=bytes_of(memory, "--cache-memory") if memory is not None else None,
+    )
     generations = runner.generate(
         prompts,
         max_new_tokens=arguments.max_new_tokens,

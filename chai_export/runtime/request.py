@@ -50,6 +50,11 @@ class Request:
         """Tokens made so far, an end-of-sequence token included."""
         return self.ids[self.prompt_tokens :]
 
+    @property
+    def most_tokens(self) -> int:
+        """Positions that prompt and text can take at most; the last token of a text is not fed."""
+        return min(self.prompt_tokens + self.limits.max_new_tokens - 1, self.limits.max_positions)
+
     def next_window(self, probe_tokens: int, chunk: int) -> tuple[int, int]:
         """The tokens to feed next, as positions (start, end).
 

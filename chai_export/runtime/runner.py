@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,12 @@ from chai_export.errors import ChaiError, UsageError
 from chai_export.runtime.cache import MOST_TOKENS
 from chai_export.runtime.detokenizer import Detokenizer
 from chai_export.runtime.one_at_a_time import one_at_a_time
+from chai_export.runtime.paged_scheduler import PagedScheduler
 from chai_export.runtime.prompts import Prompt, encode_prompt, require_fits, require_stops_possible
 from chai_export.runtime.request import Limits, Request
 from chai_export.runtime.sampling import DEFAULT_TOP_K, Sampler, SamplingSettings
 from chai_export.runtime.scheduler import Scheduler, chunk_length, first_capacity
-from chai_export.runtime.session import Session, open_session
+from chai_export.runtime.session import GrowingSession, PagedSession, Session, open_session
 from chai_export.runtime.stopping import StopReason, StopStrings
 
 DEFAULT_MAX_BATCH = 8
@@ -64,6 +65,7 @@ def load(
     *,
     max_batch: int | None = None,
     threads: int = 0,
+    cache_memory: int | None = None,
 ) -> Runner:
     """Load a bundle.
 
@@ -73,24 +75,29 @@ def load(
         heads: "chai", or "all" for the same graph as plain multi-head attention.
         max_batch: prompts computed at one time; more wait their turn. Default: the engine's, else 8.
         threads: threads within an operator; 0 lets the backend decide.
+        cache_memory: bytes that KV caches may take, for bundles of version 2 of the op; prompts that find no
+            room wait. Default: what is free.
 
     Raises:
-        UsageError: ``backend``, ``heads`` or ``max_batch`` is wrong.
+        UsageError: ``backend``, ``heads``, ``max_batch`` or ``cache_memory`` is wrong.
         ChaiError: the bundle is not valid, the backend cannot run it, or its engine was built for a smaller
             batch.
     """
     backend, heads = Backend(backend), Heads(heads)
     if max_batch is not None and max_batch < 1:
         raise UsageError(f"max_batch is {max_batch}; give 1 or more")
+    if cache_memory is not None and cache_memory < 1:
+        raise UsageError(f"--cache-memory is {cache_memory}; give at least one byte")
     bundle = Bundle.load(path)
     if heads is Heads.ALL and bundle.manifest.static is not None:
         raise ChaiError(
             f"{path} has static membership: the heads it does not keep were cut away; use heads chai, or "
             "export with --membership online"
         )
-    runner = Runner(bundle, open_session(bundle, backend, heads, threads=threads), backend, heads, max_batch)
+    session = open_session(bundle, backend, heads, threads=threads, cache_memory=cache_memory)
+    runner = Runner(bundle, session, backend, heads, max_batch)
     if bundle.was_replaced():  # between its check and its opening
-        return load(path, backend, heads, max_batch=max_batch, threads=threads)
+        return load(path, backend, heads, max_batch=max_batch, threads=threads, cache_memory=cache_memory)
     return runner
 
 
@@ -117,6 +124,7 @@ class Runner:
     ) -> None:
         self.bundle = bundle
         self.session = session
+        self._paged = cast(PagedSession, session) if bundle.manifest.paged else None
         self.backend = backend
         self.heads = heads
         self._engine = bundle.manifest.engines.get(backend)
@@ -155,7 +163,8 @@ class Runner:
     def kv_cache_bytes(self) -> int:
         """Bytes of K and V cache that the last call's tokens took, at the moment when there were most.
 
-        Counted are the positions in use, not memory set aside for growth, padding or a second buffer.
+        Counted are the positions in use, or the pages that rows held where the cache has pages; not memory
+        set aside for growth, padding or a second buffer.
         """
         return self._last.peak_tokens * self.bundle.manifest.kv_bytes_per_token(self.heads)
 
@@ -200,7 +209,7 @@ class Runner:
 
         Raises:
             UsageError: an argument is out of range, or another call of this runner goes on.
-            ChaiError: a prompt is empty or too long, or the caches do not fit in memory.
+            ChaiError: a prompt is empty or too long, or its cache does not fit in memory.
         """
         tokenizer = self.tokenizer  # loaded now, so that loading is not counted as time to the first token
         began = perf_counter()
@@ -257,15 +266,26 @@ class Runner:
                 np.array([len(ids)], np.int32),
             )[0]
             start += length
-        self._last = _LastCall(Timings(), self.session.head_map, len(ids))
+        held = self._paged.held_tokens if self._paged else len(ids)
+        self._last = _LastCall(Timings(), self.session.head_map, held)
         return result
 
     def _run(self, requests: list[Request], positions: int) -> int:
         """Generate for every request; the largest number of tokens that the caches held at one time."""
         manifest = self.bundle.manifest
+        slots = min(len(requests), self._max_batch)
+        if self._paged is not None:
+            paged = PagedScheduler(
+                self._paged,
+                slots=slots,
+                query_heads=manifest.num_query_heads,
+                probe_tokens=manifest.probe_tokens,
+            )
+            paged.run(requests)
+            return self._paged.held_tokens
         scheduler = Scheduler(
-            self.session,
-            slots=min(len(requests), self._max_batch),
+            cast(GrowingSession, self.session),
+            slots=slots,
             limit=positions,
             query_heads=manifest.num_query_heads,
             probe_tokens=manifest.probe_tokens,
@@ -296,6 +316,10 @@ class Runner:
             raise UsageError(f"--max-seq is {max_seq}; give 1 or more")
         manifest = self.bundle.manifest
         bounds = [(MOST_TOKENS, "shorten it")]
+        if self._paged is not None:
+            self._paged.drop()  # what the last call left is no longer needed
+            tokens, budget = self._paged.budget()
+            bounds.append((tokens, f"shorten it or {budget.fix}"))
         if max_seq is not None:
             bounds.append((max_seq, "shorten it or raise --max-seq"))
         if self._engine is not None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from chai_export.runtime.cache import grown_capacity
 from chai_export.runtime.request import Request
-from chai_export.runtime.session import Session
+from chai_export.runtime.session import GrowingSession, Session
 
 LONGEST_CHUNK = 512
 _FIRST_CAPACITY = 64
@@ -42,7 +42,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, session: Session, *, slots: int, limit: int, query_heads: int, probe_tokens: int
+        self, session: GrowingSession, *, slots: int, limit: int, query_heads: int, probe_tokens: int
     ) -> None:
         self._session = session
         self._limit = limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.choices import Backend, Heads
+from chai_export.errors import ChaiError
+from chai_export.runtime.paged_cache import Budget
 
 
 class Session(Protocol):
@@ -43,10 +46,6 @@ class Session(Protocol):
         """Start a batch of empty rows with room for ``capacity`` tokens each."""
         ...
 
-    def grow(self, capacity: int) -> None:
-        """Enlarge the caches, keeping their content."""
-        ...
-
     def step(
         self,
         input_ids: NDArray[np.int64],
@@ -67,19 +66,90 @@ class Session(Protocol):
                 side of a switch length as long as a cache is kept. Default: the tokens fed so far.
 
         Returns:
-            float32 [B,N,V].
+            float32 [B,N,V]; undefined for rows that were left alone.
         """
+        ...
+
+
+class GrowingSession(Session, Protocol):
+    """A session of version 1 of the op: a cache has a line for each row of the batch."""
+
+    def grow(self, capacity: int) -> None:
+        """Enlarge the caches, keeping their content."""
+        ...
+
+
+class PagedSession(Session, Protocol):
+    """A session of version 2 of the op: rows hold pages of a pool, and a call brings those it likes."""
+
+    page_length: int
+
+    @property
+    def held_tokens(self) -> int:
+        """Positions of the pages that rows held since :meth:`start`, when they held most."""
+        ...
+
+    def budget(self) -> tuple[int, Budget]:
+        """Tokens that fit in a pool now, in whole pages, with what bounds them.
+
+        Called with no pool there, or for its second part alone: what a pool holds counts as taken.
+        """
+        ...
+
+    def drop(self) -> None:
+        """Give the memory of the caches back."""
+        ...
+
+    def start(self, rows: int, pages: int) -> None:
+        """Begin anew with ``rows`` empty rows that were promised nothing, and a pool of so many pages."""
+        ...
+
+    def promise(self, row: int, tokens: int) -> bool:
+        """Promise a row room for ``tokens`` in all, if pages and memory for them are there."""
+        ...
+
+    def release(self, row: int) -> None:
+        """Take all pages from a row, whose text has ended."""
+        ...
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        lengths: NDArray[np.int32],
+        past_lengths: NDArray[np.int32],
+        output_positions: NDArray[np.int64],
+        rope_lengths: NDArray[np.int32] | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> NDArray[np.float32]:
+        """:meth:`Session.step` of some rows: line b of every argument is row ``rows[b]``; default: all."""
         ...
 
 
 def open_session(bundle: Bundle, backend: Backend | str, heads: Heads | str, **options: Any) -> Session:
     """Load ``bundle`` with a backend; ``heads`` is "chai" or "all" (same graph, R = G).
 
+    The version of the op that its manifest names decides whether it is a :class:`GrowingSession` or a
+    :class:`PagedSession`.
+
     Raises:
         UsageError: the backend or the mode is unknown.
         ChaiError: the backend cannot run this bundle.
     """
     backend, heads = Backend(backend), Heads(heads)
+    if bundle.manifest.paged:
+        if backend is not Backend.ONNXRUNTIME:
+            raise ChaiError(
+                f"{bundle.path} has version 2 of the op, which {backend} does not run; "
+                f"use --backend {Backend.ONNXRUNTIME}"
+            )
+        from chai_export.runtime.onnxruntime_paged_session import OnnxRuntimePagedSession
+
+        return OnnxRuntimePagedSession(bundle, heads, **options)
+    if options.pop("cache_memory", None) is not None:
+        raise ChaiError(
+            f"{bundle.path} has version 1 of the op, whose caches are no pool; leave --cache-memory out "
+            "and limit rows with --max-seq"
+        )
     if backend is Backend.TENSORRT:
         from chai_export.runtime.tensorrt_session import open_tensorrt_session
 

@@ -1,0 +1,255 @@
+"""A bundle of version 2 of the op on ONNX Runtime's CPU provider: rows in pages of pools that are bound once.
+
+With the native library the op appends in place: each pool is one buffer, bound as past and as present.
+Without it ONNX Runtime inlines the function body, which writes whole pools anew, so there are two sets of
+buffers that swap roles; they hold the pages that were touched and grow by doubling. Head maps are kept here
+by row and travel with each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.choices import Heads
+from chai_export.bundle.graph_io import (
+    HEAD_MAP,
+    INPUT_IDS,
+    LENGTHS,
+    LOGITS,
+    OUTPUT_POSITIONS,
+    PAGE_TABLE,
+    PAST_LENGTHS,
+    PRESENT_HEAD_MAP,
+    ROPE_LENGTHS,
+)
+from chai_export.runtime.native import ONNXRUNTIME_LIBRARY_V2, find_library
+from chai_export.runtime.onnxruntime_model import open_model, output_type, shared_value
+from chai_export.runtime.paged_cache import Budget, PagedCache, available_memory, memory_error
+from chai_export.runtime.pages import PAGE_LENGTH, PagePool
+
+
+class OnnxRuntimePagedSession:
+    """The :class:`~chai_export.runtime.session.PagedSession` of ONNX Runtime.
+
+    Args:
+        bundle: what to run, of version 2 of the op.
+        heads: "chai", or "all" for K caches with every KV head, which makes the same graph plain attention.
+        threads: threads within an operator; 0 lets ONNX Runtime decide.
+        spin_after: whether idle threads go on spinning after a step, for the sake of the next one soon.
+        cache_memory: bytes that the pools may take; None for what is free.
+        page_length: positions of a page.
+
+    Raises:
+        ChaiError: the bundle is bfloat16, or its graph does not fit its manifest or ONNX Runtime.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        heads: Heads | str = Heads.CHAI,
+        *,
+        threads: int = 0,
+        spin_after: bool = True,
+        cache_memory: int | None = None,
+        page_length: int = PAGE_LENGTH,
+    ) -> None:
+        self._manifest = bundle.manifest
+        self._heads = heads
+        self._cache_memory = cache_memory
+        self.page_length = page_length
+        self.library = find_library(ONNXRUNTIME_LIBRARY_V2)
+        self._session = open_model(bundle, self.library, threads, spin_after)
+        self._io = bundle.manifest.io
+        self._logits_type = output_type(self._session, LOGITS)
+        self._caches: list[PagedCache] = []
+        self._bindings: list[Any] = []
+        self._turn = 0
+        self._allocated = 0
+        self._longest = 0
+        self._set_rows(0, PagePool(0, page_length))
+
+    @property
+    def in_place(self) -> bool:
+        """Whether past and present share their buffers."""
+        return self.library is not None
+
+    @property
+    def bounded_scratch(self) -> bool:
+        """The native kernel works in blocks; the function body makes whole score matrices."""
+        return self.library is not None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the row with the largest promise may have."""
+        return self._longest
+
+    @property
+    def caches(self) -> list[PagedCache]:
+        """One set of buffers (in place) or two; the first holds the past of the next step."""
+        return self._caches if self._turn == 0 else self._caches[::-1]
+
+    @property
+    def pool(self) -> PagePool:
+        """The pages of the rows since :meth:`start`."""
+        return self._pool
+
+    @property
+    def held_tokens(self) -> int:
+        """Positions of the pages that rows held since :meth:`start`, when they held most."""
+        return self._pool.peak * self.page_length
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page over all layers: codes and scales of keys and values."""
+        return self._manifest.kv_bytes_per_token(self._heads) * self.page_length
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all pages that were touched since :meth:`start`, or of both sets of buffers."""
+        if self.in_place:
+            return self._pool.touched * self.page_bytes
+        return sum(cache.nbytes for cache in self._caches)
+
+    @property
+    def head_map(self) -> NDArray[np.int32]:
+        """int32 [L,B,H] by row (a copy)."""
+        return self._head_map.copy()
+
+    def budget(self) -> tuple[int, Budget]:
+        """Tokens that fit in a pool now, and what bounds them; see :class:`PagedSession`."""
+        budget = Budget.now(self._cache_memory)
+        return budget.size // (self._buffers * self.page_bytes) * self.page_length, budget
+
+    def start(self, rows: int, pages: int) -> None:
+        """Begin anew with ``rows`` empty rows and a pool of so many pages."""
+        self.drop()
+        self._set_rows(rows, PagePool(pages, self.page_length))
+        self._allocate(pages if self.in_place else min(pages, rows))
+
+    def begin(self, batch: int, capacity: int) -> None:
+        """Begin anew with ``batch`` rows, each with a promise of ``capacity`` tokens.
+
+        Raises:
+            ChaiError: there is not enough memory.
+        """
+        self.drop()
+        tokens, budget = self.budget()
+        pages = batch * self._pool.count(capacity)
+        if pages * self.page_length > tokens:
+            needed = self._buffers * pages * self.page_bytes
+            raise memory_error(batch, capacity, needed, budget)
+        self.start(batch, pages)
+        for row in range(batch):
+            promised = self.promise(row, capacity)
+            assert promised
+
+    def drop(self) -> None:
+        """Give the memory of the caches back."""
+        self._bindings, self._caches = [], []
+        self._turn = 0
+        self._set_rows(0, PagePool(0, self.page_length))
+
+    def promise(self, row: int, tokens: int) -> bool:
+        """Promise a row room for ``tokens`` in all, if pages and memory for them are there."""
+        needed = self._buffers * self._pool.untouched_after(row, tokens) * self.page_bytes
+        if needed > available_memory():
+            return False
+        if not self._pool.promise(row, tokens):
+            return False
+        self._longest = max(self._longest, tokens)
+        return True
+
+    def release(self, row: int) -> None:
+        """Take all pages from a row, whose text has ended."""
+        self._pool.release(row)
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        lengths: NDArray[np.int32],
+        past_lengths: NDArray[np.int32],
+        output_positions: NDArray[np.int64],
+        rope_lengths: NDArray[np.int32] | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> NDArray[np.float32]:
+        """Feed new tokens; see :meth:`chai_export.runtime.session.PagedSession.step`."""
+        of = np.arange(len(lengths)) if rows is None else np.asarray(rows, np.int64)
+        totals = past_lengths + lengths
+        fed: dict[str, NDArray[Any]] = {
+            INPUT_IDS: input_ids,
+            LENGTHS: lengths,
+            PAST_LENGTHS: past_lengths,
+            OUTPUT_POSITIONS: output_positions,
+            ROPE_LENGTHS: totals if rope_lengths is None else rope_lengths,
+        }
+        active = np.flatnonzero(lengths > 0)
+        if len(active) == len(lengths):
+            return self._call(fed, of, totals)
+        logits = np.zeros((*output_positions.shape, self._manifest.vocab_size), np.float32)
+        if len(active):
+            logits[active] = self._call({n: a[active] for n, a in fed.items()}, of[active], totals[active])
+        return logits
+
+    def _call(
+        self, fed: dict[str, NDArray[Any]], rows: NDArray[np.int64], totals: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
+        """Run the graph on active rows."""
+        for row, tokens in zip(rows.tolist(), totals.tolist(), strict=True):
+            self._pool.extend(row, tokens)
+        if not self.in_place and self._pool.touched > self._allocated:
+            self._grow(min(self._pool.pages, max(self._pool.touched, 2 * self._allocated)))
+        inputs = {**fed, PAGE_TABLE: self._pool.table(rows.tolist()), HEAD_MAP: self._head_map[:, rows]}
+        binding = self._bindings[self._turn]
+        for value in (*self._io.step, self._io.head_map):
+            binding.bind_ortvalue_input(value.name, shared_value(np.ascontiguousarray(inputs[value.name])))
+        logits = np.empty((*fed[OUTPUT_POSITIONS].shape, self._manifest.vocab_size), self._logits_type)
+        maps = np.empty_like(inputs[HEAD_MAP], order="C")
+        binding.bind_ortvalue_output(LOGITS, shared_value(logits))
+        binding.bind_ortvalue_output(PRESENT_HEAD_MAP, shared_value(maps))
+        self._session.run_with_iobinding(binding)
+        self._head_map[:, rows] = maps
+        self._turn = (self._turn + 1) % len(self._bindings)
+        return logits.astype(np.float32, copy=False)
+
+    @property
+    def _buffers(self) -> int:
+        return 1 if self.in_place else 2
+
+    def _set_rows(self, rows: int, pool: PagePool) -> None:
+        manifest = self._manifest
+        self._pool = pool
+        self._longest = 0
+        self._head_map = np.zeros((manifest.num_layers, rows, manifest.num_query_heads), np.int32)
+
+    def _allocate(self, pages: int) -> None:
+        self._allocated = pages
+        self._caches = [
+            PagedCache(self._manifest, self._heads, pages, self.page_length) for _ in range(self._buffers)
+        ]
+        self._turn = 0
+        self._bind()
+
+    def _grow(self, pages: int) -> None:
+        """Larger buffers with the pages that there are; out of place a call copies all of them anyway."""
+        past = self.caches[0]
+        self._bindings, self._caches = [], []  # the other set's memory is given back first
+        self._allocate(pages)
+        for name, array in past.arrays.items():
+            self._caches[0].arrays[name][: len(array)] = array
+
+    def _bind(self) -> None:
+        """A binding for each set of buffers that can be the past."""
+        self._bindings = []
+        values = [{name: shared_value(a) for name, a in cache.arrays.items()} for cache in self._caches]
+        for turn, past in enumerate(values):
+            present = values[(turn + 1) % len(values)]
+            binding = self._session.io_binding()
+            for cache in self._io.caches:
+                binding.bind_ortvalue_input(cache.past.name, past[cache.past.name])
+                binding.bind_ortvalue_output(cache.present.name, present[cache.past.name])
+            self._bindings.append(binding)

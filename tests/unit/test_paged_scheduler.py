@@ -1,0 +1,175 @@
+"""The loop over pages against a session that only keeps books: any prompts, any pool, the same texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chai_export.errors import ChaiError
+from chai_export.runtime.paged_cache import Budget
+from chai_export.runtime.paged_scheduler import PagedScheduler
+from chai_export.runtime.pages import PagePool
+from chai_export.runtime.request import Limits, Request
+from chai_export.runtime.sampling import Sampler, SamplingSettings
+from chai_export.runtime.stopping import StopStrings
+
+VOCABULARY = 11
+END = 7
+PROBE = 3
+
+
+def next_token(ids: Sequence[int]) -> int:
+    """The model: depends on every token and their number."""
+    return (sum((i + 1) * token for i, token in enumerate(ids)) + len(ids)) % VOCABULARY
+
+
+def text_of(prompt: Sequence[int], new: int, positions: int) -> list[int]:
+    ids = list(prompt)
+    while len(ids) < len(prompt) + new and len(ids) <= positions:
+        ids.append(next_token(ids))
+        if ids[-1] == END:
+            break
+    return ids[len(prompt) :]
+
+
+class Books:
+    """A PagedSession that stores tokens in pages, and checks that each call reads what was stored."""
+
+    in_place = bounded_scratch = True
+    capacity = cache_bytes = 0
+
+    def __init__(self, pages: int, page_length: int) -> None:
+        self.most_pages = pages
+        self.page_length = page_length
+        self.calls: list[tuple[int, int]] = []
+        self.admitted: list[int] = []
+        self.withheld = 0
+
+    def budget(self) -> tuple[int, Budget]:
+        return self.most_pages * self.page_length, Budget(0, "raise --cache-memory")
+
+    def drop(self) -> None:
+        self.calls.clear()
+
+    def start(self, rows: int, pages: int) -> None:
+        self.pool = PagePool(pages, self.page_length)
+        self.memory = np.full((pages, self.page_length), -1)
+        self.head_map = np.zeros((1, rows, 1), np.int32)
+
+    def begin(self, batch: int, capacity: int) -> None:
+        raise NotImplementedError
+
+    @property
+    def held_tokens(self) -> int:
+        return self.pool.peak * self.page_length
+
+    def promise(self, row: int, tokens: int) -> bool:
+        if self.withheld and tokens > self.withheld:
+            return False
+        promised = self.pool.promise(row, tokens)
+        if promised:
+            self.admitted.append(tokens)
+        return promised
+
+    def release(self, row: int) -> None:
+        for page in self.pool.pages_of(row):
+            self.memory[page] = -1  # whoever reads it afterwards is found out
+        self.pool.release(row)
+
+    def step(
+        self, input_ids: Any, lengths: Any, past_lengths: Any, output_positions: Any, rope: Any, rows: Any
+    ) -> Any:
+        self.calls.append(input_ids.shape)
+        assert len(set(rows)) == len(rows)
+        assert input_ids.shape[1] == max(lengths)
+        logits = np.zeros((len(rows), 1, VOCABULARY), np.float32)
+        for line, row in enumerate(rows):
+            past, new = int(past_lengths[line]), int(lengths[line])
+            assert new > 0
+            assert past == 0 or past >= PROBE
+            assert past > 0 or new >= min(PROBE, rope[line])
+            assert output_positions[line] == [new - 1]
+            self.pool.extend(row, past + new)
+            pages = self.pool.pages_of(row)
+            for i in range(new):
+                page, offset = divmod(past + i, self.page_length)
+                self.memory[pages[page], offset] = input_ids[line, i]
+            ids = self.memory[list(pages)].ravel()[: past + new].tolist()
+            assert -1 not in ids
+            logits[line, 0, next_token(ids)] = 1
+        return logits
+
+
+def requests_of(
+    prompts: Sequence[Sequence[int]], new: Sequence[int], positions: int, switches: Sequence[int] = ()
+) -> list[Request]:
+    return [
+        Request(
+            index,
+            list(prompt),
+            Limits(count, positions, {END}, switches),
+            Sampler(SamplingSettings()),
+            StopStrings(()),
+            None,
+        )
+        for index, (prompt, count) in enumerate(zip(prompts, new, strict=True))
+    ]
+
+
+PROMPT = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=30)
+TEXTS = st.lists(st.tuples(PROMPT, st.integers(1, 25)), min_size=1, max_size=8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    texts=TEXTS,
+    slots=st.integers(1, 5),
+    page_length=st.integers(1, 9),
+    spare=st.integers(0, 40),
+    chunk=st.integers(1, 12),
+    switches=st.lists(st.integers(1, 40), max_size=2),
+)
+def test_every_text_is_what_it_is_alone_whatever_room_there_is(
+    texts, slots, page_length, spare, chunk, switches
+):
+    """``spare`` pages beyond what the longest text needs."""
+    prompts, new = zip(*texts, strict=True)
+    positions = 40
+    requests = requests_of(prompts, new, positions, switches)
+    needed = [-(-request.most_tokens // page_length) for request in requests]
+    session = Books(max(needed) + spare, page_length)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chai_export.runtime.scheduler.LONGEST_CHUNK", chunk)
+        PagedScheduler(session, slots=slots, query_heads=1, probe_tokens=PROBE).run(requests)
+    for request, prompt, count in zip(requests, prompts, new, strict=True):
+        assert request.new_ids == text_of(prompt, count, positions)
+        assert request.stop_reason is not None
+    assert session.admitted == [request.most_tokens for request in requests]
+    assert (session.pool.held, session.pool.outstanding) == (0, 0)
+    assert session.pool.pages == min(sum(sorted(needed)[::-1][:slots]), max(needed) + spare)
+    assert max(rows for rows, _ in session.calls) <= slots
+
+
+def test_one_that_waits_is_not_overtaken():
+    """The second text does not fit beside the first; the third would."""
+    session = Books(6, 4)
+    prompts = [[1, 1, 1, 1], [2] * 16, [3, 3, 3]]
+    requests = requests_of(prompts, [5, 5, 1], 99)
+    PagedScheduler(session, slots=3, query_heads=1, probe_tokens=PROBE).run(requests)
+    assert session.admitted == [8, 20, 3]
+    assert session.calls[0] == (1, 4)
+    assert all(request.new_ids for request in requests)
+
+
+def test_memory_that_is_gone_is_an_error_when_nothing_runs_that_would_free_it():
+    session = Books(6, 4)
+    session.withheld = 10
+    requests = requests_of([[1, 1, 1], [2] * 16], [4, 5], 99)
+    with pytest.raises(ChaiError, match=r"a row of 20 tokens has no memory left.*raise --cache-memory"):
+        PagedScheduler(session, slots=2, query_heads=1, probe_tokens=PROBE).run(requests)
+    assert requests[0].stop_reason is not None
