@@ -1,8 +1,8 @@
 """``chai-export bench attention``: the op alone against the attention of ONNX Runtime, ONNX and torch.
 
-Before an implementation is timed, its output is compared with the op's at R = G. Times are medians of
-interleaved runs; the caches of any case are larger than what the other implementations leave in the
-processor's cache.
+CHAI's caches lie in pages of random order, in the precision of the case; the others' in one piece. Before an
+implementation is timed, its output is compared with the exact op's at R = G. Times are medians of interleaved
+runs; the caches of any case are larger than what the other implementations leave in the processor's cache.
 """
 
 from __future__ import annotations
@@ -17,20 +17,31 @@ import psutil
 
 from chai_export.arguments import require_at_least_one
 from chai_export.bench import machine
-from chai_export.bench.op_session import OpSession
-from chai_export.bench.peers import PEERS, SkippedError
+from chai_export.bench.paged import paged
+from chai_export.bench.peers import PEERS, Run, SkippedError
 from chai_export.bench.phase import Phase
 from chai_export.bench.problem import Problem, Shape
+from chai_export.bench.quantised_peers import half_group_query_attention, quantised_group_query_attention
 from chai_export.bench.timing import Timing, interleaved
 from chai_export.errors import ChaiError, reason
-from chai_export.op.probe import PAPER_PROBE_TOKENS
 from chai_export.progress import track
-from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
+from chai_export.runtime.native import ONNXRUNTIME_LIBRARY_V2, find_library
 
 ALL_HEADS = "chai_all_heads"
-ATTRIBUTES = {"scale": 0.0, "probe_tokens": PAPER_PROBE_TOKENS, "online": 1}
-AGREEMENT = {"float32": 2e-4, "float16": 2e-2}
 
+AGREEMENT = {"float32": 2e-4, "float16": 2e-2}
+"""Largest absolute differences of implementations that compute the same."""
+
+QUANTISED_PEERS: dict[str, tuple[Callable[[Problem, int], Run], float]] = {
+    "ort_gqa_int8": (quantised_group_query_attention(8), 0.1),
+    "ort_gqa_int4": (quantised_group_query_attention(4), 1.0),
+    "ort_gqa_float16": (half_group_query_attention, 0.05),
+}
+"""Peers of less precision, and how far they may be off, as a share of the largest output: random values lose
+more than a model's, and a wrong one is off by about 1.4."""
+
+_COPIES = 3.5
+"""Caches of all implementations together, in sizes of the case's own."""
 
 LENGTHS = (2048, 8192, 32768)
 PROMPTS = (2048, 8192)
@@ -38,10 +49,17 @@ PROMPTS = (2048, 8192)
 
 def default_cases(*, dtype: str = "float32", head_dim: int = 128) -> list[Shape]:
     """Heads as in a 7B model, multi-head and grouped, kept and not: the cases that the project reports."""
-    heads = ((32, 32, 8), (32, 8, 4), (32, 32, 32))
+    heads = ((32, 32, 8), (32, 8, 4), (32, 32, 32), (32, 8, 8))
+    quantised = ((8, 8), (8, 4))
     decode = [Shape(Phase.DECODE, b, *h, head_dim, t, dtype) for h in heads for b in (1, 8) for t in LENGTHS]
     prefill = [Shape(Phase.PREFILL, 1, *h, head_dim, t, dtype) for h in heads for t in PROMPTS]
-    return decode + prefill
+    return [
+        *decode,
+        *(Shape(Phase.DECODE, b, *h, head_dim, LENGTHS[1], dtype, *bits)
+          for h in heads for bits in quantised for b in (1, 8)),
+        *prefill,
+        *(Shape(Phase.PREFILL, 1, *heads[0], head_dim, PROMPTS[0], dtype, *bits) for bits in quantised),
+    ]  # fmt: skip
 
 
 def bench_attention(
@@ -59,7 +77,7 @@ def bench_attention(
         ChaiError: the native library is not installed, or an implementation disagrees with the op.
     """
     require_at_least_one(threads=threads)
-    if find_library(ONNXRUNTIME_LIBRARY) is None:
+    if find_library(ONNXRUNTIME_LIBRARY_V2) is None:
         raise ChaiError("the native library is not installed; run `chai-export doctor` for what to install")
     machine.let_idle_threads_sleep()
     cores = threads or len(os.sched_getaffinity(0))
@@ -74,7 +92,7 @@ def bench_attention(
 
 
 def _measure(case: Shape, threads: int, min_seconds: float) -> dict[str, Any]:
-    if 1.3 * case.cache_bytes > psutil.virtual_memory().available:
+    if _COPIES * case.cache_bytes > psutil.virtual_memory().available:
         return _row(case, {}, {"all": f"the caches take {case.cache_bytes / 1e9:.1f} GB"})
     problem = Problem(case)
     runs, skipped = _implementations(problem, threads)
@@ -87,13 +105,23 @@ def _measure(case: Shape, threads: int, min_seconds: float) -> dict[str, Any]:
 def _implementations(problem: Problem, threads: int) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """All that can run the problem, checked against each other, and why the rest cannot."""
     case = problem.case
-    all_heads = _op(problem, case.kv_heads, threads)
-    expected = np.array(all_heads(), np.float32)
-    runs: dict[str, Callable[[], Any]] = {"chai": _op(problem, case.kept, threads)}
-    if case.kept < case.kv_heads:
-        runs[ALL_HEADS] = all_heads
+    exact = paged(problem, case.kv_heads, (0, 0), threads)
+    expected = np.array(exact(), np.float32)
+    largest = float(np.abs(expected).max())
+    own: dict[str, Callable[[], Any]] = {"chai": paged(problem, case.kept, case.bits, threads)}
+    if case.bits != (0, 0):
+        own[f"chai_{case.dtype}_all_heads"] = exact
+        if case.kept < case.kv_heads:
+            own[ALL_HEADS] = paged(problem, case.kv_heads, case.bits, threads)
+    elif case.kept < case.kv_heads:
+        own[ALL_HEADS] = exact
     skipped: dict[str, str] = {}
-    for name, build in PEERS.items():
+    runs = dict(own)
+    peers = {name: (build, AGREEMENT[case.dtype]) for name, build in PEERS.items()}
+    peers |= {name: (build, share * largest) for name, (build, share) in QUANTISED_PEERS.items()}
+    for name, (build, tolerance) in peers.items():
+        if name == "ort_gqa_float16" and case.dtype == "float16":
+            continue  # ort_gqa is it
         try:
             run = build(problem, threads)
             output = run()
@@ -101,18 +129,10 @@ def _implementations(problem: Problem, threads: int) -> tuple[dict[str, Callable
             skipped[name] = reason(error)
             continue
         difference = float(np.abs(output.astype(np.float32) - expected).max())
-        if difference > AGREEMENT[case.dtype]:
+        if not difference <= tolerance:
             raise ChaiError(f"{name} differs from the op by {difference:.2g} on {case}; report this")
         runs[name] = run
     return runs, skipped
-
-
-def _op(problem: Problem, kept: int, threads: int) -> Callable[[], Any]:
-    library = find_library(ONNXRUNTIME_LIBRARY)
-    assert library is not None
-    session = OpSession(ATTRIBUTES, problem.case.dtype, library, threads=threads)
-    bound = session.bind(problem.op_inputs(kept), in_place=True)
-    return lambda: bound.run().output
 
 
 def _row(case: Shape, timings: dict[str, Timing], skipped: dict[str, str]) -> dict[str, Any]:
@@ -125,6 +145,8 @@ def _row(case: Shape, timings: dict[str, Timing], skipped: dict[str, str]) -> di
         "D": case.head_dim,
         "T": case.length,
         "dtype": case.dtype,
+        "key_bits": case.key_bits,
+        "value_bits": case.value_bits,
         "ceiling": case.ceiling,
         "skipped": skipped,
     }

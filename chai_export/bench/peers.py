@@ -32,19 +32,7 @@ class SkippedError(Exception):
 def group_query_attention(problem: Problem, threads: int) -> Run:
     """ONNX Runtime's GroupQueryAttention; past and present share a buffer, as its users bind it."""
     case = problem.case
-    packed = {
-        "query": _tokens_first(problem.query),
-        "key": _tokens_first(problem.key),
-        "value": _tokens_first(problem.value),
-    }
-    total = np.array(case.past + case.tokens, np.int32)
-    inputs = {
-        **packed,
-        "past_key": problem.key_cache,
-        "past_value": problem.value_cache,
-        "seqlens_k": np.full(case.batch, case.past + case.tokens - 1, np.int32),
-        "total_sequence_length": total.reshape(1),
-    }
+    inputs = group_query_inputs(problem)
     node = helper.make_node(
         "GroupQueryAttention",
         list(inputs),
@@ -53,10 +41,25 @@ def group_query_attention(problem: Problem, threads: int) -> Run:
         num_heads=case.heads,
         kv_num_heads=case.kv_heads,
     )
-    output = np.empty_like(packed["query"])
+    output = np.empty_like(inputs["query"])
     outputs = {"output": output, "present_key": problem.key_cache, "present_value": problem.value_cache}
     run = bound_node(node, inputs, outputs, threads, opset=18)
     return lambda: (run(), output)[1]
+
+
+def group_query_inputs(problem: Problem) -> dict[str, Tensor]:
+    """Inputs of GroupQueryAttention in its order, the caches being the problem's own."""
+    case = problem.case
+    total = case.past + case.tokens
+    return {
+        "query": _tokens_first(problem.query),
+        "key": _tokens_first(problem.key),
+        "value": _tokens_first(problem.value),
+        "past_key": problem.key_cache,
+        "past_value": problem.value_cache,
+        "seqlens_k": np.full(case.batch, total - 1, np.int32),
+        "total_sequence_length": np.array([total], np.int32),
+    }
 
 
 def onnx_attention(problem: Problem, threads: int) -> Run:

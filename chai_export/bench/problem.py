@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +11,18 @@ from numpy.typing import NDArray
 
 from chai_export.bench.phase import Phase
 from chai_export.op.dtypes import ELEMENT_TYPES
-from chai_export.op.heads import HeadCounts
+from chai_export.op.v2.attributes import DEFAULT_GROUP
+from chai_export.op.v2.storage import Storage
 
 Tensor = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A benchmark case. ``length`` is T: positions attended to by a decoded token, or tokens of a prompt."""
+    """A benchmark case. ``length`` is T: positions attended to by a decoded token, or tokens of a prompt.
+
+    ``key_bits`` and ``value_bits`` are the storage of CHAI's caches: 0 (``dtype``), 16, 8 or 4.
+    """
 
     phase: Phase
     batch: int
@@ -27,6 +32,8 @@ class Shape:
     head_dim: int
     length: int
     dtype: str = "float32"
+    key_bits: int = 0
+    value_bits: int = 0
 
     @property
     def tokens(self) -> int:
@@ -39,23 +46,34 @@ class Shape:
         return self.length - self.tokens
 
     @property
+    def group(self) -> int:
+        """Elements that share a scale where caches are quantised: 32, or what of it divides the head dim."""
+        return math.gcd(self.head_dim, DEFAULT_GROUP)
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Of keys and of values."""
+        return self.key_bits, self.value_bits
+
+    @property
     def ceiling(self) -> float:
-        """What attention can gain over all heads: 2G / (R + G)."""
+        """What attention can gain over all heads in ``dtype``: 2G / (R + G) where CHAI stores that too."""
         return self.cache_bytes / self.bytes_read
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of full K and V caches."""
-        return self._cache_bytes(self.kv_heads)
+        """Bytes of full K and V caches in ``dtype``."""
+        return self._cache_bytes(self.kv_heads, (0, 0))
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of cache that a decoded token must read with R kept KV heads."""
-        return self._cache_bytes(self.kept)
+        """Bytes of cache, scales included, that a decoded token must read with R kept KV heads."""
+        return self._cache_bytes(self.kept, self.bits)
 
-    def _cache_bytes(self, kept: int) -> int:
-        heads = HeadCounts(self.heads, self.kv_heads, self.head_dim, self.head_dim)
-        return self.batch * self.length * heads.cache_elements(kept) * ELEMENT_TYPES[self.dtype].item_size
+    def _cache_bytes(self, kept: int, bits: tuple[int, int]) -> int:
+        item = ELEMENT_TYPES[self.dtype].item_size
+        key, value = (Storage(stored, self.head_dim, self.group).row_bytes(item) for stored in bits)
+        return self.batch * self.length * (kept * key + self.kv_heads * value)
 
 
 class Problem:

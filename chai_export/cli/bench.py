@@ -48,7 +48,9 @@ def _subparser(subparsers: Any, name: str, help_: str) -> argparse.ArgumentParse
 
 def _add_attention(subparsers: Any) -> None:
     command = _subparser(
-        subparsers, "attention", "The op alone, against GroupQueryAttention, Attention-23 and torch."
+        subparsers,
+        "attention",
+        "The op alone, against GroupQueryAttention in any precision, Attention-23 and torch.",
     )
     command.add_argument("--phase", choices=Phase.words(), help="(default: both)")
     command.add_argument("--length", metavar="T", type=int, action="append", help="tokens; may be repeated")
@@ -60,6 +62,10 @@ def _add_attention(subparsers: Any) -> None:
     command.add_argument("--kept", metavar="R", type=int, help="KV heads kept (default: a quarter)")
     command.add_argument("--head-dim", metavar="D", type=int, default=128, help="(default %(default)s)")
     command.add_argument("--dtype", choices=["float32", "float16"], default="float32")
+    for what in ("key", "value"):
+        command.add_argument(
+            f"--{what}-bits", type=int, choices=[16, 8, 4], default=0, help=f"of {what}s (default: --dtype)"
+        )
     command.add_argument("--threads", metavar="N", type=int, help="(default: all cores)")
     command.add_argument(
         "--seconds",
@@ -85,7 +91,8 @@ def _attention(arguments: argparse.Namespace) -> Mapping[str, Any]:
     if arguments.seconds < 0:
         raise UsageError(f"--seconds is {arguments.seconds:g}; give 0 or more")
     shape_flags = ("phase", "length", "batch", "kv_heads", "kept")
-    if all(getattr(arguments, flag) is None for flag in shape_flags) and arguments.heads == 32:
+    plain = arguments.heads == 32 and arguments.key_bits == arguments.value_bits == 0
+    if plain and all(getattr(arguments, flag) is None for flag in shape_flags):
         cases = default_cases(dtype=arguments.dtype, head_dim=arguments.head_dim)
     else:
         cases = _cases(arguments)
@@ -105,16 +112,19 @@ def _cases(arguments: argparse.Namespace) -> list[Any]:
         )
     phases = [Phase(arguments.phase)] if arguments.phase else list(Phase)
     return [
-        Shape(phase, batch, heads, kv_heads, kept, arguments.head_dim, length, arguments.dtype)
+        Shape(
+            phase, batch, heads, kv_heads, kept, arguments.head_dim, length, arguments.dtype,
+            arguments.key_bits, arguments.value_bits,
+        )
         for phase in phases
         for batch in arguments.batch or [1]
         for length in arguments.length or [2048]
-    ]
+    ]  # fmt: skip
 
 
 def _show_attention(result: Mapping[str, Any]) -> None:
     print_table(
-        ["phase", "B", "H/G/R", "T", "chai ms", "fastest peer", "ms", "gain", "ceiling", "GB/s"],
+        ["phase", "B", "H/G/R", "bits", "T", "chai ms", "fastest peer", "ms", "gain", "ceiling", "GB/s"],
         [_attention_row(case) for case in result["cases"] if "chai_ms" in case],
     )
     note(f"memory reads at {result['read_bandwidth_gb_s']:.1f} GB/s; threads: {result['threads']}")
@@ -129,6 +139,7 @@ def _attention_row(case: Mapping[str, Any]) -> list[str]:
         case["phase"],
         str(case["B"]),
         f"{case['H']}/{case['G']}/{case['R']}",
+        "/".join(str(bits) if bits else case["dtype"] for bits in (case["key_bits"], case["value_bits"])),
         str(case["T"]),
         f"{case['chai_ms']:.2f} ±{spread['chai']:.0%}",
         best,

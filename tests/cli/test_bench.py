@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import sys
 
+import numpy as np
 import pytest
 
 from chai_export.bench import machine
+from chai_export.bench.paged import paged
 from chai_export.bench.phase import Phase
 from chai_export.bench.problem import Problem, Shape, head_map
 from chai_export.bench.timing import interleaved
 from chai_export.bundle.bundle import Bundle
-from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
+from chai_export.runtime.native import ONNXRUNTIME_LIBRARY_V2, find_library
 from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
 needs_library = pytest.mark.skipif(
-    find_library(ONNXRUNTIME_LIBRARY) is None, reason="libchai_onnxruntime.so was not built"
+    find_library(ONNXRUNTIME_LIBRARY_V2) is None, reason="libchai_onnxruntime.so was not built"
 )
+PEERS = ["ort_attention", "ort_gqa", "ort_gqa_float16", "ort_gqa_int4", "ort_gqa_int8", "torch_sdpa"]
 SMALL = ("--length", 96, "--heads", 8, "--head-dim", 16, "--seconds", 0, "--threads", 1)
 
 
@@ -31,14 +34,38 @@ def test_attention_compares_the_op_with_every_peer(command):
     for case in result["cases"]:
         assert (case["B"], case["H"], case["G"], case["R"], case["D"], case["T"]) == (2, 8, 4, 2, 16, 96)
         assert case["ceiling"] == pytest.approx(8 / 6)
+        assert (case["key_bits"], case["value_bits"]) == (0, 0)
         assert case["skipped"] == {}
-        assert sorted(case["peers_ms"]) == ["chai_all_heads", "ort_attention", "ort_gqa", "torch_sdpa"]
+        assert sorted(case["peers_ms"]) == ["chai_all_heads", *PEERS]
         best = min(case["peers_ms"].values())
         assert case["peers_ms"][case["best_peer"]] == best
         assert case["speedup_vs_best_peer"] == pytest.approx(best / case["chai_ms"])
     decode = result["cases"][0]
     read = 2 * 96 * 16 * 4 * (2 + 4)  # B · T · D · float32 · (R + G)
     assert decode["bandwidth_gb_s"] == pytest.approx(read / decode["chai_ms"] / 1e6)
+
+
+@needs_library
+def test_attention_measures_caches_of_fewer_bits(command):
+    options = ("--phase", "decode", "--kv-heads", 4, "--kept", 2, "--key-bits", 8, "--value-bits", 4)
+    outcome = command("bench", "attention", *SMALL, *options, "--json")
+    assert outcome.code == 0, outcome.err
+    (case,) = outcome.json["cases"]
+    assert (case["key_bits"], case["value_bits"]) == (8, 4)
+    assert sorted(case["peers_ms"]) == ["chai_all_heads", "chai_float32_all_heads", *PEERS]
+    key, value = 16 + 2, 8 + 4  # codes and float16 scales of a row of 16 elements in groups of 16
+    assert case["ceiling"] == pytest.approx(2 * 4 * 64 / (2 * key + 4 * value))
+    assert case["bandwidth_gb_s"] == pytest.approx(96 * (2 * key + 4 * value) / case["chai_ms"] / 1e6)
+
+
+@needs_library
+@pytest.mark.parametrize("phase", list(Phase))
+@pytest.mark.parametrize("bits", [(0, 0), (8, 4), (16, 8)])
+def test_pools_of_pages_hold_the_rows_of_the_problem(phase, bits):
+    problem = Problem(Shape(phase, 2, 8, 4, 4, 32, 1500))
+    expected = np.array(paged(problem, 4, (0, 0), 1, page_length=2048)())
+    got = paged(problem, 4, bits, 1, page_length=48)()
+    assert np.abs(got - expected).max() <= {0: 1e-6, 4: 0.3, 8: 0.05}[bits[1]] * np.abs(expected).max()
 
 
 @needs_library
