@@ -2,7 +2,9 @@
 
 A call computes its number of rows times its longest row, so rows of unlike lengths pay for padding, while
 each call reads all weights once more. The rule: of all ways to divide the rows, in the order of their
-lengths, the one that computes the fewest tokens, where a call counts as :data:`CALL_TOKENS` tokens more.
+lengths, the one that computes the fewest tokens, where a call counts as :data:`CALL_TOKENS` tokens more; of
+equals, the one whose call with the longest rows has the most rows, and so on down.
+tests/data/paging_cases.json holds every runner to it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,10 @@ Only numbers; the memory is in :mod:`chai_export.runtime.paged_cache`. The rules
 * It *takes* a page when its text reaches it, and gives all of them back when its text has ended.
 * A page has as many *references* as rows that hold it, and is free when it has none. Rows share whole pages
   of a common beginning only, to which none of them writes again.
-* The page that was given back last is taken first: memory that was never touched stays untouched.
+* The page that was given back last is taken first: memory that was never touched stays untouched. Of a row
+  that ends, its first page.
+
+tests/data/paging_cases.json holds every runner to them.
 """
 
 from __future__ import annotations

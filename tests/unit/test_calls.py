@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chai_export.runtime.calls import CALL_TOKENS, plan_calls
+
+TABLE = json.loads((Path(__file__).parents[1] / "data/paging_cases.json").read_text())
 
 
 def cost(lengths: list[int], calls: list[list[int]]) -> int:
@@ -34,15 +38,6 @@ def test_no_division_costs_less(lengths):
     assert cost(lengths, calls) == min(cost(lengths, p) for p in partitions(list(range(len(lengths)))))
 
 
-@pytest.mark.parametrize(
-    ("lengths", "calls"),
-    [
-        ([1, 1, 512, 1], [[0, 1, 3], [2]]),
-        ([1] * 8, [list(range(8))]),
-        ([3, 1, 2], [[0, 1, 2]]),
-        ([512, 60, 1, 512, 1], [[2, 4], [1], [0, 3]]),
-        ([7], [[0]]),
-    ],
-)
-def test_decoders_do_not_pay_for_a_prompt(lengths, calls):
-    assert plan_calls(lengths) == calls
+@pytest.mark.parametrize("case", TABLE["calls"], ids=lambda case: str(case["lengths"]))
+def test_calls_are_those_of_the_table(case):
+    assert plan_calls(case["lengths"]) == case["calls"]

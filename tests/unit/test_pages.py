@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from chai_export.runtime.pages import PagePool
 
+TABLE = json.loads((Path(__file__).parents[1] / "data/paging_cases.json").read_text())
 ROWS = st.integers(0, 5)
 TOKENS = st.integers(1, 40)
 
@@ -112,13 +115,23 @@ def test_a_row_cannot_outgrow_its_promise():
         pool.extend(0, 17)
 
 
-def test_a_promise_is_whole_or_not_made():
-    pool = PagePool(4, 8)
-    assert pool.promise(0, 17)
-    assert not pool.promise(1, 9)
-    assert pool.promise(1, 8)
-    pool.release(0)
-    assert pool.promise(1, 32)
+@pytest.mark.parametrize("case", TABLE["pools"], ids=lambda case: case["name"])
+def test_pools_do_what_the_table_says(case):
+    pool = PagePool(case["pages"], case["page_length"])
+    for step in case["steps"]:
+        row, tokens = step["row"], step.get("tokens", 0)
+        if step["do"] == "promise":
+            assert pool.promise(row, tokens) == step["made"], step
+        elif step["do"] == "extend":
+            pool.extend(row, tokens)
+        elif step["do"] == "share":
+            assert pool.share(row, step["source"], tokens) == step["shared"], step
+        else:
+            pool.release(row)
+        if "pages" in step:
+            assert list(pool.pages_of(row)) == step["pages"], step
+    found = {name: getattr(pool, name) for name in ("held", "outstanding", "touched", "peak")}
+    assert found == {name: case[name] for name in found}
 
 
 def test_tables_name_pages_in_the_order_of_positions():
