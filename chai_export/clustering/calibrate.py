@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 WINDOWS_PER_SAMPLE = 8
 _SAMPLES_PER_SAVE = 8
 _DAMAGE_SEQUENCES = 8
+_PEAK_SEQUENCES = 4
+"""Largest keys of channels are much the same from text to text."""
+_PEAK_DIGITS = 4
 
 
 def calibrate(
@@ -72,6 +75,7 @@ def calibrate(
         UsageError: a setting makes no sense.
     """
     from chai_export.models.families import family_of
+    from chai_export.models.key_peaks import key_peaks
     from chai_export.models.kv_sources import describe_model
     from chai_export.models.loading import load_model
     from chai_export.models.oracle import probe_features, require_same_with_all_heads
@@ -114,6 +118,7 @@ def calibrate(
         kept = spend(rule, damage, error_curves, geometry)
     else:
         kept = rule.choose(error_curves, geometry)
+    peaks = key_peaks(loaded, spread_windows(tokens, leading[: seq_len - 1], _PEAK_SEQUENCES, seq_len))
     progress.finish()
 
     return Clusters(
@@ -126,6 +131,7 @@ def calibrate(
         method=f"k-medoids on probe probabilities, keep {keep}{' by KL' if damage else ''}",
         error_curves=error_curves,
         kl_curves=damage,
+        key_peaks=tuple(tuple(tuple(map(_rounded, head)) for head in layer) for layer in peaks.tolist()),
         kv_bytes_saved=geometry.kv_bytes_saved(kept),
         created_with=CREATED_WITH,
     )
@@ -149,6 +155,10 @@ class _Progress:
         """Nothing is left to resume."""
         if self._path is not None:
             remove_state(self._path)
+
+
+def _rounded(peak: float) -> float:
+    return float(f"{peak:.{_PEAK_DIGITS}g}")
 
 
 def _check_settings(samples: int, seq_len: int, probe_tokens: int) -> None:

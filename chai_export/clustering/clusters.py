@@ -25,6 +25,8 @@ CLUSTERS = FileKind("a clusters.json of chai_export", json_with_format("chai-clu
 Count = Annotated[int, Field(ge=1, strict=True)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Curve = Annotated[tuple[Finite, ...], Field(min_length=1)]
+Peak = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Peaks = Annotated[tuple[Annotated[tuple[Peak, ...], Field(min_length=1)], ...], Field(min_length=1)]
 
 
 class _File(BaseModel):
@@ -42,6 +44,7 @@ class _File(BaseModel):
     method: str | None = None
     error_curves: tuple[Curve, ...] = ()
     kl_curves: tuple[Curve, ...] = ()
+    key_peaks: tuple[Peaks, ...] = ()
     kv_bytes_saved: Finite | None = None
     created_with: str | None = None
 
@@ -53,6 +56,15 @@ class _File(BaseModel):
             for layer, (curve, kept) in enumerate(zip(curves, self.kept_heads, strict=bool(curves))):
                 if len(curve) != len(curves[0]) or kept > len(curve):
                     raise ValueError(f"{name}.{layer} has {len(curve)} numbers, which do not fit the others")
+        return self
+
+    @model_validator(mode="after")
+    def _peaks_fit(self) -> _File:
+        if self.key_peaks and len(self.key_peaks) != len(self.kept_heads):
+            raise ValueError(f"key_peaks is for {len(self.key_peaks)} of {len(self.kept_heads)} layers")
+        sizes = {(len(heads), len(channels)) for heads in self.key_peaks for channels in heads}
+        if len(sizes) > 1:
+            raise ValueError("key_peaks differs in its sizes from layer to layer or head to head")
         return self
 
 
@@ -73,6 +85,8 @@ class Clusters:
         created_with: program and version.
         kl_curves: of the shape of the error curves, when the budget was measured: nats per token that a
             layer costs by itself with k KV heads kept; empty otherwise.
+        key_peaks: per layer G lists of D numbers, the largest magnitude of each channel of the keys on
+            calibration text, after rotary embedding; empty if it was not measured.
         origin: the file it came from, for messages.
     """
 
@@ -87,6 +101,7 @@ class Clusters:
     kv_bytes_saved: float | None = None
     created_with: str | None = None
     kl_curves: tuple[tuple[float, ...], ...] = ()
+    key_peaks: tuple[tuple[tuple[float, ...], ...], ...] = ()
     origin: str = field(default="clusters.json", compare=False)
 
     def __post_init__(self) -> None:
@@ -147,7 +162,9 @@ class Clusters:
             **({"kl_curves": [list(curve) for curve in self.kl_curves]} if self.kl_curves else {}),
             "kv_bytes_saved": self.kv_bytes_saved,
             "created_with": self.created_with,
-        }
+            **({"key_peaks": [[list(head) for head in layer] for layer in self.key_peaks]} if self.key_peaks
+               else {}),
+        }  # fmt: skip
 
     def check(self, model: DecoderHeads) -> None:
         """Raise unless these numbers fit a model.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from chai_export.clustering import calibrate as calibrate_module
 from chai_export.clustering.calibrate import calibrate
@@ -14,6 +15,7 @@ from chai_export.clustering.clusters import Clusters
 from chai_export.clustering.curves import ErrorCurves
 from chai_export.clustering.plot import plot_curves
 from chai_export.errors import ChaiError, UsageError
+from chai_export.models.key_peaks import key_peaks
 from chai_export.models.oracle import Oracle, model_logits
 from chai_export.op.head_map import assign, greedy_order, quantise, squared_distances
 from tests.families import family_model
@@ -180,3 +182,23 @@ def test_the_plot_is_drawn_for_any_number_of_layers(tmp_path, ending):
         plot_curves(clusters, tmp_path / "curves.txt")
     with pytest.raises(ChaiError, match="no error curves"):
         plot_curves(Clusters((1,)), path)
+
+
+@pytest.mark.parametrize("family", ["llama-mha", "qwen2-gqa"])
+def test_peaks_of_keys_are_those_of_the_cache(family):
+    model = family_model(family)
+    windows = np.random.default_rng(2).integers(3, 96, (3, 20)).astype(np.int32)
+    with torch.inference_mode():
+        caches = [model(torch.from_numpy(w[None]).long(), use_cache=True).past_key_values for w in windows]
+    expected = [
+        np.max([cache.layers[layer].keys[0].abs().amax(dim=1).numpy() for cache in caches], axis=0)
+        for layer in range(model.config.num_hidden_layers)
+    ]
+    np.testing.assert_allclose(key_peaks(model, windows), expected, rtol=1e-6)
+
+
+def test_calibration_writes_the_peaks_that_its_text_has():
+    clusters = calibrate(family_model("qwen2-gqa"), TOKENS, samples=3, seq_len=32, keep="all")
+    layers, kv_heads, head_dim = clusters.num_layers, clusters.num_kv_heads, 8
+    assert np.shape(clusters.key_peaks) == (layers, kv_heads, head_dim)
+    assert np.min(clusters.key_peaks) > 0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from chai_export.clustering.clusters import Clusters
+from chai_export.clustering.equaliser import equaliser
 from chai_export.clustering.keep import allocate, elbow, parse_keep
 from chai_export.errors import ChaiError, UsageError
 from chai_export.op.heads import DecoderHeads
@@ -190,3 +191,42 @@ def test_numbers_and_a_file_are_taken_as_they_are(tmp_path):
 def test_an_unknown_rule_is_wrong_usage(rule):
     with pytest.raises(UsageError, match="--keep"):
         parse_keep(rule)
+
+
+PEAKS = (((1.0, 2.0), (0.0, 4.0)), ((3.0, 1.0), (1.0, 1.0)))
+
+
+def test_peaks_of_keys_are_kept(tmp_path):
+    clusters = Clusters((2, 1), key_peaks=PEAKS)
+    clusters.save(tmp_path / "c.json")
+    assert Clusters.load(tmp_path / "c.json") == clusters
+    assert "key_peaks" not in Clusters((2, 1)).to_json()
+
+
+@pytest.mark.parametrize(
+    ("peaks", "reason"),
+    [
+        (PEAKS[:1], "key_peaks is for 1 of 2 layers"),
+        ((PEAKS[0], (*PEAKS[1][:1], (1.0,))), "differs in its sizes"),
+        (((*PEAKS[0][:1], (-1.0, 1.0)), PEAKS[1]), "greater than or equal to 0"),
+        ("", "key_peaks"),
+        ((PEAKS[0], 3), "key_peaks"),
+    ],
+)
+def test_peaks_that_do_not_fit_are_refused(tmp_path, peaks, reason):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"format": "chai-clusters/1", "kept_heads": [2, 1], "key_peaks": peaks}))
+    with pytest.raises(ChaiError, match=reason) as caught:
+        Clusters.load(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_equaliser_brings_channels_nearer_and_changes_no_product():
+    peaks = np.array([[1e-9, 4.0, 16.0], [1.0, 1.0, 0.0]])
+    factors = equaliser(peaks.tolist())
+    assert factors.dtype == np.float32
+    assert factors.shape == (2, 3)
+    assert np.log(factors).mean() == pytest.approx(0, abs=1e-6)
+    assert factors[0, 2] / factors[0, 1] == pytest.approx(2)
+    assert factors[0, 0] == factors[1, 2] == pytest.approx(factors[0, 2] * 1e-3**0.5)
+    assert (equaliser([[0.0, 0.0]]) == 1).all()
