@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from chai_export.bench import decoders
+from chai_export.runtime.pages import PAGE_LENGTH
 from tests.cli.conftest import Command
 from tests.tiny_graph import TinyModel
 
@@ -42,12 +43,12 @@ def test_generate_times_both_modes_and_an_exact_bundle(command: Command, paged, 
 
 
 def test_memory_counts_codes_scales_and_pages(command: Command, paged):
-    arguments = ("--prompt-tokens", 70, "--new-tokens", 2)
+    arguments = ("--prompt-tokens", 140, "--new-tokens", 2)
     outcome = command("bench", "memory", paged, *arguments, "--json")
     assert outcome.code == 0, outcome.err
-    pages = 2  # of 64 positions, for 71
+    tokens = -(-(140 + 1) // PAGE_LENGTH) * PAGE_LENGTH
     sizes = {mode: figures["kv_cache_bytes"] for mode, figures in outcome.json["heads"].items()}
-    assert sizes == {"chai": pages * 64 * per_token(5), "all": pages * 64 * per_token(8)}
+    assert sizes == {"chai": tokens * per_token(5), "all": tokens * per_token(8)}
     shown = command("bench", "memory", paged, *arguments)
     assert f"{per_token(5) / 192:.1%} of all heads in float16" in shown.err
 

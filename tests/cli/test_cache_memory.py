@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY_V2, find_library
+from chai_export.runtime.pages import PAGE_LENGTH
 from tests.cli.conftest import Command
 from tests.tiny_graph import TinyModel
 
 MODEL = TinyModel(positions=400, bits=(8, 4))
 PROMPTS = ("--token-ids", "5,9,7", "--token-ids", "8,20,21,6,30,4", "--token-ids", "11")
-PAGE = 64 * ((2 + 3) * (8 + 2 * 2) + 2 * 4 * (2 + 2 * 2))
+PAGE = PAGE_LENGTH * ((2 + 3) * (8 + 2 * 2) + 2 * 4 * (2 + 2 * 2))
 """Bytes of a page: codes and the scales of groups of 4, in 8 bits one and in 4 bits two float16."""
 
 BUFFERS = 1 if find_library(ONNXRUNTIME_LIBRARY_V2) else 2
