@@ -66,12 +66,18 @@ void dots_of_one(const float* query, const T* keys, std::int64_t rows, std::int6
 template <typename T>
 void dots(const Queries& queries, const T* keys, std::int64_t rows, std::int64_t dim, float* scores,
           std::int64_t score_stride, const char* ahead) {
-  if (queries.count == 1) return dots_of_one(queries.first, keys, rows, dim, scores);
+  if (queries.count == 1 && (sizeof(T) == sizeof(float) || ahead == nullptr)) {
+    return dots_of_one(queries.first, keys, rows, dim, scores);
+  }
   const std::int64_t vectors = dim / kLanes, tail = vectors * kLanes;
   for (std::int64_t t = 0; t < rows; t += kSharedRows) {
     const std::int64_t n = least(kSharedRows, rows - t);
     const FloatSource<T> source{keys + t * dim, dim};
     if (ahead != nullptr) prefetch(ahead + t * dim * sizeof(T), n * dim * sizeof(T));
+    if (queries.count == 1) {
+      dots_of_one(queries.first, keys + t * dim, n, dim, scores + t);
+      continue;
+    }
     for (std::int64_t first = 0; first < queries.count; first += kTileHeads) {
       const std::int64_t count = least(kTileHeads, queries.count - first);
       const float* query[kTileHeads];
@@ -153,12 +159,18 @@ void weighted_sum(float* out, const T* values, const float* weights, std::int64_
 template <typename T>
 void add(float* const* sums, const float* const* weights, std::int64_t count, const T* values,
          std::int64_t rows, std::int64_t dim, const char* ahead) {
-  if (count == 1) return weighted_sum(sums[0], values, weights[0], rows, dim);
+  if (count == 1 && (sizeof(T) == sizeof(float) || ahead == nullptr)) {
+    return weighted_sum(sums[0], values, weights[0], rows, dim);
+  }
   const std::int64_t vectors = dim / kLanes;
   for (std::int64_t t = 0; t < rows; t += kSharedRows) {
     const std::int64_t n = least(kSharedRows, rows - t);
     const T* from = values + t * dim;
     if (ahead != nullptr) prefetch(ahead + t * dim * sizeof(T), n * dim * sizeof(T));
+    if (count == 1) {
+      weighted_sum(sums[0], from, weights[0] + t, n, dim);
+      continue;
+    }
     for (std::int64_t first = 0; first < count; first += kTileHeads) {
       const std::int64_t heads = least(kTileHeads, count - first);
       const float* weight[kTileHeads];
