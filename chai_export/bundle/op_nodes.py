@@ -8,10 +8,12 @@ import onnx
 
 from chai_export.errors import ChaiError, reason
 from chai_export.op.probe import PAPER_PROBE_TOKENS
-from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE
+from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE, signature
+from chai_export.op.v2.attributes import DEFAULT_GROUP
 
 if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle
+    from chai_export.bundle.manifest import Manifest
 
 _AGAIN = "export or rewrite again"
 
@@ -27,10 +29,17 @@ def check_op_nodes(bundle: Bundle) -> None:
     """
     manifest = bundle.manifest
     try:
-        graph = onnx.load(str(bundle.model_path), load_external_data=False).graph
+        model = onnx.load(str(bundle.model_path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError has no types
         raise ChaiError(f"{bundle.model_path} cannot be read ({reason(error)}); {_AGAIN}") from error
-    nodes = [node for node in graph.node if node.domain == DOMAIN]
+
+    def differs(what: str, found: object, wanted: object) -> ChaiError:
+        return ChaiError(
+            f"{bundle.model_path} does not fit its manifest: {what} is {found} and should be {wanted}; "
+            + _AGAIN
+        )
+
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
     caches = len(manifest.cache_layers)
     for op_type, wanted in ((OP_TYPE, caches), (SHARED_OP_TYPE, manifest.num_layers - caches)):
         found = sum(node.op_type == op_type for node in nodes)
@@ -39,16 +48,46 @@ def check_op_nodes(bundle: Bundle) -> None:
                 f"{bundle.model_path} does not fit its manifest: it has {found} {op_type} nodes and should "
                 f"have {wanted}; {_AGAIN}"
             )
-    online = int(manifest.static is None)
+    version = next((each.version for each in model.opset_import if each.domain == DOMAIN), None)
+    if version != manifest.op_version:
+        raise differs("the op's version", version, manifest.op_version)
     for node in nodes:
         stated = {attribute.name: attribute.i for attribute in node.attribute}
-        for name, default, wanted in (
-            ("probe_tokens", PAPER_PROBE_TOKENS, manifest.probe_tokens),
-            ("online", 1, online),
-        ):
-            found = stated.get(name, default)
-            if found != wanted:
-                raise ChaiError(
-                    f"{bundle.model_path} does not fit its manifest: {name} of node {node.name!r} is {found} "
-                    f"and should be {wanted}; {_AGAIN}"
-                )
+        for name, default, value in _wanted(manifest, node):
+            if stated.get(name, default) != value:
+                raise differs(f"{name} of node {node.name!r}", stated.get(name, default), value)
+
+
+def _wanted(manifest: Manifest, node: onnx.NodeProto) -> list[tuple[str, int, int]]:
+    """Name, default and what the manifest says of the attributes of a node."""
+    attributes = [
+        ("probe_tokens", PAPER_PROBE_TOKENS, manifest.probe_tokens),
+        ("online", 1, int(manifest.static is None)),
+    ]
+    if manifest.paged:
+        storage = manifest.storage
+        layer = _layer(manifest, node)
+        attributes += [
+            ("key_bits", 0, storage.key_bits[layer]),
+            ("value_bits", 0, storage.value_bits[layer]),
+            ("group", DEFAULT_GROUP, storage.group),
+        ]
+    return attributes
+
+
+def _layer(manifest: Manifest, node: onnx.NodeProto) -> int:
+    """The layer whose cache a node reads; its storage is that of the layers that share it.
+
+    Raises:
+        ChaiError: it reads no cache of the graph.
+    """
+    names = {
+        name: cache.layer for cache in manifest.io.caches for name in (cache.past.name, cache.present.name)
+    }
+    place = signature(node.op_type, manifest.op_version).input_names.index("key_cache")
+    name = node.input[place] if place < len(node.input) else ""
+    if name not in names:
+        raise ChaiError(
+            f"node {node.name!r} reads {name or 'nothing'!r} instead of a layer's cache; {_AGAIN}"
+        )
+    return names[name]

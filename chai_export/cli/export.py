@@ -7,6 +7,7 @@ from pathlib import Path
 
 from chai_export.bundle.choices import Membership
 from chai_export.cli.inspect import print_bundle
+from chai_export.cli.storage_options import add_storage_options
 from chai_export.op.dtypes import Dtype
 from chai_export.op.probe import PAPER_PROBE_TOKENS
 from chai_export.progress import note
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens that decide the head map (default: as calibrated, "
         f"{PAPER_PROBE_TOKENS} where the clusters do not say)",
     )  # fmt: skip
+    add_storage_options(parser)
     parser.add_argument(
         "--membership", choices=Membership.words(), default=Membership.ONLINE,
         help="head maps from each sequence, or fixed now, with unused projections cut away",
@@ -52,6 +54,8 @@ def execute(arguments: argparse.Namespace) -> int:
         arguments.output,
         dtype=arguments.dtype,
         probe_tokens=arguments.probe_tokens,
+        key_bits=arguments.key_bits,
+        value_bits=arguments.value_bits,
         membership=arguments.membership,
         text=arguments.text,
         trust_remote_code=arguments.trust_remote_code,

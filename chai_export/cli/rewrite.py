@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from chai_export.cli.inspect import print_bundle, print_explanation
+from chai_export.cli.storage_options import add_storage_options
 from chai_export.errors import UsageError
 from chai_export.op.probe import PAPER_PROBE_TOKENS
 
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens that decide the head map (default: as calibrated, "
         f"{PAPER_PROBE_TOKENS} where the clusters do not say)",
     )  # fmt: skip
+    add_storage_options(parser)
     parser.add_argument(
         "--explain",
         action="store_true",
@@ -50,6 +52,8 @@ def execute(arguments: argparse.Namespace) -> int:
         arguments.output,
         tokenizer=arguments.tokenizer,
         probe_tokens=arguments.probe_tokens,
+        key_bits=arguments.key_bits,
+        value_bits=arguments.value_bits,
     )
     print_bundle(bundle, as_json=arguments.json)
     return 0

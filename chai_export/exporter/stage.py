@@ -35,6 +35,8 @@ def export(
     *,
     dtype: Dtype | str = Dtype.FLOAT32,
     probe_tokens: int | None = None,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
     membership: Membership | str = Membership.ONLINE,
     text: Text | Iterable[Text] | None = None,
     trust_remote_code: bool = False,
@@ -48,13 +50,16 @@ def export(
         dtype: "float32", "float16" or "bfloat16", of weights and caches.
         probe_tokens: P, the tokens that decide the head map of a request; unless given, what ``clusters`` was
             calibrated with (the paper's 5 where it does not say).
+        key_bits: keys are cached in 16 (float16), 8 or 4 bits, in pages (version 2 of the op). Unless given,
+            in the model's dtype.
+        value_bits: likewise for values.
         membership: "online", head maps from each sequence's first tokens, or "static", maps fixed now on
             ``text`` and the projections of unused heads cut away.
         text: calibration text for static membership, one or several.
         trust_remote_code: run Python code that the model brings along.
 
     Raises:
-        UsageError: ``dtype`` or ``membership`` is unknown, or static without a text.
+        UsageError: ``dtype``, ``membership`` or the bits are unknown, or static without a text.
         ChaiError: the model cannot be loaded or expressed (layer and reason), clusters do not fit, the proof
             fails, or the output cannot be written.
     """
@@ -69,10 +74,12 @@ def export(
     from chai_export.graph.pipeline import rewrite_model
     from chai_export.models.kv_sources import kv_source_layers
     from chai_export.models.loading import load_model
+    from chai_export.op.precision import Precision
 
     dtype, membership = Dtype(dtype), Membership(membership)
     if membership is Membership.STATIC and text is None:
         raise UsageError("--membership static decides the head maps now; give calibration text with --text")
+    precision = Precision.asked(key_bits, value_bits)
     chosen = load_clusters(clusters)
     probe = probe_length(probe_tokens, chosen)
     sources = [model, clusters, *(text if isinstance(text, list | tuple) else [text])]
@@ -96,7 +103,7 @@ def export(
         # The torch weights are on disk now; the rewrite must not pay for them in memory.
         del loaded
         gc.collect()
-        draft = rewrite_model(path, chosen, directory, probe, take=True)
+        draft = rewrite_model(path, chosen, directory, probe, precision=precision, take=True)
         shutil.rmtree(work)
         manifest = write_bundle(directory, draft, chosen, source, surroundings)
         if static is not None:

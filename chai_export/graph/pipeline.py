@@ -24,6 +24,7 @@ from chai_export.graph.rewrite.position_limit import position_limit
 from chai_export.graph.rewrite.rope_switch import find_switches
 from chai_export.graph.rewrite.transform import transform
 from chai_export.graph.rewrite.weights import write_model
+from chai_export.op.precision import Precision
 from chai_export.progress import note
 
 _LARGE = 10**9
@@ -32,12 +33,18 @@ _LARGE = 10**9
 
 @quiet_onnx_ir()
 def rewrite_model(
-    path: Path, clusters: Clusters, directory: Path, probe_tokens: int, *, take: bool = False
+    path: Path,
+    clusters: Clusters,
+    directory: Path,
+    probe_tokens: int,
+    *,
+    precision: Precision | None = None,
+    take: bool = False,
 ) -> Manifest:
     """Rewrite ``path`` into ``directory``/model.onnx with its weights; return a manifest of what was found.
 
     The source is read twice: to be transformed, and to be compared with. Neither holds its weights.
-    ``take``: the source's data file may be moved into the bundle.
+    ``precision``: caches in pages, stored so. ``take``: the source's data file may be moved into the bundle.
 
     Raises:
         ChaiError: the file is damaged or cannot be rewritten, clusters do not fit it, or a proof fails.
@@ -57,9 +64,9 @@ def rewrite_model(
             f"{one_row}, and whether it can take more is seen on the whole model, which is too large to be "
             f"run here; {DYNAMIC}"
         )
-    draft = draft_manifest(path, source, sites, probe_tokens)
+    draft = draft_manifest(path, source, sites, probe_tokens, precision)
     clusters.check(draft.head_counts)
-    prover = SiteProver(source.graph, roles, probe_tokens)
+    prover = SiteProver(source.graph, roles, probe_tokens, draft.paged)
     prover.prove(sites)
 
     target = load_graph(path)
@@ -68,24 +75,29 @@ def rewrite_model(
     switches = find_switches(target.graph, again.roles)
     lengths = sorted({switch.length for switch in switches})
     draft = draft.model_copy(update={"rope": RopeRecord(switch_lengths=lengths) if lengths else None})
-    transform(target, again.sites, again.roles, draft.io, probe_tokens, switches)
+    transform(target, again.sites, again.roles, draft, switches)
     check_result(target, draft.io)
     limit = position_limit(target.graph)
     prove_rows(target.graph, again.roles, limit)
     how = write_model(target, source, directory, take=take)
+    stored = ", caches stored exactly" if draft.storage.rounds else ""
     attentions = f"{len(sites)} attentions cut out of the source (max difference {prover.max_abs_diff:.2g})"
     if needs.whole_model:
         exact = ", activations exact" if quantises_activations(source.graph) else ""
         try:
-            whole = prove_model(source, roles, sites, read_model(directory / MODEL_FILE))
+            whole = prove_model(source, roles, sites, read_model(directory / MODEL_FILE), draft)
         except ChaiError as error:
             if roles.batch is None:
                 raise
             raise ChaiError(f"{one_row}, and cannot be made to take more; {DYNAMIC}") from error
-        compared = f"{attentions} and the whole model's logits and caches, all heads kept, in float32{exact}"
+        compared = (
+            f"{attentions} and the whole model's logits and caches, all heads kept, in float32{exact}{stored}"
+        )
         proof = Proof(compared=f"{compared}; weights {how}", max_abs_diff=whole, tolerance=RELATIVE_TOLERANCE)
     else:
-        compared = f"{attentions}, all heads kept, in float32; the whole model was too large to be compared"
+        compared = (
+            f"{attentions}, all heads kept, in float32{stored}; the whole model was too large to be compared"
+        )
         proof = Proof(
             compared=f"{compared}; weights {how}", max_abs_diff=prover.max_abs_diff, tolerance=TOLERANCE
         )

@@ -23,6 +23,8 @@ def rewrite(
     *,
     tokenizer: str | Path | None = None,
     probe_tokens: int | None = None,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
 ) -> Bundle:
     """Rewrite an ONNX decoder made by another exporter into a bundle.
 
@@ -36,8 +38,12 @@ def rewrite(
         tokenizer: directory with a Hugging Face tokenizer (and config.json, generation_config.json).
         probe_tokens: P, the tokens that decide the head map of a request; unless given, what ``clusters`` was
             calibrated with (the paper's 5 where it does not say).
+        key_bits: keys are cached in 16 (float16), 8 or 4 bits, in pages (version 2 of the op). Unless given,
+            in the model's dtype.
+        value_bits: likewise for values.
 
     Raises:
+        UsageError: there is no storage of such bits.
         ChaiError: the file is damaged, an attention is not one that the op can express (layer, node and
             reason), clusters do not fit, the proof fails, or the output cannot be written.
     """
@@ -50,7 +56,9 @@ def rewrite(
     from chai_export.clustering.probe import probe_length
     from chai_export.graph.pipeline import rewrite_model
     from chai_export.graph.read.load import data_files, find_onnx
+    from chai_export.op.precision import Precision
 
+    precision = Precision.asked(key_bits, value_bits)
     path = find_onnx(Path(onnx_path))
     chosen = load_clusters(clusters)
     sources = [path, *data_files(path), clusters, tokenizer]
@@ -59,7 +67,7 @@ def rewrite(
     source = Source(kind=SourceKind.ONNX, name=path.name, model_type=model_type)
     probe = probe_length(probe_tokens, chosen)
     with atomic_directory(out_dir, BUNDLE, sources=sources) as directory:
-        draft = rewrite_model(path, chosen, directory, probe)
+        draft = rewrite_model(path, chosen, directory, probe, precision=precision)
         write_bundle(directory, draft, chosen, source, surroundings)
     return Bundle.load(out_dir)
 

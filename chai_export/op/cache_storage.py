@@ -72,6 +72,11 @@ class CacheStorage:
         exact = (0,) * heads.num_layers
         return CacheStorage(heads, dtype, exact, exact)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether any row is stored in less than it is computed in."""
+        return any((*self.key_bits, *self.value_bits))
+
     def key(self, layer: int) -> Storage:
         """The storage of a layer's keys."""
         return Storage(self.key_bits[layer], self.heads.head_dim, self.group)

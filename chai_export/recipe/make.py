@@ -184,6 +184,8 @@ class _Make:
             self._result.bundle,
             dtype=self._recipe.export.dtype,
             probe_tokens=self._recipe.probe_tokens,
+            key_bits=self._recipe.export.key_bits,
+            value_bits=self._recipe.export.value_bits,
             membership=self._recipe.export.membership,
             text=self._recipe.calibrate.text if self._static else None,
             trust_remote_code=self._recipe.trust_remote_code,

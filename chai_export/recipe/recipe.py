@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -40,6 +40,8 @@ class ExportSettings(_Settings):
 
     dtype: Dtype = Dtype.FLOAT32
     membership: Membership = Membership.ONLINE  # static maps are decided on calibrate.text
+    key_bits: Literal[16, 8, 4] | None = None
+    value_bits: Literal[16, 8, 4] | None = None
 
 
 class BuildSettings(_Settings):

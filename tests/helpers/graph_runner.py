@@ -16,10 +16,18 @@ from chai_export.bundle.graph_io import (
     LENGTHS,
     LOGITS,
     OUTPUT_POSITIONS,
+    PAGE_LENGTH,
+    PAGE_TABLE,
+    PAGES,
     PAST_LENGTHS,
     PRESENT_HEAD_MAP,
     kept_sizes,
 )
+from chai_export.op.dtypes import ELEMENT_TYPES
+
+
+def _filled(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return np.full(shape, np.nan if dtype.kind == "f" else 85, dtype)
 
 
 class GraphRunner:
@@ -37,13 +45,17 @@ class GraphRunner:
         query_heads = np.arange(manifest.num_query_heads, dtype=np.int32)
         shape = (manifest.num_layers, batch, manifest.num_query_heads)
         self.head_map = np.broadcast_to(query_heads, shape).copy()
-        sizes = {BATCH: batch, CAPACITY: capacity, **kept_sizes(manifest.heads(heads))}
+        # Caches in pages get two short pages a row, in any order.
+        self.table = np.arange(2 * batch, dtype=np.int32)[::-1].reshape(batch, 2)
+        pages = {PAGES: 2 * batch, PAGE_LENGTH: -(-capacity // 2)}
+        sizes = {BATCH: batch, CAPACITY: capacity, **pages, **kept_sizes(manifest.heads(heads))}
         self._pairs = [(cache.past.name, cache.present.name) for cache in manifest.io.caches]
         # Whatever stands beyond the lengths must not matter.
         self.caches = {
-            cache.past.name: np.full(cache.past.shape(sizes), np.nan, np.float32)
+            cache.past.name: _filled(cache.past.shape(sizes), ELEMENT_TYPES[cache.past.dtype].numpy)
             for cache in manifest.io.caches
         }
+        self._takes = {value.name for value in manifest.io.inputs}
 
     def step(self, rows: Sequence[Sequence[int]], positions: np.ndarray | None = None) -> np.ndarray:
         """Feed new tokens of each row, padded on the right; logits [B, N, V] (all tokens by default)."""
@@ -60,8 +72,10 @@ class GraphRunner:
             PAST_LENGTHS: self.past_lengths,
             OUTPUT_POSITIONS: positions,
             HEAD_MAP: self.head_map,
+            PAGE_TABLE: self.table,
             **self.caches,
         }
+        feeds = {name: array for name, array in feeds.items() if name in self._takes}
         names = [output.name for output in self.session.get_outputs()]
         results = dict(zip(names, self.session.run(None, feeds), strict=True))
         self.head_map = results[PRESENT_HEAD_MAP]

@@ -20,7 +20,9 @@ from chai_export.graph.match.roles import Roles, Sizes
 from chai_export.graph.match.site import AttentionSite
 from chai_export.graph.prove.evaluate import Array, EvaluationError, cut, session
 from chai_export.op.model import node_model
-from chai_export.op.schema import OP_TYPE, SHARED_OP_TYPE, signature
+from chai_export.op.schema import OP_TYPE, SHARED_OP_TYPE
+from chai_export.op.v2.attributes import Attributes
+from chai_export.op.v2.model import node_model as paged_model
 
 TOLERANCE = 2e-5
 """Of outputs that are averages of standard normal numbers, in float32."""
@@ -35,11 +37,15 @@ _CASES: dict[str, tuple[tuple[Sizes, int], ...]] = {
 
 @dataclass
 class SiteProver:
-    """Compares sites of one graph; ``max_abs_diff`` is the largest difference seen so far."""
+    """Compares sites of one graph; ``max_abs_diff`` is the largest difference seen so far.
+
+    ``paged``: with the op of version 2, in exact storage and a page for each row.
+    """
 
     graph: ir.Graph
     roles: Roles
     probe_tokens: int
+    paged: bool = False
     max_abs_diff: float = 0.0
 
     def prove(self, sites: Iterable[AttentionSite]) -> None:
@@ -62,13 +68,17 @@ class SiteProver:
                 ) from error
 
     def _our_session(self, op_type: str, scale: float) -> Any:
-        attributes: dict[str, float | int] = {
-            "scale": scale,
-            "probe_tokens": self.probe_tokens,
-            "online": 1,
-        }
         opset = self.graph.opset_imports[""]
-        model = node_model(attributes, "float32", opset=opset, op_type=op_type)
+        if self.paged:
+            stored = Attributes(scale, self.probe_tokens)
+            model = paged_model(stored, "float32", opset=opset, op_type=op_type)
+        else:
+            attributes: dict[str, float | int] = {
+                "scale": scale,
+                "probe_tokens": self.probe_tokens,
+                "online": 1,
+            }
+            model = node_model(attributes, "float32", opset=opset, op_type=op_type)
         return session(ir.serde.deserialize_model(model))
 
     def _prove(self, site: AttentionSite, ours: Any) -> None:
@@ -84,7 +94,8 @@ class SiteProver:
             lengths[-1] -= padded
             arrays = _random_arrays(site, sizes, generator)
             theirs = part.run(self.roles, sizes, self._feeds(site, sizes, lengths, arrays))
-            mine = ours.run(None, _op_inputs(site, sizes, lengths, arrays))
+            inputs = _op_inputs(site, sizes, lengths, arrays)
+            mine = ours.run(None, {each.name: inputs[each.name] for each in ours.get_inputs()})
             difference = _largest_difference(theirs, mine, sizes, lengths)
             self.max_abs_diff = max(self.max_abs_diff, difference)
             if not difference <= TOLERANCE:
@@ -129,23 +140,27 @@ def _op_inputs(
 ) -> dict[str, Array]:
     """The same data for the op, its caches with room for the new rows and NaN where nothing is stored.
 
-    For a site that reads another layer's cache the new rows are in them.
+    Inputs of all versions. For a site that reads another layer's cache the new rows are in them.
     """
     room = ((0, 0), (0, 0), (0, sizes.tokens), (0, 0))
     caches = {name: np.pad(arrays[name], room, constant_values=np.nan) for name in ("past_key", "past_value")}
     heads = np.arange(site.heads.num_query_heads, dtype=np.int32)
     identity = np.broadcast_to(heads, (sizes.batch, heads.size)).copy()
-    values = {
+    key_cache, value_cache = caches["past_key"], caches["past_value"]
+    if site.source_layer is not None:
+        key_cache = _appended(key_cache, arrays["key"], sizes, lengths)
+        value_cache = _appended(value_cache, arrays["value"], sizes, lengths)
+    return {
         **arrays,
         **caches,
-        "key_cache": _appended(caches["past_key"], arrays["key"], sizes, lengths),
-        "value_cache": _appended(caches["past_value"], arrays["value"], sizes, lengths),
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "page_table": np.arange(sizes.batch, dtype=np.int32)[:, None],
         "kept_head_map": identity,
         "past_head_map": identity,
         "past_lengths": np.full(sizes.batch, sizes.past, np.int32),
         "lengths": lengths,
     }
-    return {name: values[name] for name in signature(_op_type(site)).input_names}
 
 
 def _appended(cache: Array, new: Array, sizes: Sizes, lengths: Array) -> Array:

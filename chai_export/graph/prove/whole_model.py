@@ -17,6 +17,7 @@ from chai_export.bundle.graph_io import (
     LENGTHS,
     LOGITS,
     OUTPUT_POSITIONS,
+    PAGE_TABLE,
     PAST_LENGTHS,
     ROPE_LENGTHS,
     past_key,
@@ -24,11 +25,13 @@ from chai_export.bundle.graph_io import (
     present_key,
     present_value,
 )
+from chai_export.bundle.manifest import Manifest
 from chai_export.errors import ChaiError
 from chai_export.graph.match.roles import Roles, Sizes
 from chai_export.graph.match.site import AttentionSite, with_cache
 from chai_export.graph.prove.evaluate import EvaluationError
 from chai_export.graph.prove.exact_activations import exact_activations
+from chai_export.graph.prove.exact_storage import exact_storage
 from chai_export.graph.prove.segments import Array, run_in_segments
 
 RELATIVE_TOLERANCE = 1e-4
@@ -43,14 +46,17 @@ def prove_model(
     roles: Roles,
     sites: list[AttentionSite],
     bundle: ir.Model,
+    draft: Manifest,
 ) -> float:
     """Compare logits and presents of both graphs on random tokens and caches; return the largest difference.
 
-    Both are edited so that their activations are not quantised (:mod:`exact_activations`).
+    Both are edited so that their activations are not quantised (:mod:`exact_activations`), and the bundle's
+    so that its caches, those of ``draft``, are not (:mod:`exact_storage`).
 
     Raises:
         ChaiError: they differ by more than the tolerance.
     """
+    exact_storage(bundle, draft)
     for model in (source, bundle):
         exact_activations(model)
     vocabulary = _vocabulary(source)
@@ -158,7 +164,9 @@ def _bundle_inputs(case: _Case, sites: list[AttentionSite]) -> dict[str, Array]:
         PAST_LENGTHS: np.full(sizes.batch, sizes.past, np.int32),
         OUTPUT_POSITIONS: positions.copy(),
         HEAD_MAP: np.broadcast_to(heads, (len(sites), sizes.batch, heads.size)).copy(),
-        ROPE_LENGTHS: case.lengths + np.int32(sizes.past),  # a graph that has no such input leaves it
+        # A graph that has no such input leaves it.
+        ROPE_LENGTHS: case.lengths + np.int32(sizes.past),
+        PAGE_TABLE: np.arange(sizes.batch, dtype=np.int32)[:, None],  # a page a row: arrays as in version 1
     }
     room = ((0, 0), (0, 0), (0, sizes.tokens), (0, 0))
     for site, (key, value) in zip(with_cache(sites), case.caches, strict=True):

@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from chai_export.graph.read.omitted_outputs import omit_outputs
+
 
 class Builder:
     """Creates nodes and constants at the end of ``graph``; the caller sorts the graph afterwards."""
@@ -23,11 +25,15 @@ class Builder:
         name: str | None = None,
         domain: str = "",
         outputs: tuple[str, ...] = (),
+        overload: str = "",
         **attributes: Any,
     ) -> ir.Value:
-        """Append a node and return its first output; ``outputs`` names them all."""
+        """Append a node and return its first output; ``outputs`` names them all, "" leaves one out."""
         values = [ir.Value(name=output) for output in outputs] or [ir.Value(name=name)]
-        node = ir.node(op_type, inputs, attributes or None, domain=domain, outputs=values, name=name)
+        node = ir.node(
+            op_type, inputs, attributes or None, domain=domain, overload=overload, outputs=values, name=name
+        )
+        omit_outputs([value for value, output in zip(values, outputs, strict=False) if not output])
         self.graph.append(node)
         return node.outputs[0]
 

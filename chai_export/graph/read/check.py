@@ -122,8 +122,9 @@ def _check_values(file: Path, graph: onnx.GraphProto, outer: frozenset[str], ops
     made: set[str] = set()
     for node in graph.node:
         what = f"{file} is broken: node {node.name!r} ({node.op_type})"
-        empty = next((i for i, name in enumerate(node.input) if not name), None)
-        if empty is not None and empty < _required(node.op_type, node.domain, opset):
+        required = _required(node.op_type, node.domain, opset)
+        empty = next((i for i, name in enumerate(node.input) if not name and i in required), None)
+        if empty is not None:
             raise ChaiError(f"{what} has an empty name for input {empty}, which it needs; export it again")
         for name in node.input:
             if name and name not in known:
@@ -137,9 +138,12 @@ def _check_values(file: Path, graph: onnx.GraphProto, outer: frozenset[str], ops
 
 
 @cache
-def _required(op_type: str, domain: str, opset: int) -> int:
-    """How many first inputs an operator cannot do without; one where its schema is not known."""
+def _required(op_type: str, domain: str, opset: int) -> frozenset[int]:
+    """The inputs that an operator cannot do without; the first where its schema is not known."""
     try:
-        return int(onnx.defs.get_schema(op_type, opset, domain).min_input)
+        schema = onnx.defs.get_schema(op_type, opset, domain)
     except onnx.defs.SchemaError:
-        return 1
+        return frozenset({0})
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    omitted = {index for index, each in enumerate(schema.inputs) if each.option == optional}
+    return frozenset(range(schema.min_input)) - omitted

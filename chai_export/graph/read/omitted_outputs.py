@@ -6,6 +6,8 @@ parser refuses ``SkipSimplifiedLayerNormalization`` with four outputs where it t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import onnx_ir as ir
 
 _OMITTED = "chai_export.omitted"
@@ -14,9 +16,13 @@ _OMITTED = "chai_export.omitted"
 def remember_omitted_outputs(model: ir.Model) -> None:
     """Mark the outputs that have no name, so that :func:`restore_omitted_outputs` finds them."""
     for node in model.graph.all_nodes():
-        for output in node.outputs:
-            if not output.name:
-                output.meta[_OMITTED] = True
+        omit_outputs([output for output in node.outputs if not output.name])
+
+
+def omit_outputs(outputs: Iterable[ir.Value]) -> None:
+    """Mark outputs without names of nodes that the rewrite makes."""
+    for output in outputs:
+        output.meta[_OMITTED] = True
 
 
 def restore_omitted_outputs(model: ir.Model) -> None:

@@ -7,43 +7,47 @@ import onnx_ir as ir
 from chai_export.bundle.graph_io import (
     HEAD_MAP,
     LENGTHS,
+    PAGE_TABLE,
     PAST_LENGTHS,
     PRESENT_HEAD_MAP,
     past_key,
     past_value,
-    present_key,
-    present_value,
+    scales,
 )
-from chai_export.graph.match.site import AttentionSite, with_cache
+from chai_export.bundle.manifest import Manifest
+from chai_export.graph.match.site import AttentionSite
 from chai_export.graph.read.builder import Builder
 from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE
+from chai_export.op.v2.attributes import Attributes
+from chai_export.op.v2.function import Form
 
 _TO_TOKENS = [0, 2, 1, 3]
 
 
 def replace_sites(
-    builder: Builder, sites: list[AttentionSite], inputs: dict[str, ir.Value], probe_tokens: int
+    builder: Builder, sites: list[AttentionSite], inputs: dict[str, ir.Value], draft: Manifest
 ) -> list[ir.Value]:
     """Replace every site's output; return the new graph outputs that follow the logits.
 
     A site that reads an earlier layer's cache becomes a SharedClusteredHeadAttention.
 
     Returns:
-        present_head_map int32 [L,B,H], then present_key.i and present_value.i of each layer with a cache.
+        present_head_map int32 [L,B,H], then the caches of each layer that has some, as ``draft.io`` has them.
     """
     nodes: list[ir.Node] = []
     for site in sites:
         i = site.layer
         past_map = builder.op("Gather", inputs[HEAD_MAP], builder.integer(i), axis=0, name=f"head_map.{i}")
         if site.source_layer is None:
-            node = _own(builder, site, inputs, past_map, probe_tokens)
+            node = _own(builder, site, inputs, past_map, draft)
         else:
-            node = _shared(builder, site, nodes[site.source_layer], inputs, past_map, probe_tokens)
+            node = _shared(builder, site, nodes[site.source_layer], inputs, past_map, draft)
         nodes.append(node)
         attended = node.outputs[0]
         attended.type = ir.TensorType(site.key.past.dtype or ir.DataType.FLOAT)
         _connect(builder, site, attended)
-    caches = [present for site in with_cache(sites) for present in nodes[site.layer].outputs[1:3]]
+    made = {value.name: value for node in nodes for value in node.outputs}
+    caches = [made[cache.present.name] for cache in draft.io.caches]
     maps = [builder.op("Unsqueeze", node.outputs[-1], builder.integers(0)) for node in nodes]
     head_map = builder.op("Concat", *maps, axis=0, name=PRESENT_HEAD_MAP)
     head_map.type, head_map.shape = inputs[HEAD_MAP].type, inputs[HEAD_MAP].shape
@@ -51,23 +55,34 @@ def replace_sites(
 
 
 def _own(
-    builder: Builder, site: AttentionSite, inputs: dict[str, ir.Value], past_map: ir.Value, probe_tokens: int
+    builder: Builder,
+    site: AttentionSite,
+    inputs: dict[str, ir.Value],
+    past_map: ir.Value,
+    draft: Manifest,
 ) -> ir.Node:
     """A node with a cache."""
     i = site.layer
-    pasts = (inputs[past_key(i)], inputs[past_value(i)])
+    caches = {cache.past.name: cache.present.name for cache in draft.io.caches if cache.layer == i}
+    names = [
+        past_key(i),
+        past_value(i),
+        *([scales(past_key(i)), scales(past_value(i))] if draft.paged else []),
+    ]
+    pasts = [inputs[name] if name in caches else None for name in names]
     node = _node(
         builder,
         site,
         OP_TYPE,
-        (site.query, site.key.new, site.value.new, *pasts, past_map),
-        (f"attention.{i}", present_key(i), present_value(i), f"present_head_map.{i}"),
+        (site.query, site.key.new, site.value.new, *pasts, *_page_table(inputs), past_map),
+        (f"attention.{i}", *(caches.get(name, "") for name in names), f"present_head_map.{i}"),
         inputs,
-        probe_tokens,
+        draft,
     )
-    for present, past in zip(node.outputs[1:3], pasts, strict=True):
-        present.type = past.type
-        present.shape = past.shape.copy() if past.shape is not None else None
+    for present, past in zip(node.outputs[1:-1], pasts, strict=True):
+        if past is not None:
+            present.type = past.type
+            present.shape = past.shape.copy() if past.shape is not None else None
     return node
 
 
@@ -77,31 +92,53 @@ def _shared(
     producer: ir.Node,
     inputs: dict[str, ir.Value],
     past_map: ir.Value,
-    probe_tokens: int,
+    draft: Manifest,
 ) -> ir.Node:
     """A node that reads what ``producer`` gives."""
     i = site.layer
-    _, present_key, present_value, kept_map = producer.outputs
+    caches = [value if value.name else None for value in producer.outputs[1:-1]]
+    new = (site.query, site.key.new, *([site.value.new] if draft.paged else []))
     return _node(
         builder,
         site,
         SHARED_OP_TYPE,
-        (site.query, site.key.new, present_key, present_value, kept_map, past_map),
+        (*new, *caches, *_page_table(inputs), producer.outputs[-1], past_map),
         (f"attention.{i}", f"present_head_map.{i}"),
         inputs,
-        probe_tokens,
+        draft,
     )
+
+
+def _page_table(inputs: dict[str, ir.Value]) -> list[ir.Value]:
+    """The table that all nodes read, where caches are in pages."""
+    return [inputs[PAGE_TABLE]] if PAGE_TABLE in inputs else []
 
 
 def _node(
     builder: Builder,
     site: AttentionSite,
     op_type: str,
-    inputs: tuple[ir.Value, ...],
+    inputs: tuple[ir.Value | None, ...],
     outputs: tuple[str, ...],
     graph_inputs: dict[str, ir.Value],
-    probe_tokens: int,
+    draft: Manifest,
 ) -> ir.Node:
+    attributes: dict[str, float | int] = {
+        "scale": float(site.scale),
+        "probe_tokens": draft.probe_tokens,
+        "online": 1,
+    }
+    overload = ""
+    if draft.paged:
+        storage, i = draft.storage, site.layer
+        stored = Attributes(
+            float(site.scale),
+            draft.probe_tokens,
+            key_bits=storage.key_bits[i],
+            value_bits=storage.value_bits[i],
+            group=storage.group,
+        )
+        attributes, overload = stored.as_onnx(), Form.of(stored).overload
     first = builder.op(
         op_type,
         *inputs,
@@ -110,9 +147,8 @@ def _node(
         domain=DOMAIN,
         name=f"attention.{site.layer}",
         outputs=outputs,
-        scale=float(site.scale),
-        probe_tokens=probe_tokens,
-        online=1,
+        overload=overload,
+        **attributes,
     )
     node = first.producer()
     assert node is not None

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from chai_export.bundle.graph_io import LOGITS, OUTPUT_POSITIONS, ROPE_LENGTHS, GraphIO, GraphValue
+from chai_export.bundle.graph_io import LOGITS, OUTPUT_POSITIONS, ROPE_LENGTHS, GraphValue
+from chai_export.bundle.manifest import Manifest
 from chai_export.errors import ChaiError
 from chai_export.graph.match.roles import Roles
 from chai_export.graph.match.site import AttentionSite
 from chai_export.graph.read.builder import Builder
 from chai_export.graph.read.omitted_outputs import restore_omitted_outputs
+from chai_export.graph.rewrite.bodies import add_bodies
 from chai_export.graph.rewrite.cleanup import (
     drop_dead_nodes,
     replace_cache_shapes,
@@ -28,21 +30,19 @@ from chai_export.graph.rewrite.rope_rows import choose_by_row, prove_edges
 from chai_export.graph.rewrite.rope_switch import RopeSwitch
 from chai_export.graph.rewrite.rotary_heads import state_rotary_heads
 from chai_export.graph.rewrite.select_outputs import select_outputs
-from chai_export.op.function import function_proto
-from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE, VERSION
+from chai_export.op.schema import DOMAIN
 
 
 def transform(
     model: ir.Model,
     sites: list[AttentionSite],
     roles: Roles,
-    io: GraphIO,
-    probe_tokens: int,
+    draft: Manifest,
     switches: Sequence[RopeSwitch] = (),
 ) -> None:
     """Replace attention, caches, mask and positions of a normalised model, in place.
 
-    Afterwards the graph has the inputs and outputs of ``io`` and carries the bodies of its ops. ``switches``
+    Afterwards the graph is the one that ``draft`` describes and carries the bodies of its ops. ``switches``
     are the choices between rotary factors in it, made by row from here on.
 
     Raises:
@@ -50,13 +50,13 @@ def transform(
             by row.
     """
     graph = model.graph
-    opset = model.opset_imports[""]
     builder = Builder(graph)
+    io = draft.io
     if roles.batch is not None:
         free_batch(builder)
     inputs = make_inputs(roles.input_ids, io)
     logits = _logits(graph, sites)
-    presents = replace_sites(builder, sites, inputs, probe_tokens)
+    presents = replace_sites(builder, sites, inputs, draft)
     selected = select_outputs(builder, logits, inputs[OUTPUT_POSITIONS], roles)
     graph.outputs.clear()
     graph.outputs.extend([selected, *presents])
@@ -79,12 +79,9 @@ def transform(
     require_no_uses(old)
     graph.inputs.clear()
     graph.inputs.extend(inputs.values())
-    op_types = {OP_TYPE if site.source_layer is None else SHARED_OP_TYPE for site in sites}
-    for op_type in sorted(op_types):
-        function = ir.serde.deserialize_function(function_proto(opset, op_type))
-        model.functions[function.identifier()] = function
-    model.opset_imports[DOMAIN] = VERSION
-    graph.opset_imports[DOMAIN] = VERSION
+    add_bodies(model)
+    model.opset_imports[DOMAIN] = draft.op_version
+    graph.opset_imports[DOMAIN] = draft.op_version
     tidy(model)
     # Positions that the graph derived itself had one row for the whole batch; ours differ by row.
     state_shapes(model, forget=roles.position_ids is None)

@@ -17,7 +17,7 @@ from chai_export.op.cache_storage import PAGED_VERSION
 from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE, signature
 from chai_export.op.v2 import text_attend, text_cache, text_map
 from chai_export.op.v2.attributes import Attributes
-from chai_export.op.v2.storage import SCALES_PER_GROUP
+from chai_export.op.v2.storage import BITS, SCALES_PER_GROUP
 
 MIN_OPSET = 18
 """ReduceMin and ReduceMax take today's form, axes as an input, from opset 18."""
@@ -56,6 +56,11 @@ class Form:
         of = signature(op_type, PAGED_VERSION)
         optional = [each for each in (*of.inputs, *of.outputs) if each.optional]
         return {each.name for each in optional if not has[each.follows or each.name]}
+
+
+def plain_forms() -> list[Form]:
+    """Every storage of keys and of values, with nothing added to scores."""
+    return [Form(key_bits, value_bits) for key_bits in BITS for value_bits in BITS]
 
 
 @lru_cache
