@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 import chai_export as ce
 from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.op_nodes import check_op_nodes
 from chai_export.cli.inspect import describe_bundle
 from chai_export.cli.main import main
 from chai_export.clustering.clusters import Clusters
@@ -149,7 +150,19 @@ def test_greedy_tokens_are_the_oracles_alone_and_in_a_batch(implementation, bund
     assert every[0].token_ids == wanted[0, len(PROMPTS[0]) :].tolist()
 
 
+def test_layers_share_pages_too(decoder, model, tmp_path):
+    paged = ce.rewrite(decoder, Clusters(KEPT, probe_tokens=PROBE), tmp_path / "b", value_bits=8)
+    assert paged.manifest.value_bits == [8] * 4
+    assert "stored exactly" in paged.manifest.proof.compared
+    check_op_nodes(paged)
+    _compare_rows(paged, model, 0.1)
+
+
 def test_rows_in_different_phases_do_not_touch_each_other(bundle, model):
+    _compare_rows(bundle, model, TOLERANCE)
+
+
+def _compare_rows(bundle, model, tolerance):
     runner = GraphRunner(bundle, batch=len(PROMPTS), capacity=16)
     texts = [list(prompt) for prompt in PROMPTS]
     steps = (texts, [[1, 2, 3], [4], []], [[10], [20], [30]])
@@ -159,7 +172,7 @@ def test_rows_in_different_phases_do_not_touch_each_other(bundle, model):
             texts[row] += new if step else []
             if new:
                 expected = model_logits(model, texts[row])[-len(new) :]
-                np.testing.assert_allclose(logits[row, : len(new)], expected, atol=TOLERANCE)
+                np.testing.assert_allclose(logits[row, : len(new)], expected, atol=tolerance)
 
 
 def test_a_shared_cache_is_held_and_counted_once(bundle):

@@ -13,6 +13,9 @@ from chai_export.cli.main import main
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.oracle import model_logits
+from chai_export.op.heads import HeadCounts
+from chai_export.op.precision import Precision
+from tests.families import family_model
 from tests.helpers.exported import exported, model_of
 from tests.helpers.graph_runner import GraphRunner
 from tests.tiny_graph import TinyModel
@@ -122,3 +125,43 @@ def test_the_command_takes_the_bits(tmp_path, capsys):
     assert main(["rewrite", str(exported(NAME)), *options, "--json"]) == 0
     manifest = Bundle.load(tmp_path / "b").manifest
     assert (manifest.key_bits, manifest.value_bits) == ([8, 8], [0, 0])
+
+
+def test_a_half_precision_model_has_its_caches_stored_alike(tmp_path):
+    half = ce.export(model_of(NAME), Clusters((2, 1)), tmp_path / "b", dtype="float16", key_bits=8)
+    caches = {cache.past.name: cache.past.dtype for cache in half.manifest.io.caches}
+    assert (caches["past_key.0"], caches["past_value.0"]) == ("int8", "float16")
+    check_op_nodes(half)
+    ids = TOKENS[:12]
+    found = ce.load(half.path, heads="all").logits(ids)
+    assert np.abs(found - model_logits(model_of(NAME), ids)).max() < 0.2
+
+
+def test_static_maps_stand_in_nodes_of_version_2(tmp_path):
+    model, text = family_model("llama-mha"), np.random.default_rng(0).integers(3, 96, 3000).tolist()
+    options = {"membership": "static", "text": [text]}
+    plain = ce.export(model, Clusters((4, 4)), tmp_path / "plain", **options)
+    paged = ce.export(model, Clusters((4, 4)), tmp_path / "paged", value_bits=16, **options)
+    check_op_nodes(paged)
+    assert paged.manifest.static == plain.manifest.static
+    found, wanted = (ce.load(bundle.path).logits(TOKENS) for bundle in (paged, plain))
+    np.testing.assert_allclose(found, wanted, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("precision", "widths", "group"),
+    [
+        (Precision(8, 4), (128, 64), 32),
+        (Precision(8, 8), (80, 80), 16),
+        (Precision(8, 4), (64, 40), 8),
+        (Precision(16, 4), (7, 64), 32),
+        (Precision(0, 16), (7, 5), 32),
+    ],
+)
+def test_the_largest_group_that_divides_is_taken(precision, widths, group):
+    assert precision.group(HeadCounts(4, 2, *widths)) == group
+
+
+def test_rows_that_no_group_divides_are_refused_with_what_helps():
+    with pytest.raises(ChaiError, match=r"values of 30 elements cannot be stored in 4 bits.*--value-bits 16"):
+        Precision(8, 4).group(HeadCounts(4, 2, 64, 30))
