@@ -32,7 +32,11 @@ class Played:
         self.config: dict[str, Any] = {}
         self.fail: Callable[[], None] = lambda: None
         self.plugin_layers: int | None = None
+        self.parse_errors: list[Any] = []
+        self.unknown: set[str] = set()
+        self.features: dict[str, bool] = {}
         self.builder = SimpleNamespace(error_recorder=None)
+        self.network = SimpleNamespace()
         base = type("Base", (), {"__init__": lambda self: None})
         engine = SimpleNamespace(deserialize_cuda_engine=lambda plan: FakeEngine(bundle, 4, 64))
         self.tensorrt = SimpleNamespace(
@@ -43,17 +47,28 @@ class Played:
             LayerType=SimpleNamespace(PLUGIN_V3="plugin"),
             MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
             Runtime=lambda logger: engine,
+            OnnxParser=lambda network, logger: PlayedParser(self),
+            PreviewFeature=SimpleNamespace(ALIASED_PLUGIN_IO_10_03="aliased"),
+            init_libnvinfer_plugins=lambda logger, namespace: True,
             **vars(TENSORRT),
         )
         self.polygraphy = SimpleNamespace(
-            network_from_onnx_path=self._parse,
+            create_network=self._create_network,
+            get_trt_logger=lambda: "a logger",
             CreateConfig=lambda **given: self.config.update(given),
+            PostprocessConfig=lambda config, func: func(self.builder, self.network, self),
             Profile=PlayedProfile,
             engine_bytes_from_network=self._build,
         )
 
-    def _parse(self, path: str, strongly_typed: bool) -> Any:
+    def _create_network(self, strongly_typed: bool) -> Any:
         assert strongly_typed
+        return self.builder, self.network
+
+    def set_preview_feature(self, feature: str, on: bool) -> None:
+        self.features[feature] = on
+
+    def parse(self, path: str) -> None:
         self.path = path
         self.parsed = model = onnx.load(path)
         kinds = [
@@ -61,17 +76,35 @@ class Played:
         ]
         if self.plugin_layers is not None:
             kinds = ["plugin"] * self.plugin_layers
-        network = SimpleNamespace(
-            num_layers=len(kinds),
-            get_layer=lambda i: SimpleNamespace(type=kinds[i]),
-            num_inputs=1,
-            get_input=lambda i: SimpleNamespace(name="input_ids", is_shape_tensor=False),
-        )
-        return self.builder, network, None
+        self.network.num_layers = len(kinds)
+        self.network.get_layer = lambda i: SimpleNamespace(type=kinds[i])
+        self.network.num_inputs = 1
+        self.network.get_input = lambda i: SimpleNamespace(name="input_ids", is_shape_tensor=False)
 
     def _build(self, network: Any, config: Any, save_timing_cache: str) -> bytes:
         self.fail()
         return b"a plan"
+
+
+class PlayedParser:
+    """Takes every operator but those of ``unknown``, and every graph unless there are ``parse_errors``."""
+
+    def __init__(self, played: Played) -> None:
+        self._played = played
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._played.parse_errors)
+
+    def supports_operator(self, op_type: str) -> bool:
+        return op_type not in self._played.unknown
+
+    def parse_from_file(self, path: str) -> bool:
+        self._played.parse(path)
+        return not self._played.parse_errors
+
+    def get_error(self, index: int) -> Any:
+        return self._played.parse_errors[index]
 
 
 class PlayedProfile(dict[str, Any]):

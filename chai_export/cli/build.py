@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="tensorrt: kernels compiled before (default: compile them)",
     )
+    parser.add_argument(
+        "--alias-caches",
+        action=argparse.BooleanOptionalAction,
+        help="tensorrt: tell the builder that caches are appended to in place (default: yes)",
+    )
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -47,6 +52,7 @@ def execute(arguments: argparse.Namespace) -> int:
         max_seq=arguments.max_seq,
         builder_memory=None if arguments.builder_memory is None else int(arguments.builder_memory * 2**30),
         kernels=arguments.kernels,
+        alias_caches=arguments.alias_caches,
     )
     if arguments.json:
         print_json(record.model_dump(mode="json"))

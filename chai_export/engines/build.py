@@ -22,6 +22,7 @@ def build(
     *,
     builder_memory: int | None = None,
     kernels: str | Path | None = None,
+    alias_caches: bool | None = None,
 ) -> EngineRecord:
     """Build an engine for ``backend`` and enter it in the bundle's manifest.
 
@@ -32,6 +33,8 @@ def build(
         max_seq: most tokens of prompt and text together. Default: what the model was trained for.
         builder_memory: "tensorrt" only: bytes of GPU memory that the builder may use as workspace.
         kernels: "tensorrt" only: directory of kernels compiled elsewhere, instead of compiling them.
+        alias_caches: "tensorrt" only: whether the builder is told that caches are appended to in place
+            (preview feature ``kALIASED_PLUGIN_IO_10_03``). Default: it is.
 
     Raises:
         UsageError: the backend is unknown, a limit is below 1, or an argument is of another backend.
@@ -39,7 +42,12 @@ def build(
             these limits do not fit in memory, or the model has fewer positions.
     """
     backend = Backend(backend)
-    for flag, option in (("--builder-memory", builder_memory), ("--kernels", kernels)):
+    options = (
+        ("--builder-memory", builder_memory),
+        ("--kernels", kernels),
+        ("--alias-caches", alias_caches),
+    )
+    for flag, option in options:
         if option is not None and backend is not Backend.TENSORRT:
             raise UsageError(f"{flag} is for --backend tensorrt; leave it out for {backend}")
     limits = (("--max-batch", max_batch), ("--max-seq", max_seq), ("--builder-memory", builder_memory))
@@ -58,7 +66,14 @@ def build(
         from chai_export.engines.tensorrt import build_tensorrt
 
         given = Path(kernels) if kernels is not None else None
-        record = build_tensorrt(bundle, max_batch, max_seq, builder_memory=builder_memory, kernels=given)
+        record = build_tensorrt(
+            bundle,
+            max_batch,
+            max_seq,
+            builder_memory=builder_memory,
+            kernels=given,
+            alias_caches=alias_caches is not False,
+        )
     else:
         from chai_export.engines.onnxruntime import build_onnxruntime
 

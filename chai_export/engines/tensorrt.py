@@ -7,11 +7,14 @@ model.onnx lies ``tensorrt.onnx``, the graph as TensorRT's parser reads it, for 
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import onnx
 
 from chai_export.bundle.atomic import atomic_directory, atomic_file
 from chai_export.bundle.bundle import ENGINES_DIRECTORY, MODEL_FILE, Bundle, record_files
@@ -19,7 +22,9 @@ from chai_export.bundle.choices import Backend, Heads
 from chai_export.bundle.hashing import sha256_file
 from chai_export.bundle.manifest import EngineRecord, FileRecord
 from chai_export.bundle.parts import ENGINE
-from chai_export.engines.tensorrt_network import plugin_network, portable_network, require_parsed
+from chai_export.engines.tensorrt_lowering import lower_operators
+from chai_export.engines.tensorrt_network import plugin_network, portable_network, relocated
+from chai_export.engines.tensorrt_parser import parse_network, require_known_domains, require_parsed
 from chai_export.engines.tensorrt_profiles import Range, profiles, trtexec_shapes
 from chai_export.engines.tensorrt_progress import BuildProgress, error_recorder
 from chai_export.errors import ChaiError, reason
@@ -44,6 +49,8 @@ DIRECTORY = f"{ENGINES_DIRECTORY}/{Backend.TENSORRT}"
 PLAN_FILE = "engine.plan"
 NETWORK_FILE = "tensorrt.onnx"
 KERNELS = "kernels"
+INTEGER_WEIGHTS = "integer_weights.data"
+"""Weights in 4 or 8 bits in TensorRT's form, beside the engine."""
 _MEBI = 1 << 20
 _CAUSES = 2
 """Reports that an error shows: the last one is often the consequence of the one before."""
@@ -56,6 +63,7 @@ def build_tensorrt(
     *,
     builder_memory: int | None = None,
     kernels: Path | None = None,
+    alias_caches: bool = True,
 ) -> EngineRecord:
     """Build an engine for this machine's GPU inside the bundle and return its record.
 
@@ -67,6 +75,8 @@ def build_tensorrt(
         max_seq: most tokens of a row: the largest cache capacity.
         builder_memory: bytes of GPU memory that TensorRT may use as workspace. Default: what it likes.
         kernels: directory of kernels that were compiled elsewhere; they are compiled here if not given.
+        alias_caches: build with the preview feature in which TensorRT knows that the plugin appends to its
+            caches in place.
 
     Raises:
         ChaiError: layers share KV caches, or rotary factors follow the length of a row; TensorRT,
@@ -92,7 +102,6 @@ def build_tensorrt(
     polygraphy = import_polygraphy()
     gpu = require_gpu()
     plugin = require_plugin(tensorrt)
-    require_parsed(bundle, version_of(tensorrt))
     shapes = profiles(bundle.manifest, max_batch, max_seq)
     settings: dict[str, str | int | float | bool] = {
         "gpu": gpu.name,
@@ -107,26 +116,38 @@ def build_tensorrt(
         atomic_directory(bundle.path / DIRECTORY, ENGINE) as directory,
         atomic_file(bundle.path / NETWORK_FILE) as network,
     ):
+        model = network_for_parser(bundle, directory / INTEGER_WEIGHTS, with_plugin=plugin is not None)
+        require_parsed(tensorrt, polygraphy, model, version_of(tensorrt))
         # Beside the weights it refers to, for as long as it is parsed.
         source = bundle.path / f".{Backend.TENSORRT}.onnx"
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(source.unlink, missing_ok=True)
-            place: Path | None = None
             if plugin is not None:
                 index = place_kernels(spec_of(bundle), gpu, kernels, directory / KERNELS)
-                place = index.parent.resolve()
                 settings["plugin_sha256"] = sha256_file(plugin)
                 settings["kernels_sha256"] = sha256_file(index)
-            _save_network(bundle, place, source)
-            layers = bundle.manifest.num_layers if plugin is not None else 0
-            plan = _build_plan(tensorrt, polygraphy, source, shapes, layers, builder_memory)
+                settings["alias_caches"] = alias_caches
+            weights = os.path.relpath(directory.resolve(), bundle.path.resolve())
+            save(relocated(model, DIRECTORY, str(directory.resolve()), weights), source)
+            plan = build_plan(
+                tensorrt,
+                polygraphy,
+                source,
+                shapes,
+                plugin_layers=bundle.manifest.num_layers if plugin is not None else 0,
+                builder_memory=builder_memory,
+                alias_caches=alias_caches and plugin is not None,
+                timing_cache=_timing_cache_path(tensorrt),
+            )
         (directory / PLAN_FILE).write_bytes(plan)
         _prove(tensorrt, bundle, plan, plugin is not None, max_batch)
         # trtexec is run in the bundle's directory.
-        _save_network(bundle, Path(DIRECTORY, KERNELS) if plugin is not None else None, network)
+        save(model, network)
         files = {f"{DIRECTORY}/{name}": record for name, record in record_files(directory, directory).items()}
         files[NETWORK_FILE] = FileRecord(sha256=sha256_file(network), size=network.stat().st_size)
-    settings["trtexec"] = trtexec_line(shapes, plugin, builder_memory)
+    settings["trtexec"] = trtexec_line(
+        shapes, plugin, builder_memory, alias_caches=alias_caches and plugin is not None
+    )
     return EngineRecord(
         backend=Backend.TENSORRT,
         runtime_version=tensorrt.__version__,
@@ -175,50 +196,98 @@ def place_kernels(spec: Spec, gpu: Gpu, given: Path | None, directory: Path) -> 
     return directory / INDEX_NAME
 
 
-def _save_network(bundle: Bundle, kernel_directory: Path | None, path: Path) -> None:
-    """Write the graph for the parser: with the plugin and its kernels, or with the function body."""
-    if kernel_directory is None:
-        model = portable_network(bundle)
+def network_for_parser(bundle: Bundle, weights: Path, *, with_plugin: bool) -> onnx.ModelProto:
+    """The graph for TensorRT's parser, with the plugin or with the function body.
+
+    Its kernels and integer weights lie in the engine's directory of the bundle, where the model is saved.
+
+    Args:
+        bundle: whose graph.
+        weights: file to write integer weights to, if there are any.
+        with_plugin: whether the plugin computes attention.
+
+    Raises:
+        ChaiError: it has operators that are not ONNX's and cannot be written as such.
+    """
+    if with_plugin:
+        model = plugin_network(bundle, PLUGIN_VERSION, PLUGIN_NAMESPACE, f"{DIRECTORY}/{KERNELS}")
     else:
-        model = plugin_network(bundle, PLUGIN_VERSION, PLUGIN_NAMESPACE, str(kernel_directory))
+        model = portable_network(bundle)
+    lower_operators(model, bundle.path, weights, f"{DIRECTORY}/{INTEGER_WEIGHTS}")
+    require_known_domains(model)
+    return model
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write a graph without its external data."""
     path.write_bytes(model.SerializeToString())
 
 
-def _build_plan(
+def build_plan(
     tensorrt: Any,
     polygraphy: Any,
     source: Path,
     shapes: tuple[Mapping[str, Range], ...],
+    *,
     plugin_layers: int,
     builder_memory: int | None,
+    alias_caches: bool,
+    timing_cache: Path | None,
 ) -> Any:
+    """Parse and build.
+
+    Args:
+        tensorrt: the module, or TensorRT-RTX's.
+        polygraphy: ``polygraphy.backend.trt``.
+        source: the ONNX file.
+        shapes: by input name, one mapping per profile.
+        plugin_layers: attentions in the network.
+        builder_memory: bytes of workspace. None is what TensorRT likes.
+        alias_caches: as :func:`build_tensorrt`.
+        timing_cache: file of measured kernel times, read and written; None for none.
+
+    Returns:
+        The engine's bytes.
+
+    Raises:
+        ChaiError: the parser does not take the graph, or no engine could be built.
+    """
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER
 
     recorder = error_recorder(tensorrt)
-    timing_cache = _timing_cache_path(tensorrt)
+    cache = None if timing_cache is None else str(timing_cache)
     # polygraphy's log goes to stdout, which is for results.
     with contextlib.redirect_stdout(sys.stderr), G_LOGGER.verbosity(G_LOGGER.ERROR):
-        try:
-            builder, network, parser = polygraphy.network_from_onnx_path(str(source), strongly_typed=True)
-        except PolygraphyException as error:
-            raise parse_error(str(error), with_plugin=plugin_layers > 0) from error
-        builder.error_recorder = recorder
-        check_network(tensorrt, network, plugin_layers)
+        network = parse_network(tensorrt, polygraphy, source, plugin_layers)
+        network[0].error_recorder = recorder
         limits = {} if builder_memory is None else {tensorrt.MemoryPoolType.WORKSPACE: builder_memory}
         with BuildProgress(tensorrt) as progress:
             config = polygraphy.CreateConfig(
                 profiles=[_polygraphy_profile(polygraphy, profile) for profile in shapes],
                 memory_pool_limits=limits,
-                load_timing_cache=str(timing_cache),
+                load_timing_cache=cache,
                 progress_monitor=progress.monitor,
             )
+            if alias_caches:
+                config = with_aliases(tensorrt, polygraphy, config)
             try:
-                return polygraphy.engine_bytes_from_network(
-                    (builder, network, parser), config=config, save_timing_cache=str(timing_cache)
-                )
+                return polygraphy.engine_bytes_from_network(network, config=config, save_timing_cache=cache)
             except PolygraphyException as error:
                 raise build_error(recorder.messages, str(error)) from error
+
+
+def with_aliases(tensorrt: Any, polygraphy: Any, config: Any) -> Any:
+    """A configuration in which TensorRT takes notice of outputs that are a plugin's inputs.
+
+    By TensorRT's headers it asks the plugin in this case only, but builders were seen to refuse a plugin
+    that would answer, as ours would.
+    """
+
+    def switch_on(builder: Any, network: Any, builder_config: Any) -> None:
+        builder_config.set_preview_feature(tensorrt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+
+    return polygraphy.PostprocessConfig(config, func=switch_on)
 
 
 def _polygraphy_profile(polygraphy: Any, shapes: Mapping[str, Range]) -> Any:
@@ -226,38 +295,6 @@ def _polygraphy_profile(polygraphy: Any, shapes: Mapping[str, Range]) -> Any:
     for name, shape in shapes.items():
         profile.add(name, shape.least, shape.likely, shape.most)
     return profile
-
-
-def check_network(tensorrt: Any, network: Any, plugin_layers: int) -> None:
-    """Compare a parsed network with what it should hold.
-
-    Raises:
-        ChaiError: it has another number of plugin layers, or an input whose values decide shapes.
-    """
-    layers = (network.get_layer(i) for i in range(network.num_layers))
-    found = sum(layer.type == tensorrt.LayerType.PLUGIN_V3 for layer in layers)
-    if found != plugin_layers:
-        raise ChaiError(
-            f"TensorRT {tensorrt.__version__} parsed {found} plugin layers for {plugin_layers} attentions; "
-            "report this with the TensorRT version"
-        )
-    inputs = (network.get_input(i) for i in range(network.num_inputs))
-    shape_inputs = [network_input.name for network_input in inputs if network_input.is_shape_tensor]
-    if shape_inputs:
-        raise ChaiError(
-            f"TensorRT reads {', '.join(shape_inputs)} as a shape, which no profile can bound; "
-            "export or rewrite the bundle again with this version of chai_export"
-        )
-
-
-def parse_error(message: str, *, with_plugin: bool) -> ChaiError:
-    """What the ONNX parser reported, with what can be done about it."""
-    fix = (
-        "use a newer TensorRT, or export with a lower opset"
-        if with_plugin
-        else "build with the plugin (leave CHAI_EXPORT_NATIVE unset)"
-    )
-    return ChaiError(f"TensorRT's ONNX parser does not take the graph ({reason(message)}); {fix}")
 
 
 def build_error(reports: Sequence[str], otherwise: str) -> ChaiError:
@@ -271,6 +308,8 @@ def build_error(reports: Sequence[str], otherwise: str) -> ChaiError:
             f"GPU memory ran out while building ({cause}); lower --max-batch, --max-seq or --builder-memory, "
             "or free the GPU"
         )
+    if any("ALIASED_PLUGIN_IO" in message for message in reports):
+        return ChaiError(f"TensorRT could not build the engine ({cause}); leave --no-alias-caches out")
     return ChaiError(f"TensorRT could not build the engine ({cause}); see its messages above")
 
 
@@ -310,9 +349,16 @@ def _timing_cache_path(tensorrt: Any) -> Path:
 
 
 def trtexec_line(
-    shapes: tuple[Mapping[str, Range], ...], plugin: Path | None, builder_memory: int | None
+    shapes: tuple[Mapping[str, Range], ...],
+    plugin: Path | None,
+    builder_memory: int | None,
+    *,
+    alias_caches: bool,
 ) -> str:
-    """The command that builds an equal engine, to be run in the bundle's directory."""
+    """The command that builds an equal engine, to be run in the bundle's directory.
+
+    trtexec would multiply in TF32, and run the engine with caches of its own afterwards.
+    """
     words = ["trtexec", f"--onnx={NETWORK_FILE}"]
     if plugin is not None:
         words.append(f"--dynamicPlugins={plugin}")
@@ -320,5 +366,7 @@ def trtexec_line(
         words += [f"--profile={index}", *trtexec_shapes(profile)]
     if builder_memory is not None:
         words.append(f"--memPoolSize=workspace:{builder_memory / _MEBI:g}M")
-    words += ["--stronglyTyped", f"--saveEngine={PLAN_FILE}"]
+    if alias_caches:
+        words.append("--preview=+aliasedPluginIO1003")
+    words += ["--stronglyTyped", "--noTF32", "--skipInference", f"--saveEngine={PLAN_FILE}"]
     return shlex.join(words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +27,19 @@ from chai_export.bundle.graph_io import (
     TOKENS,
     kept_sizes,
 )
-from chai_export.engines.tensorrt import DIRECTORY, KERNELS, build_error, check_network, parse_error
-from chai_export.engines.tensorrt_network import plugin_network, portable_network
+from chai_export.engines.tensorrt import (
+    DIRECTORY,
+    INTEGER_WEIGHTS,
+    build_error,
+    network_for_parser,
+    with_aliases,
+)
+from chai_export.engines.tensorrt_network import portable_network, relocated
+from chai_export.engines.tensorrt_parser import parse_network
 from chai_export.errors import ChaiError
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.schema import DOMAIN, OP_TYPE
 from chai_export.runtime.tensorrt_environment import (
-    PLUGIN_NAMESPACE,
-    PLUGIN_VERSION,
     import_polygraphy,
     import_tensorrt,
     require_gpu,
@@ -79,12 +85,15 @@ def compare_layers(bundle: Bundle, *, tokens: int = DEFAULT_TOKENS, seed: int = 
     require_gpu()
     require_plugin(tensorrt)
     feeds = _feeds(bundle, tokens, seed)
-    kernels = (bundle.path / DIRECTORY / KERNELS).resolve()
-    watched = plugin_network(bundle, PLUGIN_VERSION, PLUGIN_NAMESPACE, str(kernels))
+    with tempfile.TemporaryDirectory() as scratch:
+        # The engine's own integer weights are read; these are the same.
+        network = network_for_parser(bundle, Path(scratch, INTEGER_WEIGHTS), with_plugin=True)
+    watched = relocated(network, DIRECTORY, str((bundle.path / DIRECTORY).resolve()), DIRECTORY)
     names = _watch(watched, bundle.manifest.dtype)
     expected = _run_onnxruntime(bundle, feeds, names)
+    alias = bool(record.settings.get("alias_caches", False))
     with _beside_weights(bundle, watched) as path:
-        found = _run_tensorrt(tensorrt, polygraphy, path, feeds, bundle.manifest.num_layers)
+        found = _run_tensorrt(tensorrt, polygraphy, path, feeds, bundle.manifest.num_layers, alias)
     return [
         LayerDifference(
             index, name, float(np.abs(found[name] - wanted).max()), float(np.abs(wanted).max(initial=0.0))
@@ -129,24 +138,21 @@ def _run_onnxruntime(
 
 
 def _run_tensorrt(
-    tensorrt: Any, polygraphy: Any, path: Path, feeds: dict[str, NDArray[Any]], layers: int
+    tensorrt: Any, polygraphy: Any, path: Path, feeds: dict[str, NDArray[Any]], layers: int, alias: bool
 ) -> dict[str, NDArray[np.float32]]:
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER
 
     with contextlib.redirect_stdout(sys.stderr), G_LOGGER.verbosity(G_LOGGER.ERROR):
-        try:
-            network = polygraphy.network_from_onnx_path(str(path), strongly_typed=True)
-        except PolygraphyException as error:
-            raise parse_error(str(error), with_plugin=True) from error
-        check_network(tensorrt, network[1], layers)
+        network = parse_network(tensorrt, polygraphy, path, layers)
         profile = polygraphy.Profile()
         for name, array in feeds.items():
             profile.add(name, array.shape, array.shape, array.shape)
+        config = polygraphy.CreateConfig(profiles=[profile])
+        if alias:
+            config = with_aliases(tensorrt, polygraphy, config)
         try:
-            engine = polygraphy.engine_from_network(
-                network, config=polygraphy.CreateConfig(profiles=[profile])
-            )
+            engine = polygraphy.engine_from_network(network, config=config)
             with polygraphy.TrtRunner(engine) as runner:
                 results = runner.infer(feeds)
         except PolygraphyException as error:

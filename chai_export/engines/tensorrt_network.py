@@ -11,8 +11,6 @@ from chai_export.op.schema import DOMAIN, OP_TYPE
 PLUGIN_VERSION_ATTRIBUTE = "plugin_version"
 PLUGIN_NAMESPACE_ATTRIBUTE = "plugin_namespace"
 KERNEL_DIRECTORY_ATTRIBUTE = "kernel_directory"
-PARSED_SINCE = {"RMSNormalization": (10, 15), "RotaryEmbedding": (10, 15)}
-"""Operators that TensorRT's parser took up late, and the version that did (its change log)."""
 
 
 def plugin_network(bundle: Bundle, version: str, namespace: str, kernel_directory: str) -> onnx.ModelProto:
@@ -57,21 +55,30 @@ def portable_network(bundle: Bundle) -> onnx.ModelProto:
     return model
 
 
-def require_parsed(bundle: Bundle, version: tuple[int, int]) -> None:
-    """Refuse a graph with operators that a version's parser is known not to take.
+def relocated(model: onnx.ModelProto, old: str, kernels: str, weights: str) -> onnx.ModelProto:
+    """A copy that takes what lay below directory ``old`` from other directories.
 
-    Raises:
-        ChaiError: naming the operator and the version that takes it.
+    Args:
+        model: for the parser.
+        old: the directory, as the model names it.
+        kernels: in its place for the plugin, which knows no directory of the model: an absolute path.
+        weights: in its place for external data: relative to the model.
     """
-    graph = onnx.load(str(bundle.model_path), load_external_data=False).graph
-    for node in graph.node:
-        since = PARSED_SINCE.get(node.op_type, (0, 0))
-        if version < since:
-            needed = ".".join(map(str, since))
-            raise ChaiError(
-                f"{bundle.model_path} uses {node.op_type}, which TensorRT takes from {needed} on and this is "
-                f"{'.'.join(map(str, version))}; pip install --upgrade tensorrt"
-            )
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in copy.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == KERNEL_DIRECTORY_ATTRIBUTE:
+                attribute.s = _moved(attribute.s.decode(), old, kernels).encode()
+    for tensor in copy.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = _moved(entry.value, old, weights)
+    return copy
+
+
+def _moved(place: str, old: str, new: str) -> str:
+    return f"{new}{place[len(old) :]}" if place.startswith(f"{old}/") else place
 
 
 def _sum_in_float(function: onnx.FunctionProto) -> None:

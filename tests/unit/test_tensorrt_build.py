@@ -100,6 +100,8 @@ def test_the_record_says_what_was_built_with_what(bundle: Bundle, played: Played
     assert words[:3] == ["trtexec", f"--onnx={NETWORK_FILE}", f"--dynamicPlugins={library}"]
     assert any(w.startswith("--maxShapes=input_ids:4x64,lengths:4,") for w in words)
     assert "--profile=1" in words
+    # polygraphy turns TF32 off, and trtexec would run what it built on caches of its own.
+    assert {"--noTF32", "--skipInference", "--stronglyTyped"} <= set(words)
     assert not list(bundle.path.glob(".*"))
 
 
@@ -117,6 +119,38 @@ def test_builder_memory_becomes_a_pool_limit(bundle: Bundle, played: Played) -> 
     assert "--memPoolSize=workspace:512M" in str(record.settings["trtexec"])
 
 
+@pytest.mark.parametrize("alias", [None, True, False])
+def test_one_flag_tells_the_builder_of_caches_in_place(
+    bundle: Bundle, played: Played, alias: bool | None
+) -> None:
+    record = build(bundle, "tensorrt", 4, 64, alias_caches=alias)
+    on = alias is not False
+    assert played.features == ({"aliased": True} if on else {})
+    assert record.settings["alias_caches"] is on
+    assert ("--preview=+aliasedPluginIO1003" in shlex.split(str(record.settings["trtexec"]))) is on
+
+
+def test_integer_weights_lie_beside_the_engine(bundle: Bundle, played: Played) -> None:
+    model = onnx.load(str(bundle.model_path))
+    numbers = np.arange(16 * 16, dtype=np.uint8).reshape(16, 1, 16)
+    constants = {"hidden": np.ones((2, 32), np.float32), "packed": numbers, "scales": np.ones((16, 1), "f")}
+    for name, array in constants.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    sizes = {"K": 32, "N": 16, "bits": 4, "block_size": 32}
+    node = onnx.helper.make_node("MatMulNBits", constants, ["product"], domain="com.microsoft", **sizes)
+    model.graph.node.append(node)
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, str(bundle.model_path))
+    record = build(bundle, "tensorrt", 4, 64)
+    assert "engines/tensorrt/integer_weights.data" in record.files
+    saved = onnx.load(str(bundle.path / NETWORK_FILE))
+    assert played.parsed is not None
+    for parsed in (played.parsed, saved):
+        stored = next(tensor for tensor in parsed.graph.initializer if tensor.name == "packed_int4")
+        assert stored.raw_data == (numbers ^ 0x88).tobytes()
+        assert "packed" not in {tensor.name for tensor in parsed.graph.initializer}
+
+
 def test_without_native_code_the_function_body_is_built(
     bundle: Bundle, played: Played, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +161,8 @@ def test_without_native_code_the_function_body_is_built(
     assert played.parsed is not None
     assert len(played.parsed.functions) == 1
     assert record.plugin_version is None
+    assert not played.features
+    assert "--preview" not in str(record.settings["trtexec"])
     assert set(record.files) == {"engines/tensorrt/engine.plan", NETWORK_FILE}
     monkeypatch.delenv(SWITCH)
     runner = ce.load(bundle.path, backend="tensorrt")

@@ -11,10 +11,10 @@ import onnx
 import pytest
 
 from chai_export.bundle.bundle import Bundle
+from chai_export.engines import tensorrt as engine_module
 from chai_export.engines.build import build
 from chai_export.engines.doctor import diagnose
 from chai_export.engines.tensorrt import place_kernels, spec_of
-from chai_export.engines.tensorrt_network import require_parsed
 from chai_export.errors import ChaiError, UsageError
 from chai_export.kernels.spec import Spec
 from chai_export.runtime import tensorrt_environment as environment
@@ -77,9 +77,28 @@ def raiser(message: str) -> Callable[[], None]:
         (lambda p: setattr(p, "plugin_layers", 1), "parsed 1 plugin layers for 2 attentions"),
         (
             lambda p: setattr(
-                p.polygraphy, "network_from_onnx_path", lambda *a, **k: raiser("No\nimporter for Foo")()
+                p, "parse_errors", [parser_error("no plugin", ""), parser_error("No\nimporter", "Foo")]
             ),
-            r"does not take the graph \(No importer for Foo\); use a newer TensorRT",
+            r"ONNX parser does not take Foo \(a node\): No importer; export the model with",
+        ),
+        (
+            lambda p: setattr(p, "parse_errors", [parser_error("axis 1", "RMSNormalization")]),
+            r"RMSNormalization \(a node\): axis 1; pip install --upgrade tensorrt, or rewrite .* opset 22",
+        ),
+        (
+            lambda p: setattr(p, "parse_errors", [parser_error("not a model", "")]),
+            r"does not take the graph: not a model; export the model with",
+        ),
+        (
+            lambda p: setattr(
+                p,
+                "fail",
+                lambda: (
+                    report(p, "Aliased I/O used by plugin but kALIASED_PLUGIN_IO_10_03 is off")
+                    and raiser("Invalid Engine.")()
+                ),
+            ),
+            "Aliased I/O used by plugin .*; leave --no-alias-caches out",
         ),
     ],
 )
@@ -93,6 +112,10 @@ def test_a_failed_build_is_one_line_and_leaves_nothing(
     assert "\n" not in str(caught.value)
     assert sorted(bundle.path.rglob("*")) == before
     assert "tensorrt" not in Bundle.load(bundle.path).manifest.engines
+
+
+def parser_error(text: str, operator: str) -> Any:
+    return SimpleNamespace(desc=lambda: text, node_operator=lambda: operator, node_name=lambda: "a node")
 
 
 def report(played: Played, message: str) -> bool:
@@ -174,6 +197,8 @@ def test_no_plugin_library_and_one_for_another_version(
 def test_options_of_tensorrt_are_refused_for_another_backend(bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="--builder-memory is for --backend tensorrt"):
         build(bundle, "onnxruntime", builder_memory=1 << 30)
+    with pytest.raises(UsageError, match="--alias-caches is for --backend tensorrt"):
+        build(bundle, "onnxruntime", alias_caches=False)
     with pytest.raises(UsageError, match="--builder-memory is 0; give 1 or more"):
         build(bundle, "tensorrt", builder_memory=0)
 
@@ -188,10 +213,45 @@ def test_doctor_says_what_tensorrt_lacks_and_the_fix(monkeypatch: pytest.MonkeyP
     assert (finding.found, finding.fix) == ("TensorRT cannot be imported (none)", "pip install it")
 
 
-def test_an_operator_that_the_parser_does_not_take_yet(bundle: Bundle, played: Played) -> None:
+def with_node(bundle: Bundle, op_type: str, inputs: list[str], domain: str = "") -> None:
     model = onnx.load(str(bundle.model_path))
-    model.graph.node.append(onnx.helper.make_node("RotaryEmbedding", ["x", "cos", "sin"], ["y"]))
+    model.graph.node.append(onnx.helper.make_node(op_type, inputs, [f"y_{op_type}"], domain=domain))
     onnx.save(model, str(bundle.model_path))
-    require_parsed(bundle, (10, 15))
+
+
+@pytest.fixture
+def no_kernels(played: Played, monkeypatch: pytest.MonkeyPatch) -> Played:
+    """Kernels take minutes: what can be known before is said before."""
+    monkeypatch.setattr(engine_module, "compile_kernels", lambda *given: pytest.fail("too late"))
+    return played
+
+
+def test_an_operator_that_the_parser_does_not_take_yet(bundle: Bundle, no_kernels: Played) -> None:
+    with_node(bundle, "RotaryEmbedding", ["x", "cos", "sin"])
+    no_kernels.tensorrt.__version__ = "10.3.0"
     with pytest.raises(ChaiError, match=r"uses RotaryEmbedding, .* from 10\.15 on and this is 10\.3"):
-        require_parsed(bundle, (10, 3))
+        build(bundle, "tensorrt", 4, 64)
+
+
+def test_operators_that_no_parser_takes_are_all_named(bundle: Bundle, no_kernels: Played) -> None:
+    with_node(bundle, "MatMulInteger", ["x", "w"])
+    with_node(bundle, "DynamicQuantizeLinear", ["x"])
+    no_kernels.unknown = {"DynamicQuantizeLinear", "MatMulInteger"}
+    with pytest.raises(
+        ChaiError,
+        match=r"parser of TensorRT 11\.4\.0\.106 does not take DynamicQuantizeLinear, MatMulInteger; export",
+    ):
+        build(bundle, "tensorrt", 4, 64)
+
+
+def test_operators_of_another_domain_are_all_named(bundle: Bundle, no_kernels: Played) -> None:
+    with_node(bundle, "FusedMatMul", ["x", "w"], "com.microsoft")
+    with_node(bundle, "FusedMatMul", ["x", "w"], "com.microsoft")
+    with_node(bundle, "Attention", ["x", "w", "b"], "com.microsoft")  # ONNX has one too
+    with pytest.raises(
+        ChaiError,
+        match=r"does not have: com\.microsoft\.Attention \(1\), com\.microsoft\.FusedMatMul \(2\); "
+        r"export the model with `chai-export export`, or use --backend onnxruntime",
+    ):
+        build(bundle, "tensorrt", 4, 64)
+    assert not (bundle.path / "engines").exists()
