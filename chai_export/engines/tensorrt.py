@@ -83,21 +83,7 @@ def build_tensorrt(
             polygraphy, the plugin library or a GPU is missing or of the wrong version; the kernels are for
             another GPU or model; the parser does not take the graph; memory runs out.
     """
-    if bundle.manifest.kv_source_layers is not None:
-        raise ChaiError(
-            f"{bundle.path} has layers that read another layer's KV cache, and {SHARED_OP_TYPE} has no "
-            "TensorRT plugin; use --backend onnxruntime"
-        )
-    if bundle.manifest.switch_lengths:
-        raise ChaiError(
-            f"{bundle.path} has rotary factors that follow the length of a row, which TensorRT engines "
-            "cannot do yet; use --backend onnxruntime"
-        )
-    if bundle.manifest.paged:
-        raise ChaiError(
-            f"{bundle.path} has caches in pages (op version {bundle.manifest.op_version}), which TensorRT "
-            "engines do not have yet; export without --key-bits and --value-bits, or use onnxruntime"
-        )
+    require_supported(bundle)
     tensorrt = import_tensorrt()
     polygraphy = import_polygraphy()
     gpu = require_gpu()
@@ -161,6 +147,29 @@ def build_tensorrt(
         settings=settings,
         created_with=CREATED_WITH,
     )
+
+
+def require_supported(bundle: Bundle) -> None:
+    """Refuse what these engines cannot do, whatever the machine.
+
+    Raises:
+        ChaiError: layers share KV caches, rotary factors follow the length of a row, or caches are in pages.
+    """
+    if bundle.manifest.kv_source_layers is not None:
+        raise ChaiError(
+            f"{bundle.path} has layers that read another layer's KV cache, and {SHARED_OP_TYPE} has no "
+            "TensorRT plugin; use --backend onnxruntime"
+        )
+    if bundle.manifest.switch_lengths:
+        raise ChaiError(
+            f"{bundle.path} has rotary factors that follow the length of a row, which TensorRT engines "
+            "cannot do yet; use --backend onnxruntime"
+        )
+    if bundle.manifest.paged:
+        raise ChaiError(
+            f"{bundle.path} has caches in pages (op version {bundle.manifest.op_version}), which TensorRT "
+            "engines do not have yet; export without --key-bits and --value-bits, or use onnxruntime"
+        )
 
 
 def spec_of(bundle: Bundle) -> Spec:

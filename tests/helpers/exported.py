@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.clustering.clusters import Clusters
+from chai_export.exporter.stage import export
 from chai_export.exporter.torch_export import DEFAULT_OPSET, export_onnx
 from chai_export.graph.stage import rewrite
 from chai_export.models.geometry import describe
@@ -74,3 +75,9 @@ def bundle_of(name: str, opset: int = DEFAULT_OPSET, attention: str = "sdpa") ->
 def _bundle_of(name: str, opset: int, attention: str) -> Bundle:
     path = exported(name, opset, attention)
     return rewrite(path, Clusters(kept_of(name)), path.parent / "bundle")
+
+
+def bundle_in(name: str, dtype: str, place: Path) -> Bundle:
+    """A tiny model below ``place`` as `export --dtype` makes a bundle of it."""
+    model_of(name).save_pretrained(place / "model")
+    return export(place / "model", Clusters(kept_of(name)), place / "bundle", dtype=dtype)

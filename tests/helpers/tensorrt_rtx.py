@@ -27,6 +27,7 @@ from chai_export.engines.tensorrt import (
     INTEGER_WEIGHTS,
     build_plan,
     network_for_parser,
+    require_supported,
     save,
 )
 from chai_export.engines.tensorrt_parser import require_parsed
@@ -55,6 +56,7 @@ class Built:
 def build_cut(bundle: Bundle, max_batch: int = 4, max_seq: int = 64) -> Built:
     """Build what ``build --backend tensorrt`` would, but for the attentions, with its own code."""
     try:
+        require_supported(bundle)
         path, shapes = write_cut(bundle, max_batch, max_seq)
     except ChaiError as error:
         return Built(refused=str(error))
