@@ -73,6 +73,7 @@ def generate_table(results: list[Row]) -> str:
         gain = result["tpot_speedup_vs_best_peer"]
         return [
             result["pattern"],
+            result.get("cache", "exact"),
             str(result["prompt_tokens"]),
             first,
             each,
@@ -81,7 +82,15 @@ def generate_table(results: list[Row]) -> str:
             f"{result['ceiling']:.3f}",
         ]
 
-    columns = ("clusters", "prompt", "first token, ms", "each further token, ms", "gain, first", "gain, each")
+    columns = (
+        "clusters",
+        "cache",
+        "prompt",
+        "first token, ms",
+        "each further token, ms",
+        "gain, first",
+        "gain, each",
+    )
     return table((*columns, "bytes allow"), map(row, results))
 
 
