@@ -28,14 +28,26 @@ class PagedCache:
     """Pools by the name of the graph's input: keys, values, and their scales where they are quantised.
 
     What has not been written is undefined: the op never reads it.
+
+    Raises:
+        ChaiError: the system does not reserve so many addresses.
     """
 
     def __init__(self, manifest: Manifest, heads: Heads | str, pages: int, page_length: int) -> None:
         sizes = {PAGES: pages, PAGE_LENGTH: page_length, **kept_sizes(manifest.heads(heads))}
-        self.arrays: dict[str, NDArray[Any]] = {
-            cache.past.name: np.empty(cache.past.shape(sizes), ELEMENT_TYPES[cache.past.dtype].numpy)
-            for cache in manifest.io.caches
-        }
+        self.arrays: dict[str, NDArray[Any]] = {}
+        for cache in manifest.io.caches:
+            shape, item = cache.past.shape(sizes), ELEMENT_TYPES[cache.past.dtype].numpy
+            try:
+                self.arrays[cache.past.name] = np.empty(shape, item)
+            except (
+                MemoryError
+            ) as error:  # a limit on addresses (ulimit -v), or a system that promises no more
+                size = bytes_text(pages * page_length * manifest.kv_bytes_per_token(heads))
+                raise ChaiError(
+                    f"the system does not reserve {size} for KV caches; lower --cache-memory, --max-seq or "
+                    "--max-new-tokens, or raise its limit (ulimit -v)"
+                ) from error
 
     @property
     def nbytes(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -397,6 +399,23 @@ def test_memory_that_is_not_there_is_one_line(implementation, bundles, monkeypat
         runner.generate([SHORT])
     with pytest.raises(ChaiError, match=r"KV cache for 3 rows of 70 tokens takes .* --max-seq.* free memory"):
         runner.session.begin(3, 70)
+
+
+@pytest.mark.usefixtures("library")
+def test_addresses_that_the_system_does_not_reserve_are_one_line(bundles):
+    program = (
+        "import resource, chai_export as ce\n"
+        f"runner = ce.load({str(bundles['8/4'])!r}, threads=1)\n"
+        "runner.logits([4, 5, 6])\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)\n"
+        "try:\n"
+        "    runner.session.begin(1, (256 << 20) // 108)\n"
+        "except ce.ChaiError as error:\n"
+        "    print(error)\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "does not reserve 256.0 MiB for KV caches; lower --cache-memory, --max-seq" in answer.stdout
 
 
 @pytest.mark.usefixtures("library")
