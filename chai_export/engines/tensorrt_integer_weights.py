@@ -87,8 +87,7 @@ def multiply(writer: NodeWriter, node: onnx.NodeProto, integers: IntegerWeights)
             product = writer.add("Sub", [product, writer.cast(taken, _FLOAT, element)])
     if bias:
         product = writer.add("Add", [product, bias])
-    writer.nodes[-1].output[0] = node.output[0]
-    writer.nodes[-1].name = node.output[0]
+    writer.rename(node.output[0])
 
 
 def _signed(

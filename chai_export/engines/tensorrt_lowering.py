@@ -11,7 +11,8 @@ from typing import Any
 
 import onnx
 
-from chai_export.engines.tensorrt_integer_weights import IntegerWeights, multiply
+from chai_export.engines import tensorrt_integer_activations, tensorrt_integer_weights
+from chai_export.engines.tensorrt_integer_weights import IntegerWeights
 from chai_export.engines.tensorrt_writer import NodeWriter, refuse
 
 MICROSOFT = "com.microsoft"
@@ -31,7 +32,7 @@ def lower_operators(model: onnx.ModelProto, directory: Path, weights: Path, loca
     Raises:
         ChaiError: a use of them that has no equal, with the node and what to do.
     """
-    if not any((node.domain, node.op_type) in LOWERED for node in model.graph.node):
+    if not any((node.domain, node.op_type) in LOWERED.keys() - _ASIDE for node in model.graph.node):
         return
     with IntegerWeights(weights, location) as integers:
         writer = NodeWriter(model, directory)
@@ -91,9 +92,15 @@ def _rotary_embedding(writer: NodeWriter, node: onnx.NodeProto, _: IntegerWeight
     writer.add("RotaryEmbedding", [values, cosine, sine, positions], output=node.output[0], **attributes)
 
 
+_ASIDE = {("", "Gather"), ("", "DequantizeLinear")}
+"""Lowered where they stand in a graph of quantize_dynamic, and no reason to touch another."""
 LOWERED: dict[tuple[str, str], Callable[[NodeWriter, onnx.NodeProto, IntegerWeights], Any]] = {
     ("", "SimplifiedLayerNormalization"): _simplified_norm,
     (MICROSOFT, "SkipSimplifiedLayerNormalization"): _skip_simplified_norm,
     (MICROSOFT, "RotaryEmbedding"): _rotary_embedding,
-    (MICROSOFT, "MatMulNBits"): multiply,
+    (MICROSOFT, "MatMulNBits"): tensorrt_integer_weights.multiply,
+    ("", "DynamicQuantizeLinear"): tensorrt_integer_activations.quantise,
+    ("", "MatMulInteger"): tensorrt_integer_activations.multiply,
+    ("", "Gather"): tensorrt_integer_activations.gather,
+    ("", "DequantizeLinear"): tensorrt_integer_activations.dequantise,
 }

@@ -29,11 +29,12 @@ class NodeWriter:
         self._infos = {info.name: info.type.tensor_type for info in infos}
         self._taken = {name for node in graph.node for name in (*node.input, *node.output)}
         self._taken |= self.initializers.keys() | self._infos.keys()
+        self._makers = {name: node for node in graph.node for name in node.output}
         self._replaced: set[str] = set()
         self._node = onnx.NodeProto()
 
     def enter(self, node: onnx.NodeProto) -> None:
-        """``node`` is the one to be replaced from here on."""
+        """``node`` is the one to be replaced, or kept as it is, from here on."""
         self._node = node
         self._replaced.update(node.input)
 
@@ -105,6 +106,19 @@ class NodeWriter:
         sizes = self._infos[name].shape.dim
         return [d.dim_value if d.HasField("dim_value") else d.dim_param for d in sizes]
 
+    def rename(self, name: str) -> None:
+        """Give the output of the node that was written last the name of the one it replaces."""
+        last = self.nodes[-1]
+        last.output[0] = last.name = name
+
+    def maker(self, name: str) -> onnx.NodeProto | None:
+        """The node of the graph as it was that makes a value."""
+        return self._makers.get(name)
+
+    def readers(self, name: str) -> list[onnx.NodeProto]:
+        """The nodes of the graph as it was that read a value."""
+        return [node for node in self._model.graph.node if name in _reads(node)]
+
     def require_opset(self, version: int) -> None:
         """The model is of this version of ONNX's operators or a later one."""
         for opset in self._model.opset_import:
@@ -118,7 +132,8 @@ class NodeWriter:
         read |= {output.name for output in graph.output}
         dead = self._replaced - read
         kept = [tensor for name, tensor in self.initializers.items() if name not in dead]
-        del graph.node[:], graph.initializer[:]
+        # Types of values that changed theirs are not kept; nobody needs the others.
+        del graph.node[:], graph.initializer[:], graph.value_info[:]
         graph.node.extend(self.nodes)
         graph.initializer.extend(kept)
 

@@ -234,12 +234,12 @@ def test_an_operator_that_the_parser_does_not_take_yet(bundle: Bundle, no_kernel
 
 
 def test_operators_that_no_parser_takes_are_all_named(bundle: Bundle, no_kernels: Played) -> None:
-    with_node(bundle, "MatMulInteger", ["x", "w"])
-    with_node(bundle, "DynamicQuantizeLinear", ["x"])
-    no_kernels.unknown = {"DynamicQuantizeLinear", "MatMulInteger"}
+    with_node(bundle, "QLinearMatMul", ["x", "w"])
+    with_node(bundle, "ConvInteger", ["x"])
+    no_kernels.unknown = {"ConvInteger", "QLinearMatMul"}
     with pytest.raises(
         ChaiError,
-        match=r"parser of TensorRT 11\.4\.0\.106 does not take DynamicQuantizeLinear, MatMulInteger; export",
+        match=r"parser of TensorRT 11\.4\.0\.106 does not take ConvInteger, QLinearMatMul; export",
     ):
         build(bundle, "tensorrt", 4, 64)
 

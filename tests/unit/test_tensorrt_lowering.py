@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from chai_export.engines.tensorrt_lowering import lower_operators
 from chai_export.engines.tensorrt_parser import require_known_domains
@@ -66,9 +67,12 @@ def check(model: onnx.ModelProto, feeds: Mapping[str, NDArray[Any]], place: Path
 
 
 def run(model: onnx.ModelProto, feeds: Mapping[str, NDArray[Any]], place: Path) -> list[NDArray[Any]]:
+    """As the graph is written: ONNX Runtime's optimiser makes products of integers of float ones."""
     path = place / "model.onnx"
     path.write_bytes(model.SerializeToString())
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, dict(feeds))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(str(path), options).run(None, dict(feeds))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -216,4 +220,50 @@ def test_what_has_no_equal_is_refused_by_name(how: str, tmp_path: Path) -> None:
     op_type, inputs, constants, attributes = REFUSED[how]
     model = model_of(op_type, inputs, constants, [*inputs, *constants], **attributes)
     with pytest.raises(ChaiError, match=rf"uses {op_type} .*{how}.* \(a node\), .* --backend onnxruntime"):
+        lower_operators(model, tmp_path, tmp_path / "integers.data", "integers.data")
+
+
+@pytest.mark.parametrize("kind", [QuantType.QInt8, QuantType.QUInt8])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_dynamic_quantisation_keeps_its_weights_and_rounds_no_activations(
+    kind: QuantType, per_channel: bool, tmp_path: Path
+) -> None:
+    table, weights = normal(20, 16) + 0.3, normal(16, 24) + 0.2
+    nodes = [
+        onnx.helper.make_node("Gather", ["table", "ids"], ["rows"]),
+        onnx.helper.make_node("Tanh", ["rows"], ["x"]),
+        onnx.helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    tensors = [onnx.numpy_helper.from_array(a, n) for a, n in ((table, "table"), (weights, "w"))]
+    ids = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["B", "S"])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["B", "S", 24])
+    graph = onnx.helper.make_graph(nodes, "two", [ids], [y], tensors)
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10),
+        tmp_path / "float.onnx",
+    )
+    quantised = tmp_path / "quantised.onnx"
+    quantize_dynamic(tmp_path / "float.onnx", quantised, weight_type=kind, per_channel=per_channel)
+    model = onnx.load(str(quantised))
+    arrays = {t.name: onnx.numpy_helper.to_array(t).astype(np.float32) for t in model.graph.initializer}
+    rounded = [
+        (arrays[f"{name}_quantized"] - arrays[f"{name}_zero_point"]) * arrays[f"{name}_scale"]
+        for name in ("table", "w")
+    ]
+    feeds = {"ids": GENERATOR.integers(0, 20, (2, 5))}
+    expected = np.tanh(rounded[0][feeds["ids"]]) @ rounded[1]
+    assert np.abs(run(model, feeds, tmp_path)[0] - expected).max() > 1e-4  # rounded activations
+    lower_operators(model, tmp_path, tmp_path / "integers.data", "integers.data")
+    assert {node.op_type for node in model.graph.node} <= {
+        "Cast", "DequantizeLinear", "Gather", "MatMul", "Mul", "ReduceSum", "Sub", "Tanh",
+    }  # fmt: skip
+    np.testing.assert_allclose(run(model, feeds, tmp_path)[0], expected, atol=1e-4)
+    widths = {t.data_type for t in model.graph.initializer if len(t.dims) == 2 and t.dims[0] > 1}
+    assert widths == {onnx.TensorProto.INT8}
+
+
+def test_quantised_activations_for_something_else_are_refused(tmp_path: Path) -> None:
+    model = model_of("DynamicQuantizeLinear", {"x": normal(2, 3)}, {}, ["x"], ("q", "s", "z"), "")
+    model.graph.node.append(onnx.helper.make_node("Cast", ["q"], ["y"], to=onnx.TensorProto.FLOAT))
+    with pytest.raises(ChaiError, match=r"uses DynamicQuantizeLinear for Cast \(a node\)"):
         lower_operators(model, tmp_path, tmp_path / "integers.data", "integers.data")
