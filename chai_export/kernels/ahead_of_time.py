@@ -19,6 +19,7 @@ from typing import Any
 from chai_export.errors import ChaiError, last_line
 from chai_export.kernels.blocks import architectures
 from chai_export.kernels.spec import Spec
+from chai_export.kernels.v2.spec import Spec as SpecOfVersion2
 
 INDEX_NAME = "index.json"
 
@@ -32,6 +33,7 @@ def compile(spec: Spec, arch: int, directory: str | Path, *, only: Sequence[str]
 
     Args:
         spec: the model's constants; R, C, B and S stay run-time values, so all layers share the result.
+            A :class:`chai_export.kernels.v2.spec.Spec` gives the kernels of version 2 of the op.
         arch: compute capability as a number, 90 for sm_90. The cubins run on exactly this architecture.
         directory: receives one ``<kernel>.cubin`` per kernel and ``index.json`` (``docs/kernels.md``
             describes it). Created if needed; files of the same names are replaced, the index last.
@@ -49,7 +51,13 @@ def compile(spec: Spec, arch: int, directory: str | Path, *, only: Sequence[str]
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="chai-kernels-") as scratch:
-        request = {"spec": asdict(spec), "arch": arch, "directory": scratch, "only": list(only)}
+        request = {
+            "op_version": 2 if isinstance(spec, SpecOfVersion2) else 1,
+            "spec": asdict(spec),
+            "arch": arch,
+            "directory": scratch,
+            "only": list(only),
+        }
         _run_worker(request, scratch)
         index: dict[str, Any] = json.loads((Path(scratch) / INDEX_NAME).read_text())
         for launch in index["launches"]:

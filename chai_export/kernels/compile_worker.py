@@ -21,12 +21,22 @@ from triton.compiler import ASTSource
 
 from chai_export.kernels.ahead_of_time import INDEX_NAME
 from chai_export.kernels.blocks import BLOCKS_FILE, choose
-from chai_export.kernels.program import FLOAT_ARGUMENTS, WORKSPACE_ALIGNMENT, Launch, Program, build_program
+from chai_export.kernels.program import (
+    FLOAT_ARGUMENTS,
+    INT32_TENSORS,
+    WORKSPACE_ALIGNMENT,
+    Launch,
+    Program,
+    build_program,
+)
 from chai_export.kernels.spec import Spec
+from chai_export.kernels.v2 import program as program_2
+from chai_export.kernels.v2 import spec as spec_2
 from chai_export.op.dtypes import ELEMENT_TYPES
 
 POINTER_ALIGNMENT = 16
-INT32_TENSORS = ("past_head_map", "present_head_map", "past_lengths", "lengths")
+# A layer's map or sinks may lie anywhere inside a block of all layers'.
+UNALIGNED_TENSORS = (*INT32_TENSORS, "page_table", "sinks", "alibi_slopes")
 SCRATCH_POINTERS = ("global_scratch", "profile_scratch")
 PTX_TYPES = {"pointer": "u64", "int32": "u32", "float32": "f32"}
 
@@ -35,8 +45,9 @@ def main() -> None:
     """Compile what the request on standard input asks for."""
     request = json.load(sys.stdin)
     directory = Path(request["directory"])
-    spec, arch = Spec(**request["spec"]), int(request["arch"])
-    program = build_program(spec, choose(spec, arch))
+    arch = int(request["arch"])
+    program = _program(request["op_version"], request["spec"], arch)
+    spec = program.spec
     knobs.nvidia.dump_ptxas_log = True
     launches = [
         _compile(launch, program, arch, directory)
@@ -44,17 +55,13 @@ def main() -> None:
         if not request["only"] or launch.name in request["only"]
     ]
     index = {
-        "format": "chai-kernels/1",
+        "format": f"chai-kernels/{request['op_version']}",
         "architecture": arch,
         "spec": request["spec"],
         "triton": triton.__version__,
         "source_sha256": source_hash(),
         "symbols": {
-            "B": "batch rows",
-            "S": "new tokens",
-            "R": "KV heads kept",
-            "C": "cache capacity",
-            "online": "attribute, 0 or 1",
+            **program.call_symbols,
             "H": spec.num_query_heads,
             "G": spec.num_kv_heads,
             "D": spec.head_dim,
@@ -72,10 +79,20 @@ def main() -> None:
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
 
 
+def _program(op_version: int, spec: dict[str, Any], arch: int) -> Program:
+    if op_version == 1:
+        of_model = Spec(**spec)
+        return build_program(of_model, choose(of_model, arch))
+    of_layer = spec_2.Spec(**spec)
+    return program_2.build_program(of_layer, choose(of_layer, arch))
+
+
 def source_hash() -> str:
     """Hash of every file that decides the cubins' bytes: device code, program, block sizes."""
     folder = Path(__file__).parent
-    files = [*sorted((folder / "device").glob("*.py")), folder / "program.py", Path(__file__), BLOCKS_FILE]
+    files = [Path(__file__), BLOCKS_FILE]
+    for part in (folder, folder / "v2"):
+        files += [*sorted((part / "device").glob("*.py")), part / "program.py"]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
@@ -114,9 +131,9 @@ def _compile(launch: Launch, program: Program, arch: int, directory: Path) -> di
 def _signature(launch: Launch, program: Program) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:
     """Triton's signature of a kernel, and the promise that pointers are aligned.
 
-    Not promised for maps and lengths: a layer's map may lie anywhere inside a block of all layers' maps.
+    Constants that are None stand for tensors that a node of this form does not have.
     """
-    sections = {section.name: section.dtype for section in program.workspace}
+    types = program.tensors | {section.name: section.dtype for section in program.workspace}
     signature: dict[str, str] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for position, name in enumerate(launch.kernel.arg_names):
@@ -124,9 +141,8 @@ def _signature(launch: Launch, program: Program) -> tuple[dict[str, str], dict[t
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             tensor = name.removesuffix("_ptr")
-            dtype = "int32" if tensor in INT32_TENSORS else sections.get(tensor, program.spec.dtype)
-            signature[name] = f"*{ELEMENT_TYPES[dtype].triton}"
-            if tensor not in INT32_TENSORS:
+            signature[name] = f"*{ELEMENT_TYPES[types[tensor]].triton}"
+            if tensor not in UNALIGNED_TENSORS:
                 attributes[(position,)] = [["tt.divisibility", POINTER_ALIGNMENT]]
         else:
             signature[name] = "fp32" if name in FLOAT_ARGUMENTS else "i32"

@@ -6,6 +6,7 @@ which needs ``TRITON_INTERPRET=1`` set before Triton is imported.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from chai_export.errors import ChaiError
 from chai_export.kernels.blocks import INTERPRETER, Blocks, choose
 from chai_export.kernels.formula import evaluate
-from chai_export.kernels.program import FLOAT_ARGUMENTS, Program, build_program
+from chai_export.kernels.program import Program, build_program
 from chai_export.kernels.spec import Shape, Spec
 from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.op.probe import PAPER_PROBE_TOKENS
@@ -84,9 +85,9 @@ def clustered_head_attention(
         ChaiError: shapes, dtypes or devices that do not go together, or no GPU and no interpreter.
     """
     batch, heads, tokens, head_dim = query.shape
-    spec = Spec(heads, key.shape[1], head_dim, value.shape[3], _dtype_name(query), probe_tokens)
+    spec = Spec(heads, key.shape[1], head_dim, value.shape[3], dtype_name(query.dtype), probe_tokens)
     shape = Shape(batch, tokens, past_key.shape[1], past_key.shape[2])
-    program = _program(spec, _architecture(query), blocks)
+    program = _program(spec, architecture_of(query), blocks)
     tensors = {
         "query": query,
         "key": key,
@@ -132,6 +133,18 @@ def run(
     ``tensors`` holds inputs and outputs by name, with the caches as ``present_key`` and ``present_value``.
     """
     symbols = shape.symbols(program.spec) | {"online": int(online)}
+    run_launches(program, symbols, tensors, workspace, {"scale": scale}, only)
+
+
+def run_launches(
+    program: Program,
+    symbols: dict[str, int],
+    tensors: dict[str, torch.Tensor],
+    workspace: torch.Tensor,
+    floats: Mapping[str, float],
+    only: str = "",
+) -> None:
+    """Run a program's launches, or only the kernel of one name, for the values of all symbols and floats."""
     bound = dict(tensors)
     offset = 0
     for section in program.workspace:
@@ -143,8 +156,8 @@ def run(
             continue
         arguments: dict[str, torch.Tensor | int | float] = {}
         for name in launch.arguments:
-            if name in FLOAT_ARGUMENTS:
-                arguments[name] = scale
+            if name in floats:
+                arguments[name] = floats[name]
             elif name in launch.scalars:
                 arguments[name] = evaluate(launch.scalars[name], symbols)
             else:
@@ -164,7 +177,12 @@ def _program(spec: Spec, architecture: int | str, blocks: Blocks | None) -> Prog
     return _cached_program(spec, architecture) if blocks is None else build_program(spec, blocks)
 
 
-def _architecture(tensor: torch.Tensor) -> int | str:
+def architecture_of(tensor: torch.Tensor) -> int | str:
+    """Compute capability that a tensor's kernels are chosen for, or the interpreter.
+
+    Raises:
+        ChaiError: no GPU and no interpreter.
+    """
     from chai_export.kernels.device.decode import decode_merge_kernel
 
     interpreted = isinstance(decode_merge_kernel, InterpretedFunction)
@@ -177,10 +195,6 @@ def _architecture(tensor: torch.Tensor) -> int | str:
         f"the GPU kernels cannot run on {tensor.device}; use CUDA tensors, or CPU tensors with "
         "TRITON_INTERPRET=1 set before triton is imported"
     )
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _check(spec: Spec, shape: Shape, tensors: dict[str, torch.Tensor]) -> None:
@@ -204,19 +218,26 @@ def _check(spec: Spec, shape: Shape, tensors: dict[str, torch.Tensor]) -> None:
     }
     if not 1 <= kept <= kv_heads:
         raise ChaiError(f"past_key keeps {kept} KV heads; it must keep between 1 and {kv_heads}")
+    types = {name: "int32" if name.endswith(("lengths", "head_map")) else spec.dtype for name in expected}
+    check_tensors(tensors, expected, types)
+
+
+def check_tensors(
+    tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]
+) -> None:
+    """Raise ChaiError naming the first tensor of another shape, type or device than wanted, or strided."""
     device = tensors["query"].device
-    for name, wanted in expected.items():
-        tensor = tensors[name]
-        integer = name.endswith(("lengths", "head_map"))
-        dtype = torch.int32 if integer else TORCH_DTYPES[spec.dtype]
+    for name, wanted in shapes.items():
+        tensor, dtype = tensors[name], TORCH_DTYPES[types[name]]
         if tuple(tensor.shape) != wanted or tensor.dtype != dtype:
-            found = f"{_dtype_name(tensor)} {list(tensor.shape)}"
-            raise ChaiError(f"{name} is {found}; it must be {_dtype_name_of(dtype)} {list(wanted)}")
+            found = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+            raise ChaiError(f"{name} is {found}; it must be {dtype_name(dtype)} {list(wanted)}")
         if tensor.device != device or not tensor.is_contiguous():
             raise ChaiError(
                 f"{name} must be contiguous and on {device}; call .to({str(device)!r}).contiguous() on it"
             )
 
 
-def _dtype_name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """A torch dtype as :data:`chai_export.op.dtypes.ELEMENT_TYPES` names it."""
     return str(dtype).removeprefix("torch.")

@@ -19,7 +19,11 @@ from chai_export.kernels.spec import Shape, Spec
 from chai_export.op.dtypes import ELEMENT_TYPES
 
 WORKSPACE_ALIGNMENT = 256
-FLOAT_ARGUMENTS = ("scale",)
+FLOAT_ARGUMENTS = ("scale", "softcap")
+"""Arguments that are attributes of the node; all others that are no tensors are integers."""
+
+INT32_TENSORS = ("past_head_map", "present_head_map", "past_lengths", "lengths")
+_T_TENSORS = ("query", "key", "value", "output", "present_key", "present_value")
 
 # Query heads of one KV head that a decode program takes: more accumulators do not fit in registers.
 MAX_GROUP_BLOCK = 64
@@ -27,6 +31,14 @@ MAX_GROUP_BLOCK = 64
 B, H, G, S, R, C, P, DV, ONLINE = symbols("B H G S R C P Dv online")
 SEVERAL = Formula("1") < S
 """More tokens than one in some row: prefill."""
+
+CALL_SYMBOLS = {
+    "B": "batch rows",
+    "S": "new tokens",
+    "R": "KV heads kept",
+    "C": "cache capacity",
+    "online": "attribute, 0 or 1",
+}
 
 # Integer arguments that mean the same in every kernel.
 COMMON_SCALARS = {
@@ -76,11 +88,17 @@ class Launch:
 
 @dataclass(frozen=True)
 class Program:
-    """All launches of a model's attention on one architecture, in order, and the workspace they share."""
+    """All launches of a model's attention on one architecture, in order, and the workspace they share.
+
+    ``tensors`` are the element types of inputs and outputs by name, ``call_symbols`` what the formulas'
+    symbols mean that vary from call to call.
+    """
 
     spec: Spec
     launches: tuple[Launch, ...]
     workspace: tuple[Section, ...]
+    tensors: dict[str, str]
+    call_symbols: dict[str, str]
 
     def workspace_bytes(self, shape: Shape) -> int:
         """Bytes of workspace for a shape; a function of B, R and C only."""
@@ -122,7 +140,7 @@ def build_program(spec: Spec, blocks: Blocks) -> Program:
         scalars: dict[str, Formula] | None = None,
     ) -> Launch:
         chosen = blocks.kernels[name]
-        declared = _parameters(kernel)
+        declared = parameters(kernel)
         available = constants | chosen.constants
         if "BLOCK_N" in declared and name.startswith("decode"):
             available = available | {"BLOCK_N": tile}
@@ -162,10 +180,11 @@ def build_program(spec: Spec, blocks: Blocks) -> Program:
         Section("partial_max", "float32", str(partials)),
         Section("partial_sum", "float32", str(partials)),
     )
-    return Program(spec, launches, workspace)
+    types = dict.fromkeys(_T_TENSORS, spec.dtype) | dict.fromkeys(INT32_TENSORS, "int32")
+    return Program(spec, launches, workspace, types, CALL_SYMBOLS)
 
 
-def _parameters(kernel: Any) -> dict[str, bool]:
+def parameters(kernel: Any) -> dict[str, bool]:
     """Parameter names of a kernel in order, and whether each is a compile-time constant."""
     function: Callable[..., Any] = kernel.fn
     return {

@@ -148,6 +148,8 @@ def _terms() -> list[Case]:
     return [
         *cases,
         _with(mixed, "window_1", window=1),
+        # A sink takes a share of a single token's probability too, so that its map is not what ties give.
+        _with(_BY_NAME["fresh_s1"], "sinks", changes={"sinks": True}),
         _with(mixed, "everything", changes=both, **everything),
         _with(mixed, "everything_k8v4", changes=both, key_bits=8, value_bits=4, group=8, **everything),
         _with(_LONG, "everything_k8v8", changes=both, key_bits=8, value_bits=8, window=40, softcap=3.0),
