@@ -20,6 +20,7 @@ from chai_export.graph.read.load import load_graph, read_model
 from chai_export.graph.read.quiet import quiet_onnx_ir
 from chai_export.graph.rewrite.cleanup import check_result
 from chai_export.graph.rewrite.draft import draft_manifest, require_opset
+from chai_export.graph.rewrite.equalise import equalisers
 from chai_export.graph.rewrite.position_limit import position_limit
 from chai_export.graph.rewrite.rope_switch import find_switches
 from chai_export.graph.rewrite.transform import transform
@@ -75,7 +76,8 @@ def rewrite_model(
     switches = find_switches(target.graph, again.roles)
     lengths = sorted({switch.length for switch in switches})
     draft = draft.model_copy(update={"rope": RopeRecord(switch_lengths=lengths) if lengths else None})
-    transform(target, again.sites, again.roles, draft, switches)
+    divided = equalisers(clusters, draft)
+    transform(target, again.sites, again.roles, draft, switches, divided)
     check_result(target, draft.io)
     limit = position_limit(target.graph)
     prove_rows(target.graph, again.roles, limit)
@@ -85,7 +87,7 @@ def rewrite_model(
     if needs.whole_model:
         exact = ", activations exact" if quantises_activations(source.graph) else ""
         try:
-            whole = prove_model(source, roles, sites, read_model(directory / MODEL_FILE), draft)
+            whole = prove_model(source, roles, sites, read_model(directory / MODEL_FILE), draft, divided)
         except ChaiError as error:
             if roles.batch is None:
                 raise

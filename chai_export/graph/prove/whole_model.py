@@ -7,6 +7,7 @@ single attentions cannot: positions, the order of caches and outputs, and the ga
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -26,6 +27,7 @@ from chai_export.bundle.graph_io import (
     present_value,
 )
 from chai_export.bundle.manifest import Manifest
+from chai_export.clustering.equaliser import Equalisers
 from chai_export.errors import ChaiError
 from chai_export.graph.match.roles import Roles, Sizes
 from chai_export.graph.match.site import AttentionSite, with_cache
@@ -47,11 +49,13 @@ def prove_model(
     sites: list[AttentionSite],
     bundle: ir.Model,
     draft: Manifest,
+    equalisers: Equalisers = MappingProxyType({}),
 ) -> float:
     """Compare logits and presents of both graphs on random tokens and caches; return the largest difference.
 
     Both are edited so that their activations are not quantised (:mod:`exact_activations`), and the bundle's
-    so that its caches, those of ``draft``, are not (:mod:`exact_storage`).
+    so that its caches, those of ``draft``, are not (:mod:`exact_storage`). Its keys are the source's divided
+    by ``equalisers``.
 
     Raises:
         ChaiError: they differ by more than the tolerance.
@@ -72,7 +76,7 @@ def prove_model(
             "export it again with another opset"
         ) from error
     try:
-        mine = run_in_segments(bundle, [_bundle_inputs(case, sites) for case in data])
+        mine = run_in_segments(bundle, [_bundle_inputs(case, sites, equalisers) for case in data])
     except EvaluationError as error:
         raise ChaiError(
             f"the rewritten model differs from the source: ONNX Runtime cannot run it ({error}); "
@@ -92,7 +96,8 @@ def prove_model(
                 keys = their[str(site.key.present.name)][0, :, :end]
                 values = their[str(site.value.present.name)][0, :, :end]
                 i = site.layer
-                pairs.append((f"the keys of layer {i}", keys, my[present_key(i)][row, :, :end]))
+                own_keys = my[present_key(i)][row, :, :end] * _columns(equalisers, i)
+                pairs.append((f"the keys of layer {i}", keys, own_keys))
                 pairs.append((f"the values of layer {i}", values, my[present_value(i)][row, :, :end]))
             for what, a, b in pairs:
                 difference = float(np.max(np.abs(a - b), initial=0.0)) if a.shape == b.shape else float("inf")
@@ -154,7 +159,13 @@ def _source_inputs(case: _Case, row: int, roles: Roles, sites: list[AttentionSit
     }
 
 
-def _bundle_inputs(case: _Case, sites: list[AttentionSite]) -> dict[str, Array]:
+def _columns(equalisers: Equalisers, layer: int) -> Array:
+    """[G, 1, D] for a layer's keys [G, T, D]."""
+    factors = equalisers.get(layer)
+    return np.ones((1, 1, 1), np.float32) if factors is None else factors[:, None, :]
+
+
+def _bundle_inputs(case: _Case, sites: list[AttentionSite], equalisers: Equalisers) -> dict[str, Array]:
     sizes = case.sizes
     heads = np.arange(sites[0].heads.num_query_heads, dtype=np.int32)
     positions = np.broadcast_to(np.arange(sizes.tokens, dtype=np.int64), case.tokens.shape)
@@ -170,7 +181,8 @@ def _bundle_inputs(case: _Case, sites: list[AttentionSite]) -> dict[str, Array]:
     }
     room = ((0, 0), (0, 0), (0, sizes.tokens), (0, 0))
     for site, (key, value) in zip(with_cache(sites), case.caches, strict=True):
-        inputs[past_key(site.layer)] = np.pad(key, room, constant_values=np.nan)
+        stored = key / _columns(equalisers, site.layer)
+        inputs[past_key(site.layer)] = np.pad(stored, room, constant_values=np.nan)
         inputs[past_value(site.layer)] = np.pad(value, room, constant_values=np.nan)
     return inputs
 

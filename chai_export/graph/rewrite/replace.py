@@ -15,8 +15,10 @@ from chai_export.bundle.graph_io import (
     scales,
 )
 from chai_export.bundle.manifest import Manifest
+from chai_export.clustering.equaliser import Equalisers
 from chai_export.graph.match.site import AttentionSite
 from chai_export.graph.read.builder import Builder
+from chai_export.graph.rewrite.equalise import equalised
 from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE
 from chai_export.op.v2.attributes import Attributes
 from chai_export.op.v2.function import Form
@@ -25,11 +27,16 @@ _TO_TOKENS = [0, 2, 1, 3]
 
 
 def replace_sites(
-    builder: Builder, sites: list[AttentionSite], inputs: dict[str, ir.Value], draft: Manifest
+    builder: Builder,
+    sites: list[AttentionSite],
+    inputs: dict[str, ir.Value],
+    draft: Manifest,
+    equalisers: Equalisers,
 ) -> list[ir.Value]:
     """Replace every site's output; return the new graph outputs that follow the logits.
 
-    A site that reads an earlier layer's cache becomes a SharedClusteredHeadAttention.
+    A site that reads an earlier layer's cache becomes a SharedClusteredHeadAttention, with that one's
+    equaliser.
 
     Returns:
         present_head_map int32 [L,B,H], then the caches of each layer that has some, as ``draft.io`` has them.
@@ -38,10 +45,13 @@ def replace_sites(
     for site in sites:
         i = site.layer
         past_map = builder.op("Gather", inputs[HEAD_MAP], builder.integer(i), axis=0, name=f"head_map.{i}")
+        factors = equalisers.get(i if site.source_layer is None else site.source_layer)
+        products = (site.query, site.key.new) if factors is None else equalised(builder, site, factors)
+        new = (*products, site.value.new)
         if site.source_layer is None:
-            node = _own(builder, site, inputs, past_map, draft)
+            node = _own(builder, site, new, inputs, past_map, draft)
         else:
-            node = _shared(builder, site, nodes[site.source_layer], inputs, past_map, draft)
+            node = _shared(builder, site, new, nodes[site.source_layer], inputs, past_map, draft)
         nodes.append(node)
         attended = node.outputs[0]
         attended.type = ir.TensorType(site.key.past.dtype or ir.DataType.FLOAT)
@@ -57,11 +67,12 @@ def replace_sites(
 def _own(
     builder: Builder,
     site: AttentionSite,
+    new: tuple[ir.Value, ir.Value, ir.Value],
     inputs: dict[str, ir.Value],
     past_map: ir.Value,
     draft: Manifest,
 ) -> ir.Node:
-    """A node with a cache."""
+    """A node with a cache; ``new`` are query, key and value."""
     i = site.layer
     caches = {cache.past.name: cache.present.name for cache in draft.io.caches if cache.layer == i}
     names = [
@@ -74,7 +85,7 @@ def _own(
         builder,
         site,
         OP_TYPE,
-        (site.query, site.key.new, site.value.new, *pasts, *_page_table(inputs), past_map),
+        (*new, *pasts, *_page_table(inputs), past_map),
         (f"attention.{i}", *(caches.get(name, "") for name in names), f"present_head_map.{i}"),
         inputs,
         draft,
@@ -89,6 +100,7 @@ def _own(
 def _shared(
     builder: Builder,
     site: AttentionSite,
+    new: tuple[ir.Value, ir.Value, ir.Value],
     producer: ir.Node,
     inputs: dict[str, ir.Value],
     past_map: ir.Value,
@@ -97,12 +109,11 @@ def _shared(
     """A node that reads what ``producer`` gives."""
     i = site.layer
     caches = [value if value.name else None for value in producer.outputs[1:-1]]
-    new = (site.query, site.key.new, *([site.value.new] if draft.paged else []))
     return _node(
         builder,
         site,
         SHARED_OP_TYPE,
-        (*new, *caches, *_page_table(inputs), producer.outputs[-1], past_map),
+        (*(new if draft.paged else new[:2]), *caches, *_page_table(inputs), producer.outputs[-1], past_map),
         (f"attention.{i}", f"present_head_map.{i}"),
         inputs,
         draft,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import onnx_ir as ir
 
 from chai_export.bundle.graph_io import LOGITS, OUTPUT_POSITIONS, ROPE_LENGTHS, GraphValue
 from chai_export.bundle.manifest import Manifest
+from chai_export.clustering.equaliser import Equalisers
 from chai_export.errors import ChaiError
 from chai_export.graph.match.roles import Roles
 from chai_export.graph.match.site import AttentionSite
@@ -39,11 +41,13 @@ def transform(
     roles: Roles,
     draft: Manifest,
     switches: Sequence[RopeSwitch] = (),
+    equalisers: Equalisers = MappingProxyType({}),
 ) -> None:
     """Replace attention, caches, mask and positions of a normalised model, in place.
 
     Afterwards the graph is the one that ``draft`` describes and carries the bodies of its ops. ``switches``
-    are the choices between rotary factors in it, made by row from here on.
+    are the choices between rotary factors in it, made by row from here on; ``equalisers`` what keys are
+    divided by before they are stored.
 
     Raises:
         ChaiError: old inputs are used for something the rewrite does not know, or a switch is not the same
@@ -56,7 +60,7 @@ def transform(
         free_batch(builder)
     inputs = make_inputs(roles.input_ids, io)
     logits = _logits(graph, sites)
-    presents = replace_sites(builder, sites, inputs, draft)
+    presents = replace_sites(builder, sites, inputs, draft, equalisers)
     selected = select_outputs(builder, logits, inputs[OUTPUT_POSITIONS], roles)
     graph.outputs.clear()
     graph.outputs.extend([selected, *presents])
