@@ -53,6 +53,8 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(report)
         return 0 if result.ok else 1
+    distance = report["distance_to_exact"]
+    model = "Hugging Face model" if distance is None else "torch oracle with all heads"
     rows = [
         (
             heads,
@@ -61,12 +63,17 @@ def execute(arguments: argparse.Namespace) -> int:
             f"{report['tolerance_used'][heads]:.0%}",
             "identical" if report["greedy_match"][heads] else "DIFFERENT",
         )
-        for heads, against in (("all", "Hugging Face model"), ("chai", "torch oracle"))
+        for heads, against in (("all", model), ("chai", "torch oracle"))
         if report["max_abs_logit_diff"][heads] is not None
     ]
     print_table(
         ["heads", "against", "largest logit difference", "of what rounding allows", "greedy tokens"], rows
     )
+    for heads, figures in (distance or {}).items():
+        print(
+            f"what the cache's bits cost, {heads}: logits differ from those of exact rows by up to "
+            f"{figures['max_abs_logit_diff']:.2e}, KL {figures['kl']:.2e} nats"
+        )
     if layers:
         differences = [
             (x["index"], x["name"], f"{x['max_abs_diff']:.2e}", f"{x['max_abs']:.2e}") for x in layers

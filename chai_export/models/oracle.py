@@ -19,6 +19,8 @@ from chai_export.models.attention import attention_of, causal_attention, probe_p
 from chai_export.models.fused_attention import fresh_prefill, kernels_available
 from chai_export.models.geometry import describe
 from chai_export.models.kv_sources import describe_model
+from chai_export.models.stored_rows import StoredRounding, read_back
+from chai_export.op.cache_storage import CacheStorage
 from chai_export.op.head_map import assign, cluster_heads, distances, kept_kv_heads, quantise
 from chai_export.op.kv_sharing import check_same_kept
 from chai_export.op.probe import PAPER_PROBE_TOKENS
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 HeadMapRule = Callable[[NDArray[np.float32], int, int], NDArray[np.int32]]
 """(probe probabilities float32 [H, t, t], G, R) -> head map int32 [H]."""
+
+_NEAREST = StoredRounding()
 
 
 def op_head_map(probabilities: NDArray[np.float32], num_kv_heads: int, kept: int) -> NDArray[np.int32]:
@@ -46,7 +50,9 @@ class Oracle:
         rule: how a head map is chosen from probe probabilities; the op's rule unless given. A layer that
             reads another layer's cache follows the op: nearest among the heads which that one kept.
         kernels: compute layers whose maps the op decides with the Triton kernels; by default where the model
-            is on a GPU and Triton is installed. Given maps and other rules always go through torch.
+            is on a GPU and Triton is installed. Given maps, other rules and storage always go through torch.
+        storage: what the caches hold; unless given, the rows as they are computed. All tokens but the exact
+            first ones read the rows back from there, as in version 2 of the op.
 
     Raises:
         ChaiError: ``kept_heads`` does not fit the model, or differs between layers that read one cache.
@@ -61,12 +67,14 @@ class Oracle:
         online: bool = True,
         rule: HeadMapRule = op_head_map,
         kernels: bool | None = None,
+        storage: CacheStorage | None = None,
     ) -> None:
         self.model = model
         self.geometry = describe_model(model)
         self.kept_heads = tuple(int(kept) for kept in kept_heads)
         self.probe_tokens = probe_tokens
         self.online = online
+        self._storage = storage
         self._rule = rule
         self._kernels = kernels_available(model.device) if kernels is None else kernels
         self._maps: list[NDArray[np.int32]] = []
@@ -90,13 +98,18 @@ class Oracle:
         return np.stack(self._maps)
 
     def logits(
-        self, token_ids: Sequence[int] | NDArray[Any], head_maps: NDArray[np.integer[Any]] | None = None
+        self,
+        token_ids: Sequence[int] | NDArray[Any],
+        head_maps: NDArray[np.integer[Any]] | None = None,
+        *,
+        stored: StoredRounding = _NEAREST,
     ) -> NDArray[np.float32]:
         """Logits at every position of one sequence fed as one fresh prefill.
 
         Args:
             token_ids: T token ids.
             head_maps: [L, H] or [L, 1, H], used instead of the maps that the probe would give.
+            stored: how rows are rounded to what the caches hold.
 
         Returns:
             float32 [T, V].
@@ -106,7 +119,8 @@ class Oracle:
             raise ValueError("static membership needs head_maps")
         self._maps = []
 
-        fused = self._kernels and given is None and self._rule is op_head_map
+        by_rule = given is None and self._rule is op_head_map
+        fused = self._kernels and by_rule and self._storage is None
 
         def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
             if fused and self._sources[index] == index:
@@ -118,10 +132,22 @@ class Oracle:
             self._maps.append(head_map[None])
             exact = min(self.probe_tokens, query.shape[2]) if self.online else 0
             on_device = torch.from_numpy(head_map).long().to(query.device)
-            return clustered_attention(query, key, value, on_device, scale, exact)
+            cached = self._cached(index, key, value, stored)
+            return clustered_attention(query, key, value, on_device, scale, exact, cached)
 
         with attention_of(self.model, layer):
             return _forward(self.model, token_ids)
+
+    def _cached(
+        self, layer: int, key: Tensor, value: Tensor, rounding: StoredRounding
+    ) -> tuple[Tensor, Tensor] | None:
+        """The rows as they are read back."""
+        if self._storage is None:
+            return None
+        return (
+            read_back(key, self._storage.key(layer), rounding),
+            read_back(value, self._storage.value(layer), rounding),
+        )
 
     def greedy(
         self,
@@ -158,7 +184,13 @@ class Oracle:
 
 
 def clustered_attention(
-    query: Tensor, key: Tensor, value: Tensor, head_map: Tensor, scale: float, exact: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_map: Tensor,
+    scale: float,
+    exact: int,
+    cached: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Step 4 of the op for one fresh row without padding.
 
@@ -169,18 +201,21 @@ def clustered_attention(
         head_map: int64 [H], query head to representative query head.
         scale: factor on the scores.
         exact: the first tokens, which use their own head's query and key.
+        cached: keys and values as all other tokens read them; unless given, ``key`` and ``value``.
 
     Returns:
         float32 [1, H, S, Dv].
     """
     group = query.shape[1] // key.shape[1]
-    values = value.repeat_interleave(group, dim=1)
-    representative_keys = key[:, head_map // group]
-    shared = causal_attention(query[:, head_map], representative_keys, values, scale)
+    cached_keys, cached_values = cached or (key, value)
+    representative_keys = cached_keys[:, head_map // group]
+    read_values = cached_values.repeat_interleave(group, dim=1)
+    shared = causal_attention(query[:, head_map], representative_keys, read_values, scale)
     if exact == 0:
         return shared
     own_keys = key[:, :, :exact].repeat_interleave(group, dim=1)
-    own = causal_attention(query[:, :, :exact], own_keys, values[:, :, :exact], scale)
+    own_values = value[:, :, :exact].repeat_interleave(group, dim=1)
+    own = causal_attention(query[:, :, :exact], own_keys, own_values, scale)
     return torch.cat([own, shared[:, :, exact:]], dim=2)
 
 

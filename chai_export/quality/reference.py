@@ -47,11 +47,16 @@ def load_reference(
     return model
 
 
-def oracle_of(model: PreTrainedModel, manifest: Manifest) -> Oracle:
-    """The torch oracle that does what the bundle does with CHAI."""
+def oracle_of(
+    model: PreTrainedModel, manifest: Manifest, heads: str = "chai", *, exact: bool = False
+) -> Oracle:
+    """The torch oracle that does what the bundle does, or would do if it cached rows as they are computed."""
     from chai_export.models.oracle import Oracle
 
-    return Oracle(model, manifest.kept_heads, manifest.probe_tokens, online=manifest.static is None)
+    kept = manifest.heads(heads)
+    storage = manifest.storage if manifest.storage.rounds and not exact else None
+    online = manifest.static is None
+    return Oracle(model, kept, manifest.probe_tokens, online=online, storage=storage)
 
 
 def fixed_maps(manifest: Manifest) -> NDArray[np.int32] | None:

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 ALLOWANCE = 8.0
 """Allowed difference in units of what simulated rounding moves. Real engines took up to 4.1, most below 2."""
 
+STORED_ALLOWANCE = 3.0
+"""Likewise for what rows that lie between two stored numbers move, when each goes the other way."""
+
+TIES = 2.0**-10
+"""How close to the middle of two stored numbers a row may lie to go either way, in their distance."""
+
 _SEED = 20240312
 _UNIT_ROUNDOFF = 2.0**-24
 
@@ -34,6 +40,20 @@ def tolerances(plain: NDArray[np.float32], rounded: NDArray[np.float32]) -> NDAr
     moved = np.abs(rounded.astype(np.float64) - plain).max(axis=-1)
     resolved = float(np.finfo(np.float32).eps) * np.abs(plain).max(axis=-1)
     result: NDArray[np.float64] = ALLOWANCE * np.maximum(np.maximum(moved, np.median(moved)), resolved)
+    return result
+
+
+def stored_tolerances(
+    plain: NDArray[np.float32], rounded: NDArray[np.float32], exact: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The same for a model whose cache rounds rows.
+
+    A row between two stored numbers goes one way or the other by the last bit, and that moves logits far
+    more than the bit itself, so a single draw of small errors says little. In ``rounded`` all rows near the
+    middle went the other way (``TIES``). ``exact`` are the tolerances with a cache that rounds nothing.
+    """
+    moved = np.abs(rounded.astype(np.float64) - plain).max(axis=-1)
+    result: NDArray[np.float64] = exact + STORED_ALLOWANCE * np.maximum(moved, np.median(moved))
     return result
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from chai_export.bundle.choices import Heads
 from chai_export.quality.reference import fixed_maps, oracle_of
-from chai_export.quality.rounding import rounding, tolerances
+from chai_export.quality.rounding import TIES, rounding, stored_tolerances, tolerances
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Expected:
-    """Right logits of one sequence, float32 [T, V], and the largest right difference from them, [T]."""
+    """Right logits of one sequence, float32 [T, V], and the largest right difference from them, [T].
+
+    ``exact`` are those of the model that caches its rows as they are computed, where the bundle does not.
+    """
 
     logits: NDArray[np.float32]
     tolerances: NDArray[np.float64]
+    exact: NDArray[np.float32] | None = None
 
 
 class Truth(Protocol):
@@ -41,32 +46,56 @@ class Truth(Protocol):
 
 
 class TorchTruth:
-    """A Hugging Face model with the bundle's rounded weights, in float32, and the torch oracle on it."""
+    """A Hugging Face model with the bundle's rounded weights, in float32, and the torch oracle on it.
+
+    Where the bundle caches rows in fewer bits the oracle does so too, with all heads as well.
+    """
 
     def __init__(self, model: PreTrainedModel, manifest: Manifest) -> None:
         self._model = model
         self._dtype = manifest.dtype
-        self._oracle = oracle_of(model, manifest)
+        self._rounds = manifest.storage.rounds
+        self._oracles = {heads: oracle_of(model, manifest, heads) for heads in Heads}
+        self._exact = oracle_of(model, manifest, exact=True)
         self._fixed = fixed_maps(manifest)
+        identity = np.arange(manifest.num_query_heads, dtype=np.int32)
+        self._identity = np.tile(identity, (manifest.num_layers, 1))
 
     def all_heads(self, token_ids: Sequence[int]) -> Expected:
-        """The model as transformers runs it."""
+        """The model as transformers runs it, or the oracle with all heads on the rows that are stored."""
         from chai_export.models.oracle import model_logits
 
-        return self._expected(partial(model_logits, self._model, token_ids))
+        exact = self._expected(partial(model_logits, self._model, token_ids))
+        return self._stored(exact, Heads.ALL, token_ids, self._identity)
 
     def chai(self, token_ids: Sequence[int], head_maps: NDArray[np.int32]) -> Expected:
         """The oracle under given maps."""
-        return self._expected(partial(self._oracle.logits, token_ids, head_maps))
+        exact = self._expected(partial(self._exact.logits, token_ids, head_maps))
+        return self._stored(exact, Heads.CHAI, token_ids, head_maps)
 
     def head_maps(self, token_ids: Sequence[int]) -> NDArray[np.int32]:
         """By the oracle from the probe; with static membership those of the manifest."""
         if self._fixed is not None:
             return self._fixed
-        self._oracle.logits(token_ids[: self._oracle.probe_tokens])
-        return self._oracle.head_maps[:, 0]
+        oracle = self._oracles[Heads.CHAI]
+        oracle.logits(token_ids[: oracle.probe_tokens])
+        return oracle.head_maps[:, 0]
 
     def _expected(self, run: Callable[[], NDArray[np.float32]]) -> Expected:
         plain = run()
         with rounding(self._model, self._dtype):
             return Expected(plain, tolerances(plain, run()))
+
+    def _stored(
+        self, exact: Expected, heads: Heads, token_ids: Sequence[int], head_maps: NDArray[np.int32]
+    ) -> Expected:
+        """What a cache of fewer bits makes of ``exact``."""
+        if not self._rounds:
+            return exact
+        from chai_export.models.stored_rows import StoredRounding
+
+        run = partial(self._oracles[heads].logits, token_ids, head_maps)
+        plain = run()
+        with rounding(self._model, self._dtype):
+            moved = run(stored=StoredRounding(TIES))
+        return Expected(plain, stored_tolerances(plain, moved, exact.tolerances), exact.logits)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chai_export.models.logits import differences
+from chai_export.models.logits import differences, total_kl
 from chai_export.quality.boundaries import Boundary
 from chai_export.quality.truth import Expected
 
@@ -29,6 +29,9 @@ class VerifyResult:
         tolerance_used: {"all": …, "chai": …}: the difference in units of what is allowed at its position, at
             the position where that is largest; right up to 1.
         greedy_match: {"all": …, "chai": …}, likewise.
+        distance_to_exact: {"all": {"max_abs_logit_diff", "kl"}, "chai": {…}}, how far the engine is from the
+            model that caches its rows as they are computed: what the bits cost, no part of the gate. kl is
+            KL(exact || engine) in nats, the mean over positions. None unless rows are cached in fewer bits.
         head_map_agreement: share of query heads with the same representative, 0 … 1.
         tolerance: logit difference allowed at the position that is allowed most.
         prompts: prompts compared.
@@ -50,6 +53,7 @@ class VerifyResult:
     greedy_ties: int
     first_mismatch: dict[str, dict[str, int]]
     boundaries: tuple[Boundary, ...] = ()
+    distance_to_exact: dict[str, dict[str, float]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As printed by ``verify --json``."""
@@ -57,6 +61,9 @@ class VerifyResult:
             "ok": self.ok,
             "max_abs_logit_diff": _finite(self.max_abs_logit_diff),
             "tolerance_used": _finite(self.tolerance_used),
+            "distance_to_exact": None
+            if self.distance_to_exact is None
+            else {heads: _finite(figures) for heads, figures in self.distance_to_exact.items()},
             "greedy_match": self.greedy_match,
             "head_map_agreement": self.head_map_agreement,
             "tolerance": self.tolerance,
@@ -85,6 +92,8 @@ class Verdict:
         self._worst = dict.fromkeys(compared, 0.0)
         self._used = dict.fromkeys(compared, 0.0)
         self._largest = 0.0
+        self._distances: dict[str, list[NDArray[np.float64]]] = {}
+        self._kl = dict.fromkeys(compared, 0.0)
         self._mismatch: dict[str, dict[str, int]] = {}
         self._same_heads: list[bool] = []
         self._ties = 0
@@ -98,6 +107,9 @@ class Verdict:
         self._worst[heads] = max(self._worst[heads], float(found.max()))
         self._used[heads] = max(self._used[heads], float((found / allowed).max()))
         self._largest = max(self._largest, float(allowed.max()))
+        if expected.exact is not None:
+            self._distances.setdefault(heads, []).append(differences(engine, expected.exact))
+            self._kl[heads] += total_kl(expected.exact, engine)
         self._tokens += len(engine) if heads == "chai" else 0
 
     def greedy(self, heads: str, prompt: int, chosen: Sequence[int], expected: Expected) -> None:
@@ -136,12 +148,20 @@ class Verdict:
             tokens=self._tokens,
             greedy_ties=self._ties,
             first_mismatch=self._mismatch,
+            distance_to_exact=self._distance() if self._distances else None,
         )
+
+    def _distance(self) -> dict[str, dict[str, float]]:
+        result = {}
+        for heads, parts in self._distances.items():
+            found = np.concatenate(parts)
+            result[heads] = {"max_abs_logit_diff": float(found.max()), "kl": self._kl[heads] / len(found)}
+        return result
 
     def _allowed(self, expected: Expected) -> NDArray[np.float64]:
         return expected.tolerances if self._fixed is None else np.full(len(expected.logits), self._fixed)
 
 
-def _finite(figures: dict[str, float | None]) -> dict[str, float | None]:
+def _finite(figures: Mapping[str, float | None]) -> dict[str, float | None]:
     """JSON has no infinity, which stands for logits that are not finite."""
     return {key: None if value is None else min(value, sys.float_info.max) for key, value in figures.items()}

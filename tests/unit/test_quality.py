@@ -14,6 +14,8 @@ from chai_export.models.geometry import describe
 from chai_export.models.logits import differences, kl_divergence, log_probabilities, total_kl
 from chai_export.models.oracle import Oracle, model_logits
 from chai_export.models.windows import consecutive_windows, spread_windows, start_windows
+from chai_export.op.cache_storage import CacheStorage
+from chai_export.op.dtypes import Dtype
 from chai_export.quality.evaluate import evaluate
 from chai_export.quality.verify import verify
 from tests.families import family_model
@@ -37,6 +39,8 @@ class Engine:
             "static": None,
             "weights": None,
         }
+        manifest["storage"] = CacheStorage.exact(geometry, Dtype.FLOAT32)
+        manifest["heads"] = lambda mode: KEPT if mode == "chai" else geometry.all_kept
         manifest |= faults.get("manifest", {})
         self.bundle = SimpleNamespace(manifest=SimpleNamespace(switch_lengths=[], **manifest), path="bundle")
         self.backend, self.tokenizer = "onnxruntime", None
