@@ -7,8 +7,10 @@ import sys
 def run() -> int:
     """Run the command line of this process; returns its exit code."""
     try:
+        from chai_export.cli import streams
         from chai_export.cli.main import main
 
+        streams.prepare()
         code = main()
     except KeyboardInterrupt:  # before main() was there to explain it
         print("error: interrupted; run the same command again", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numbers
 import operator
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,40 @@ def as_real(value: object) -> float | None:
         return None
 
 
+def whole_numbers(value: Any, name: str) -> list[int]:
+    """``value`` as a list of ints: a sequence, or a one-dimensional array or tensor, of integers.
+
+    Raises:
+        UsageError: it is anything else (text, bytes, an iterator, which can be read once only), or holds
+            anything else.
+    """
+    if isinstance(value, (str, bytes, bytearray, memoryview, Mapping)) or not hasattr(value, "__getitem__"):
+        raise UsageError(f"{name} is {shown(value)}; give a list of whole numbers")
+    try:
+        items = list(value)
+    except TypeError:  # an array without dimensions
+        raise UsageError(f"{name} is {shown(value)} without items; give a list of whole numbers") from None
+    numbers = [as_integer(item) for item in items]
+    for item, number in zip(items, numbers, strict=True):
+        if number is None:
+            raise UsageError(f"{name} holds {shown(item)} ; give whole numbers only")
+    return [number for number in numbers if number is not None]
+
+
 def path_of(value: object, name: str) -> Path:
     """``value`` as a Path.
 
     Raises:
-        UsageError: it is neither a text nor a path, or an empty one, or has a NUL character.
+        UsageError: it is neither a text nor a path, or is empty, or no file can have that name.
     """
     if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
         raise UsageError(f"{name} is {shown(value)}; give a path")
     text = str(os.fspath(value))
-    if not text or "\0" in text:
+    try:
+        bytes_ = os.fsencode(text)
+    except UnicodeEncodeError:
+        bytes_ = b""
+    if not bytes_ or 0 in bytes_:
         raise UsageError(f"{name} is {shown(text)}, which is no path; give one")
     return Path(text)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chai_export.arguments import path_of
 from chai_export.bundle.file_names import require_inside
 from chai_export.bundle.hashing import has_sha256, sha256_file
 from chai_export.bundle.manifest import FILE_NAME, FileRecord, Manifest, read_manifest, write_manifest
@@ -33,9 +34,10 @@ class Bundle:
         is read anew.
 
         Raises:
+            UsageError: ``path`` is none.
             ChaiError: not a bundle, another format or op version, or a file is missing or was changed.
         """
-        directory = Path(path)
+        directory = path_of(path, "bundle")
         manifest = read_manifest(directory)
         while True:
             try:
@@ -70,7 +72,7 @@ class Bundle:
         Raises:
             ChaiError: its files cannot be loaded.
         """
-        from chai_export.bundle.environment import load_tokenizer
+        from chai_export.bundle.tokenizer import load_tokenizer
 
         return load_tokenizer(self.path)
 

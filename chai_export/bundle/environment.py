@@ -9,11 +9,9 @@ from typing import Any
 from chai_export.arguments import as_integer, shown
 from chai_export.bundle.manifest import GenerationSettings
 from chai_export.bundle.sampling_rules import wanted_instead
-from chai_export.errors import ChaiError
 from chai_export.progress import note
 
 GENERATION_FILE = "generation_config.json"
-_TOKENIZER_MARK = "tokenizer_config.json"
 
 
 def save_environment(
@@ -49,25 +47,6 @@ def save_environment(
     text = json.dumps(written, indent=2, sort_keys=True, default=str)
     (directory / GENERATION_FILE).write_text(text + "\n", encoding="utf-8")
     return settings
-
-
-def load_tokenizer(directory: Path) -> Any | None:
-    """The tokenizer saved in ``directory``, or None if there is none. Never runs code from the directory.
-
-    Raises:
-        ChaiError: its files cannot be loaded.
-    """
-    if not (directory / _TOKENIZER_MARK).is_file():
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise ChaiError(
-            f"the tokenizer in {directory} cannot be loaded ({reason}); pass token ids or export again"
-        ) from error
 
 
 def _usable_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
 
-from chai_export.cli import signals
-from chai_export.errors import ChaiError, UsageError
+from chai_export.cli import signals, streams
+from chai_export.errors import ChaiError, UsageError, printable
+from chai_export.progress import note
 
 DEBUG_VARIABLE = "CHAI_EXPORT_DEBUG"
+
+_FIXES = {
+    errno.ENOENT: "check the path, and that nothing removes it while the command runs",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EROFS: "choose a place that can be written",
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EDQUOT: "free some space or choose another disk",
+    errno.EFBIG: "no file may be that large here; choose another disk or raise the limit (ulimit -f)",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+"""What a user can do about an error of the system."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,22 +39,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 traceback.print_exc()
             code, message = _explain(signals.Interrupted(received[0]) if received else error)
-            print("error:", " ".join(message.split()), file=sys.stderr)
+            _flush_output()
+            note(f"error: {printable(message)}")
             return code
 
 
 def _run(argv: Sequence[str] | None) -> int:
     from chai_export.cli.parser import parser
 
-    arguments = parser().parse_args(argv)
-    _quiet_libraries()
     try:
-        code: int = arguments.execute(arguments)
+        try:
+            arguments = parser().parse_args(argv)
+            _quiet_libraries()
+            code: int = arguments.execute(arguments)
+        except SystemExit:  # of argparse, whose help is still to be written
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone; nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.discard_output()
         code = 1
     return code
+
+
+def _flush_output() -> None:
+    """What was printed before the error; nothing of it may be left when Python ends and flushes."""
+    try:
+        sys.stdout.flush()
+    except (ChaiError, OSError):
+        streams.discard_output()
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
@@ -54,7 +82,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return 1, "out of memory; use a smaller --samples, --seq-len or --max-seq, or a machine with more"
     if isinstance(error, OSError):
         cause = f"{error.filename or 'input/output'}: {error.strerror or error}"
-        return 1, f"{cause}; check the path, its permissions and the free space"
+        return 1, f"{cause}; {_FIXES.get(error.errno or 0, 'check the path and what lies there')}"
     details = f"set {DEBUG_VARIABLE}=1 to see where, and report it"
     return 1, f"unexpected {type(error).__name__}: {error}; {details}"
 

@@ -11,9 +11,13 @@ _UNWRAPPED = 10_000
 
 
 def print_json(result: Mapping[str, Any]) -> None:
-    """One JSON object on stdout."""
-    json.dump(result, sys.stdout, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")
+    """One JSON object on stdout, in ASCII where stdout's encoding cannot hold all of its text."""
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(result, indent=2)
+    sys.stdout.write(f"{text}\n")
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:

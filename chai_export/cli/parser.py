@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from typing import Any, NoReturn
 
 from chai_export.cli import (
     bench,
@@ -20,6 +22,8 @@ from chai_export.cli import (
     verify,
 )
 from chai_export.cli import build as build_command
+from chai_export.errors import printable
+from chai_export.files import is_unicode
 from chai_export.version import __version__
 
 _COMMANDS = (
@@ -40,9 +44,34 @@ _COMMANDS = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses with a line of the form that all errors have, after the usage."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register("type", None, _text)
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """As argparse, but what follows the command is left to the command's own parser."""
+        action = super().add_subparsers(**options)
+        action.type = str
+        return action
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"error: {printable(message)}\n")
+
+
+def _text(argument: str) -> str:
+    """An argument that is text, not a path: paths may be any bytes."""
+    if not is_unicode(argument):
+        raise argparse.ArgumentTypeError(f"{argument!r} is not UTF-8 text; convert it")
+    return argument
+
+
 def parser() -> argparse.ArgumentParser:
     """Parser whose result has ``execute``, the function that runs the chosen command."""
-    root = argparse.ArgumentParser(
+    root = _Parser(
         prog="chai-export",
         description="Compile decoder-only language models for Clustered Head Attention (CHAI).",
         epilog="`chai-export COMMAND --help` shows a command's options and an example.",

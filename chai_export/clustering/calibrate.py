@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chai_export.arguments import path_of, whole
 from chai_export.clustering.clusters import Clusters
 from chai_export.clustering.curves import ErrorCurves
 from chai_export.clustering.keep import Budget, parse_keep
@@ -19,7 +20,7 @@ from chai_export.clustering.measure import Measure
 from chai_export.clustering.measured_budget import measure_damage, spend
 from chai_export.clustering.state import load_state, remove_state, require_state_place, save_state, state_key
 from chai_export.errors import UsageError
-from chai_export.models.text import Text, leading_special_tokens, read_tokens
+from chai_export.models.text import Text, leading_special_tokens, read_tokens, require_in_vocabulary
 from chai_export.models.windows import spread_windows, start_windows
 from chai_export.op.probe import MEASURED_PROBE_TOKENS
 from chai_export.progress import note, track
@@ -86,7 +87,7 @@ def calibrate(
     if measure is Measure.KL and not isinstance(rule, Budget):
         raise UsageError(f"--measure kl needs a budget to spend, not --keep {keep}; use --keep budget:SHARE")
     if state is not None:
-        require_state_place(Path(state))
+        require_state_place(path_of(state, "state"))
     loaded = load_model(model, trust_remote_code=trust_remote_code)
     geometry = describe_model(loaded)
     rule.check(geometry)
@@ -100,6 +101,7 @@ def calibrate(
         tokenizer = _tokenizer_of(model)
     tokens = read_tokens(texts, tokenizer)
     leading = leading_special_tokens(tokenizer)
+    require_in_vocabulary(tokens, loaded)
     cut = start_windows(tokens, leading, samples, seq_len, WINDOWS_PER_SAMPLE, probe_tokens)
 
     curves = ErrorCurves(geometry.num_layers, geometry.num_kv_heads, geometry.num_query_heads, probe_tokens)
@@ -162,10 +164,9 @@ def _rounded(peak: float) -> float:
 
 
 def _check_settings(samples: int, seq_len: int, probe_tokens: int) -> None:
-    if samples < 1:
-        raise UsageError(f"--samples must be at least 1, not {samples}")
-    if probe_tokens < 1:
-        raise UsageError(f"--probe-tokens must be at least 1, not {probe_tokens}")
+    whole(samples, "--samples")
+    whole(seq_len, "--seq-len")
+    whole(probe_tokens, "--probe-tokens")
     if seq_len < probe_tokens:
         raise UsageError(f"--seq-len {seq_len} is shorter than the probe of {probe_tokens} tokens; raise it")
 

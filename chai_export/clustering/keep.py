@@ -19,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from chai_export.arguments import shown
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError, UsageError
 from chai_export.op.heads import DecoderHeads
@@ -50,6 +51,8 @@ def parse_keep(rule: str) -> KeepRule:
         UsageError: no such rule.
         ChaiError: the file of ``@FILE`` cannot be used.
     """
+    if not isinstance(rule, str):
+        raise UsageError(f"keep is {shown(rule)}; give a rule such as elbow or budget:0.2")
     if rule == "elbow":
         return Elbow()
     if rule == "all":

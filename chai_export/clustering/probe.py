@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chai_export.arguments import whole
 from chai_export.errors import ChaiError
 from chai_export.op.probe import PAPER_PROBE_TOKENS
 
@@ -17,12 +18,11 @@ def probe_length(given: int | None, clusters: Clusters) -> int:
     The numbers of kept heads were chosen for one length of probe, so that is the one to run with.
 
     Raises:
-        ChaiError: the number is below 1.
+        UsageError: ``given`` is no whole number from 1.
+        ChaiError: the number in the clusters is below 1.
     """
     if given is not None:
-        if given < 1:
-            raise ChaiError(f"--probe-tokens {given} is too few; give 1 or more")
-        return given
+        return whole(given, "--probe-tokens")
     stated = clusters.probe_tokens
     if stated is None:
         return PAPER_PROBE_TOKENS

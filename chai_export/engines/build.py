@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from chai_export.arguments import require_at_least_one, whole
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.choices import Backend
 from chai_export.bundle.engine_record import add_engine
@@ -50,10 +51,10 @@ def build(
     for flag, option in options:
         if option is not None and backend is not Backend.TENSORRT:
             raise UsageError(f"{flag} is for --backend tensorrt; leave it out for {backend}")
-    limits = (("--max-batch", max_batch), ("--max-seq", max_seq), ("--builder-memory", builder_memory))
-    for flag, value in limits:
-        if value is not None and value < 1:
-            raise UsageError(f"{flag} is {value}; give 1 or more")
+    whole(max_batch, "--max-batch")
+    require_at_least_one(max_seq=max_seq)
+    if builder_memory is not None:
+        whole(builder_memory, "--builder-memory", most=2**63 - 1)
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     manifest = bundle.manifest
     if max_seq is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chai_export.arguments import path_of
 from chai_export.bundle.choices import Membership, SourceKind
 from chai_export.errors import ChaiError, UsageError
 from chai_export.op.dtypes import Dtype
@@ -59,7 +60,7 @@ def export(
         trust_remote_code: run Python code that the model brings along.
 
     Raises:
-        UsageError: ``dtype``, ``membership`` or the bits are unknown, or static without a text.
+        UsageError: an argument is of another kind or out of range, or static membership without a text.
         ChaiError: the model cannot be loaded or expressed (layer and reason), clusters do not fit, the proof
             fails, or the output cannot be written.
     """
@@ -80,6 +81,7 @@ def export(
     if membership is Membership.STATIC and text is None:
         raise UsageError("--membership static decides the head maps now; give calibration text with --text")
     precision = Precision.asked(key_bits, value_bits)
+    out_dir = path_of(out_dir, "the output")
     chosen = load_clusters(clusters)
     probe = probe_length(probe_tokens, chosen)
     sources = [model, clusters, *(text if isinstance(text, list | tuple) else [text])]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chai_export.arguments import path_of
 from chai_export.bundle.choices import SourceKind
 from chai_export.errors import ChaiError
 from chai_export.graph.explain.explanation import Explanation
@@ -59,13 +60,13 @@ def rewrite(
     from chai_export.op.precision import Precision
 
     precision = Precision.asked(key_bits, value_bits)
-    path = find_onnx(Path(onnx_path))
+    path, out_dir = find_onnx(path_of(onnx_path, "the model")), path_of(out_dir, "the output")
     chosen = load_clusters(clusters)
+    probe = probe_length(probe_tokens, chosen)
     sources = [path, *data_files(path), clusters, tokenizer]
     surroundings = _surroundings(tokenizer, path.parent)
     model_type = (surroundings.config or {}).get("model_type")
     source = Source(kind=SourceKind.ONNX, name=path.name, model_type=model_type)
-    probe = probe_length(probe_tokens, chosen)
     with atomic_directory(out_dir, BUNDLE, sources=sources) as directory:
         draft = rewrite_model(path, chosen, directory, probe, precision=precision)
         write_bundle(directory, draft, chosen, source, surroundings)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chai_export.arguments import path_of
 from chai_export.errors import ChaiError, reason
 from chai_export.files import read_json
 from chai_export.models.folder import CONFIG, no_folder, require_config, require_weights
@@ -106,7 +107,7 @@ def resolve_source(source: str | Path) -> tuple[Path | str, bool]:
     Raises:
         ChaiError: it reads like a path and no such directory exists.
     """
-    text = str(source)
+    text = str(path_of(source, "the model"))
     path = Path(text).expanduser()
     if path.is_dir():
         return path, False

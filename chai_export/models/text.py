@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chai_export.errors import ChaiError
+from chai_export.arguments import MOST, as_integer, shown, whole_numbers
+from chai_export.bundle.tokenizer import encode
+from chai_export.errors import ChaiError, UsageError
+from chai_export.files import open_file
 from chai_export.models.quiet import quiet
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Text = str | Path | Sequence[int] | NDArray[Any]
 """A file (Path, or a str that names an existing file), a text, or token ids already."""
@@ -26,11 +30,17 @@ _LONGEST_PATH = 1024
 
 
 def as_list(texts: Text | Iterable[Text]) -> list[Text]:
-    """One text or several: always a list."""
+    """One text or several: always a list.
+
+    Raises:
+        UsageError: neither.
+    """
     if isinstance(texts, (str, Path)):
         return [texts]
+    if isinstance(texts, (bytes, bytearray)) or not isinstance(texts, Iterable):
+        raise UsageError(f"the text is {shown(texts)}; give a path, a text or a list of token ids")
     items: list[Any] = list(texts)
-    if items and all(isinstance(item, (int, np.integer)) for item in items):
+    if items and all(as_integer(item) is not None for item in items):
         return [items]
     return items
 
@@ -54,13 +64,27 @@ def read_tokens(
     return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
 
 
+def require_in_vocabulary(tokens: NDArray[np.int32], model: PreTrainedModel) -> None:
+    """Raise unless the model has an embedding for each token.
+
+    Raises:
+        ChaiError: it has not: the ids, or the tokenizer that made them, belong to another model.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    if tokens.size and int(tokens.max()) >= size:
+        raise ChaiError(
+            f"token id {int(tokens.max())} is not in the model's vocabulary of {size}; give ids, or the "
+            "tokenizer, of this model"
+        )
+
+
 def leading_special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """What the tokenizer puts in front of every text: BOS, or nothing. Sequences start with it."""
     if tokenizer is None:
         return []
     with quiet():
-        plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-        whole = list(tokenizer("a")["input_ids"])
+        plain = encode(tokenizer, "a", add_special_tokens=False)
+        whole = encode(tokenizer, "a")
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return whole[:start]
@@ -69,7 +93,10 @@ def leading_special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> list[in
 
 def _token_pieces(text: Text, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[NDArray[np.int32]]:
     if not isinstance(text, (str, Path)):
-        yield np.asarray(text, dtype=np.int32)
+        ids = whole_numbers(text, "a text")
+        if any(not 0 <= i <= MOST for i in ids):
+            raise UsageError("a text holds a number that is no token id; give ids of the model's vocabulary")
+        yield np.asarray(ids, dtype=np.int32)
         return
     if tokenizer is None:
         raise ChaiError(
@@ -77,7 +104,7 @@ def _token_pieces(text: Text, tokenizer: PreTrainedTokenizerBase | None) -> Iter
         )
     for piece in _character_pieces(text):
         with quiet():
-            yield np.asarray(tokenizer(piece, add_special_tokens=False)["input_ids"], dtype=np.int32)
+            yield np.asarray(encode(tokenizer, piece, add_special_tokens=False), dtype=np.int32)
 
 
 def _character_pieces(text: str | Path) -> Iterator[str]:
@@ -90,14 +117,14 @@ def _character_pieces(text: str | Path) -> Iterator[str]:
         return
     empty = True
     try:
-        with path.open(encoding="utf-8") as file:
+        with io.TextIOWrapper(open_file(path), encoding="utf-8") as file:
             while piece := file.read(_PIECE_CHARACTERS):
                 empty = empty and not piece.strip()
                 yield piece + file.readline()
     except UnicodeDecodeError as error:
         raise ChaiError(f"{path} is not UTF-8 text; convert it or give another file") from error
     except OSError as error:
-        raise ChaiError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+        raise ChaiError(f"{path} cannot be read ({error.strerror}); give a file with text") from error
     if empty:
         raise ChaiError(f"{path} is empty; give a file with text")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from chai_export.errors import ChaiError, reason
+from chai_export.bundle.tokenizer import WHOLE, encode, tried
+from chai_export.errors import ChaiError
 from chai_export.models.folder import has_tokenizer
 from chai_export.models.loading import resolve_source
 from chai_export.models.quiet import quiet
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PIECES = "tokenizer.model"
-_WHOLE = "tokenizer.json"
 _SAMPLE = "The first 1234 tokens,  in a café:\n\tdef head_map(self): return {'naïve': \"数\"}\nand the rest."
 
 
@@ -27,13 +27,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
     where, offline = resolve_source(source)
     if isinstance(where, Path) and not has_tokenizer(where):
         return None
-    try:
-        tokenizer = _load("AutoTokenizer", where, offline)
-    except Exception as error:  # transformers and tokenizers each raise types of their own here
-        raise ChaiError(
-            f"the tokenizer of {source} cannot be read ({reason(error)}); "
-            "copy the tokenizer files of the model again"
-        ) from error
+    tokenizer = tried(lambda: _load("AutoTokenizer", where, offline), where)
     pieces = _pieces_alone(where)
     if pieces is None:
         return tokenizer
@@ -51,13 +45,13 @@ def _load(kind: str, where: Path | str, offline: bool) -> PreTrainedTokenizerBas
 def _pieces_alone(where: Path | str) -> Path | None:
     """The SentencePiece file of a model that has no tokenizer.json, which would say everything."""
     if isinstance(where, Path):
-        found = {name: where / name for name in (_PIECES, _WHOLE) if (where / name).is_file()}
+        found = {name: where / name for name in (_PIECES, WHOLE) if (where / name).is_file()}
     else:
         from huggingface_hub import try_to_load_from_cache
 
-        cached = {name: try_to_load_from_cache(where, name) for name in (_PIECES, _WHOLE)}
+        cached = {name: try_to_load_from_cache(where, name) for name in (_PIECES, WHOLE)}
         found = {name: Path(path) for name, path in cached.items() if isinstance(path, str)}
-    return None if _WHOLE in found else found.get(_PIECES)
+    return None if WHOLE in found else found.get(_PIECES)
 
 
 def _as_sentencepiece(
@@ -84,7 +78,7 @@ def _as_sentencepiece(
     if other is None or _ids(other) != expected:
         raise ChaiError(
             f"transformers reads {pieces} otherwise than SentencePiece does, so tokens would be wrong; "
-            f"copy the model's {_WHOLE} beside it"
+            f"copy the model's {WHOLE} beside it"
         )
     return other
 
@@ -100,4 +94,4 @@ def _processor(pieces: Path) -> Any | None:
 
 def _ids(tokenizer: Any) -> list[int]:
     with quiet():
-        return list(tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"])
+        return encode(tokenizer, _SAMPLE, add_special_tokens=False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chai_export.arguments import whole
 from chai_export.bundle.choices import Backend
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.text import MOST_TOKENS, Text, leading_special_tokens, read_tokens
@@ -75,12 +76,11 @@ def evaluate(
     """
     from chai_export.runtime.runner import load
 
-    if window < 2:
-        raise UsageError(f"--window must be at least 2 tokens, not {window}")
-    if max_tokens is not None and max_tokens < 2:
-        raise UsageError(f"--max-tokens must be at least 2, not {max_tokens}")
-    if prompts < 0 or new_tokens < 1:
-        raise UsageError(f"--prompts {prompts} --new-tokens {new_tokens}: give at least 0 and 1")
+    whole(window, "--window", least=2)
+    if max_tokens is not None:
+        whole(max_tokens, "--max-tokens", least=2)
+    whole(prompts, "--prompts", least=0)
+    whole(new_tokens, "--new-tokens")
     chai = load(bundle, backend=backend, heads="chai")
     tokenizer = chai.tokenizer
     leading = leading_special_tokens(tokenizer)

@@ -18,7 +18,7 @@ from chai_export.clustering.measured_budget import spend
 from chai_export.clustering.static_maps import static_head_maps
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.geometry import Geometry
-from chai_export.models.text import Text, leading_special_tokens, read_tokens
+from chai_export.models.text import Text, leading_special_tokens, read_tokens, require_in_vocabulary
 from chai_export.models.windows import spread_windows
 from chai_export.op.probe import MEASURED_PROBE_TOKENS
 from chai_export.progress import track
@@ -160,6 +160,7 @@ def compare(
         source = str(loaded.config.name_or_path) if not isinstance(model, (str, Path)) else model
         tokenizer = load_tokenizer(source) if source else None
     tokens = read_tokens(text, tokenizer)
+    require_in_vocabulary(tokens, loaded)
     if calibration is None:
         known, measured = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
     else:

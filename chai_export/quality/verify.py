@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from chai_export.arguments import as_real, shown, whole
 from chai_export.bundle.choices import Backend
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.rope import rope_of
@@ -83,6 +84,10 @@ def verify(
     """
     from chai_export.runtime.runner import load
 
+    whole(new_tokens, "--new-tokens")
+    bound = 0.0 if tolerance is None else as_real(tolerance)
+    if bound is None or not bound >= 0.0:
+        raise UsageError(f"--tolerance is {shown(tolerance)}; give a number from 0")
     runners = {"chai": load(bundle, backend=backend, heads="chai")}
     manifest = runners["chai"].bundle.manifest
     if manifest.weights is not None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chai_export.bundle.tokenizer import encode
 from chai_export.errors import ChaiError
 from chai_export.files import read_json
 
@@ -124,7 +125,7 @@ def prompt_ids(runner: Runner, prompt: str) -> list[int]:
     """Token ids of a sample prompt; without a tokenizer, ids made from its characters."""
     if runner.tokenizer is None:
         return [ord(character) % runner.bundle.manifest.vocab_size for character in prompt]
-    return list(runner.tokenizer(prompt)["input_ids"])
+    return encode(runner.tokenizer, prompt)
 
 
 def environment() -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from chai_export.arguments import shown, whole_numbers
+from chai_export.bundle.tokenizer import encode, render_chat
 from chai_export.errors import ChaiError, UsageError
+from chai_export.files import parse_json, read_text
 
 Prompt = str | Sequence[int]
 _JSON_LINES = {".jsonl", ".ndjson"}
@@ -22,12 +24,7 @@ def read_prompt_file(path: Path) -> list[str | list[int]]:
     Raises:
         ChaiError: the file cannot be read, holds no prompt, or a line is not as described.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ChaiError(f"{path} is not UTF-8 text ({error.reason}); convert it") from error
-    except OSError as error:
-        raise ChaiError(f"{path} cannot be read ({error.strerror}); check --prompt-file") from error
+    text = read_text(path, fix="check --prompt-file")
     # Not splitlines(): a prompt may hold a form feed or another separator that is none to a text editor.
     lines = [(n, line.rstrip("\r")) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
@@ -38,10 +35,7 @@ def read_prompt_file(path: Path) -> list[str | list[int]]:
 
 
 def _json_prompt(line: str, where: str) -> str | list[int]:
-    try:
-        content = json.loads(line)
-    except ValueError as error:
-        raise ChaiError(f"{where} is not JSON ({error}); write one JSON value a line") from error
+    content = parse_json(line, where, fix="write one JSON value a line")
     if isinstance(content, dict):
         content = content.get("prompt", content.get("token_ids"))
     if isinstance(content, str):
@@ -51,13 +45,19 @@ def _json_prompt(line: str, where: str) -> str | list[int]:
     raise ChaiError(f'{where} holds no prompt; write a string, {{"prompt": "…"}} or {{"token_ids": [1, 2]}}')
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Any | None, vocab_size: int, *, chat: bool) -> list[int]:
+def encode_prompt(
+    prompt: Prompt, tokenizer: Any | None, vocab_size: int, *, chat: bool, name: str = "a prompt"
+) -> list[int]:
     """Token ids of one prompt; ids are taken as they are. ``chat`` makes text a user's turn of a chat.
 
     Raises:
+        UsageError: it is neither a text nor a list of ids; ``name`` says which prompt.
         ChaiError: there is no tokenizer or chat template for it, it has no tokens, or an id is out of range.
     """
-    ids = _encode_text(prompt, tokenizer, chat=chat) if isinstance(prompt, str) else [int(i) for i in prompt]
+    if isinstance(prompt, str):
+        ids = _encode_text(prompt, tokenizer, chat=chat)
+    else:
+        ids = whole_numbers(prompt, name)
     if not ids:
         raise ChaiError("a prompt is empty; give it at least one token (this tokenizer adds none of its own)")
     wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
@@ -74,13 +74,9 @@ def _encode_text(text: str, tokenizer: Any | None, *, chat: bool) -> list[int]:
             "the bundle has no tokenizer; give --token-ids, or make it again with --tokenizer (rewrite)"
         )
     if not chat:
-        return list(tokenizer(text)["input_ids"])
-    if not tokenizer.chat_template:
-        raise ChaiError("the bundle's tokenizer has no chat template; leave out --chat")
-    turn = [{"role": "user", "content": text}]
-    rendered = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        return encode(tokenizer, text)
     # The template writes special tokens itself, as transformers assumes when it tokenizes a chat.
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return encode(tokenizer, render_chat(tokenizer, text), add_special_tokens=False)
 
 
 def require_fits(prompt_tokens: int, limit: int, flag: str) -> None:
@@ -94,6 +90,11 @@ def require_fits(prompt_tokens: int, limit: int, flag: str) -> None:
 
 
 def require_stops_possible(stop: Sequence[str], tokenizer: Any | None) -> None:
-    """Raise UsageError if stop strings are asked for where no text is made."""
+    """Raise UsageError unless ``stop`` holds texts, and if there are some where no text is made."""
+    if isinstance(stop, str) or not isinstance(stop, Sequence):
+        raise UsageError(f"stop is {shown(stop)}; give a list of texts")
+    for text in stop:
+        if not isinstance(text, str):
+            raise UsageError(f"stop holds {shown(text)}; give texts")
     if stop and tokenizer is None:
         raise UsageError("--stop needs text, and the bundle has no tokenizer; leave it out")

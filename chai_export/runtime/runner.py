@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from chai_export.arguments import require_at_least_one, shown, whole, whole_numbers
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.choices import Backend, Heads
 from chai_export.errors import ChaiError, UsageError
@@ -84,10 +85,11 @@ def load(
             batch.
     """
     backend, heads = Backend(backend), Heads(heads)
-    if max_batch is not None and max_batch < 1:
-        raise UsageError(f"max_batch is {max_batch}; give 1 or more")
-    if cache_memory is not None and cache_memory < 1:
-        raise UsageError(f"--cache-memory is {cache_memory}; give at least one byte")
+    if max_batch is not None:
+        whole(max_batch, "max_batch")
+    whole(threads, "threads", least=0)
+    if cache_memory is not None:
+        whole(cache_memory, "--cache-memory", most=2**63 - 1)
     bundle = Bundle.load(path)
     if heads is Heads.ALL and bundle.manifest.static is not None:
         raise ChaiError(
@@ -213,10 +215,12 @@ class Runner:
         """
         tokenizer = self.tokenizer  # loaded now, so that loading is not counted as time to the first token
         began = perf_counter()
-        if isinstance(prompts, str):
-            raise UsageError("prompts is one text; give a list of prompts")
-        if max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens is {max_new_tokens}; give 1 or more")
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+            raise UsageError(f"prompts is {shown(prompts)}; give a list of prompts")
+        prompts = list(prompts)
+        whole(max_new_tokens, "--max-new-tokens")
+        if on_text is not None and not callable(on_text):
+            raise UsageError(f"on_text is {shown(on_text)}; give a function")
         settings = self._sampling(temperature, top_k, top_p, repetition_penalty, seed)
         positions, flag = self._position_limit(max_seq)
         manifest = self.bundle.manifest
@@ -225,7 +229,7 @@ class Runner:
         require_stops_possible(stop, tokenizer)
         requests = []
         for index, prompt in enumerate(prompts):
-            ids = encode_prompt(prompt, tokenizer, manifest.vocab_size, chat=chat)
+            ids = encode_prompt(prompt, tokenizer, manifest.vocab_size, chat=chat, name=f"prompt {index}")
             require_fits(len(ids), positions, flag)
             detokenizer = Detokenizer(tokenizer, ids) if tokenizer is not None else None
             stops = StopStrings(stop)
@@ -250,7 +254,9 @@ class Runner:
             ChaiError: no tokens, an id outside the vocabulary, or more tokens than positions.
         """
         manifest = self.bundle.manifest
-        ids = encode_prompt(token_ids, None, manifest.vocab_size, chat=False)
+        if isinstance(token_ids, str):
+            raise UsageError(f"token_ids is {shown(token_ids)}; give a list of token ids")
+        ids = encode_prompt(token_ids, None, manifest.vocab_size, chat=False, name="token_ids")
         positions, flag = self._position_limit(None)
         require_fits(len(ids), positions, flag)
         self.session.begin(1, first_capacity(len(ids), positions))
@@ -312,8 +318,7 @@ class Runner:
 
     def _position_limit(self, max_seq: int | None) -> tuple[int, str]:
         """The number of positions there are, and what a user can do about it."""
-        if max_seq is not None and max_seq < 1:
-            raise UsageError(f"--max-seq is {max_seq}; give 1 or more")
+        require_at_least_one(max_seq=max_seq)
         manifest = self.bundle.manifest
         bounds = [(MOST_TOKENS, "shorten it")]
         if self._paged is not None:
@@ -334,16 +339,17 @@ class Runner:
         if chunks is None:
             length = max(probe, chunk_length(self.session, 1, self.bundle.manifest.num_query_heads))
             return [min(length, total - start) for start in range(0, total, length)]
+        chunks = whole_numbers(chunks, "chunks")
         if sum(chunks) != total or min(chunks, default=0) < 1:
             raise UsageError(
-                f"chunks {list(chunks)} do not divide {total} tokens; give positive numbers of this sum"
+                f"chunks {chunks} do not divide {total} tokens; give positive numbers of this sum"
             )
         if chunks[0] < min(probe, total):
             raise UsageError(
                 f"the first chunk has {chunks[0]} tokens and decides the head map from {min(probe, total)}; "
                 "give it at least as many"
             )
-        return list(chunks)
+        return chunks
 
 
 def _first(*values: Any) -> Any:

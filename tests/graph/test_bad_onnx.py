@@ -102,7 +102,7 @@ def test_clusters_that_do_not_fit(kept: tuple[int, ...], reason: str, tmp_path: 
 
 
 def test_probe_of_no_tokens(tmp_path: Path) -> None:
-    refuse(exported(NAME), tmp_path, "--probe-tokens 0", kept_of(NAME), probe_tokens=0)
+    refuse(exported(NAME), tmp_path, "--probe-tokens is 0", kept_of(NAME), probe_tokens=0)
 
 
 def test_missing_tokenizer(tmp_path: Path) -> None:

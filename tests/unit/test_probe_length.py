@@ -27,7 +27,7 @@ def test_what_is_given_wins_then_what_was_calibrated_then_the_paper():
 @pytest.mark.parametrize(
     ("given", "clusters", "named"),
     [
-        (0, Clusters((1,), probe_tokens=9), "--probe-tokens 0"),
+        (0, Clusters((1,), probe_tokens=9), "--probe-tokens is 0"),
         (None, Clusters((1,), probe_tokens=0, origin="c.json"), r"c\.json: probe_tokens"),
     ],
 )

@@ -28,7 +28,7 @@ def test_files_of_lines_and_of_json_lines(tmp_path, name, text, prompts):
     ("content", "message"),
     [
         (b"\n \n", "holds no prompt"),
-        (b'{"prompt": "x"}\n{"prompt"', "line 2 is not JSON"),
+        (b'{"prompt": "x"}\n{"prompt"', "line 2 is not valid JSON"),
         (b'{"text": "x"}', "line 1 holds no prompt"),
         (b'{"prompt": [true]}', "line 1 holds no prompt"),
         (b"\xff\xfe", "is not UTF-8"),
@@ -41,7 +41,7 @@ def test_a_bad_file_is_one_line_with_the_place(tmp_path, content, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ChaiError, match=r"absent cannot be read .*--prompt-file"):
+    with pytest.raises(ChaiError, match=r"no file .*absent; check --prompt-file"):
         read_prompt_file(tmp_path / "absent")
 
 

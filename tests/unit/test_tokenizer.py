@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 
 from chai_export.bundle import environment
+from chai_export.bundle.tokenizer import load_tokenizer as load_saved
 from chai_export.errors import ChaiError
 from chai_export.models import tokenizer as module
 from chai_export.models.tokenizer import load_tokenizer
@@ -84,7 +85,7 @@ def test_a_bundle_keeps_the_tokenizer_that_was_read(tmp_path, bpe):
     tokenizer = load_tokenizer(folder(tmp_path / "model", "mistral-gqa", bpe, None))
     (tmp_path / "bundle").mkdir()
     environment.save_environment(tmp_path / "bundle", tokenizer=tokenizer)
-    assert ids(environment.load_tokenizer(tmp_path / "bundle")) == ids(tokenizer)
+    assert ids(load_saved(tmp_path / "bundle")) == ids(tokenizer)
 
 
 def test_a_file_that_transformers_reads_otherwise_is_refused(tmp_path):
