@@ -26,6 +26,7 @@ triton = pytest.importorskip("triton")
 
 SMALL = Spec(4, 2, 32, 32, "float16")
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-kernel-resources.json"
+# The architectures whose figures are recorded; the others are compiled by test_triton_v2_compile.py.
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB per block, CUDA programming guide
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SYMBOLS = {"B": 3, "S": 1, "R": 1, "C": 100, "online": 1, "H": 4, "G": 2, "D": 32, "Dv": 32, "P": 5}
@@ -36,8 +37,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, Path]:
     """Index of the small model for each architecture."""
     root = tmp_path_factory.mktemp("kernels")
     with ThreadPoolExecutor(2) as pool:
-        indexes = pool.map(lambda arch: compile(SMALL, arch, root / f"sm_{arch}"), architectures())
-        return dict(zip(architectures(), indexes, strict=True))
+        indexes = pool.map(lambda arch: compile(SMALL, arch, root / f"sm_{arch}"), SHARED_LIMIT)
+        return dict(zip(SHARED_LIMIT, indexes, strict=True))
 
 
 def _load(index: Path) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def _load(index: Path) -> dict[str, Any]:
 
 
 def test_every_architecture_has_all_kernels(compiled: Mapping[int, Path]) -> None:
-    assert set(compiled) == set(SHARED_LIMIT)
+    assert set(compiled) <= set(architectures())
     for arch, index_path in compiled.items():
         index = _load(index_path)
         assert index["architecture"] == arch
@@ -154,8 +155,8 @@ def test_larger_models_compile_and_keep_their_registers(name: str, arch: int, tm
 
 
 def test_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ChaiError, match="no GPU kernels for sm_75; choose one of 80, 86"):
-        compile(SMALL, 75, tmp_path)
+    with pytest.raises(ChaiError, match="no GPU kernels for sm_70; choose one of 75, 80, 86"):
+        compile(SMALL, 70, tmp_path)
 
 
 def test_a_failing_compiler_leaves_no_files(tmp_path: Path) -> None:
