@@ -6,6 +6,7 @@
 #include <cstring>
 #include <filesystem>
 
+#include "runner/backends/onnxruntime/paged_session.h"
 #include "runner/backends/onnxruntime/session.h"
 #include "runner/op_nodes.h"
 #include "support/error.h"
@@ -36,6 +37,37 @@ std::string find_op_library(const std::optional<std::string>& given, const char*
   return std::filesystem::exists(path) ? path.string() : "";
 }
 
+// With a library of another version than the bundle's, ONNX Runtime would run the function body, without a
+// word and on caches that share their buffers.
+void check_op_version(const std::string& library, const Manifest& manifest, const char* file) {
+  void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (handle == nullptr) return;  // ONNX Runtime will say why
+  const auto version = reinterpret_cast<int (*)()>(dlsym(handle, "chai_op_version"));
+  const bool fits = version != nullptr && version() == manifest.op_version;
+  dlclose(handle);
+  require(fits, library + " has not version " + std::to_string(manifest.op_version) +
+                    " of the op, which the bundle has; name " + file + " in Options::op_library");
+}
+
+void refuse_switching_rope(const std::string& bundle, const Manifest& manifest) {
+  require(
+      !manifest.switches_rope,
+      bundle +
+          " has rotary factors that follow the length of a row, which this library does not compute; run it "
+          "from Python");
+}
+
+template <typename OpenedSession>
+std::unique_ptr<OpenedSession> open_onnxruntime(const std::string& bundle, const Manifest& manifest,
+                                                const Options& options, const char* file) {
+  const std::string library = find_op_library(options.op_library, file);
+  if (!library.empty()) check_op_version(library, manifest, file);
+  Ort::Env& environment = onnxruntime_environment(options.onnxruntime_library);
+  auto session = std::make_unique<OpenedSession>(environment, bundle, manifest, options, library);
+  check_op_nodes(bundle + "/model.onnx", manifest);
+  return session;
+}
+
 }  // namespace
 
 const char* name(Backend backend) {
@@ -44,18 +76,14 @@ const char* name(Backend backend) {
 
 std::unique_ptr<Session> open_session(const std::string& bundle, const Manifest& manifest,
                                       const Options& options) {
+  refuse_switching_rope(bundle, manifest);
   require(
-      !manifest.switches_rope,
+      options.cache_memory == 0,
       bundle +
-          " has rotary factors that follow the length of a row, which this library does not compute; run it "
-          "from Python");
-  if (options.backend == Backend::kOnnxRuntime) {
-    const std::string library = find_op_library(options.op_library, "libchai_onnxruntime.so");
-    Ort::Env& environment = onnxruntime_environment(options.onnxruntime_library);
-    auto session = std::make_unique<OnnxRuntimeSession>(environment, bundle, manifest, options, library);
-    check_op_nodes(bundle + "/model.onnx", manifest);
-    return session;
-  }
+          " has version 1 of the op, whose caches are no pool; leave cache_memory out and limit rows with "
+          "max_seq");
+  if (options.backend == Backend::kOnnxRuntime)
+    return open_onnxruntime<OnnxRuntimeSession>(bundle, manifest, options, "libchai_onnxruntime.so");
 #ifdef CHAI_WITH_TENSORRT
   const std::string plugin = find_op_library(options.op_library, "libchai_tensorrt.so");
   require(!plugin.empty(), "libchai_tensorrt.so was not found; set Options::op_library to its path");
@@ -65,6 +93,15 @@ std::unique_ptr<Session> open_session(const std::string& bundle, const Manifest&
   throw std::runtime_error(
       "this libchai_runtime.so was built without the tensorrt back end; build it with TensorRT_ROOT set");
 #endif
+}
+
+std::unique_ptr<PagedSession> open_paged_session(const std::string& bundle, const Manifest& manifest,
+                                                 const Options& options) {
+  refuse_switching_rope(bundle, manifest);
+  require(options.backend == Backend::kOnnxRuntime, bundle + " has version 2 of the op, which " +
+                                                        name(options.backend) +
+                                                        " does not run; use Backend::kOnnxRuntime");
+  return open_onnxruntime<OnnxRuntimePagedSession>(bundle, manifest, options, "libchai_onnxruntime_v2.so");
 }
 
 }  // namespace chai

@@ -7,6 +7,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "chai/op_schema.h"
 #include "runner/manifest_schema.h"
 #include "runner/sampler.h"
 #include "support/error.h"
@@ -17,9 +18,8 @@ namespace chai {
 namespace {
 
 constexpr const char* kFormat = "chai-bundle/1";
-constexpr std::int64_t kOpVersion = 1;
-constexpr std::int64_t kPagedVersion = 2;
-constexpr const char* kWithoutBits = "; leave --key-bits and --value-bits away";
+constexpr std::int64_t kNewestOp = 2;
+constexpr std::int64_t kDefaultGroup = schema::clustered_head_attention_v2::Attributes().group;
 constexpr const char* kAgain = "; run `chai-export export` (or `rewrite`) again";
 
 std::vector<std::int64_t> integers(const Json& json) {
@@ -118,16 +118,51 @@ void check_head_maps(const Json& maps, const Geometry& geometry) {
   require(fits, "static.head_maps are not one map of query heads to query heads per layer");
 }
 
+// One number per layer; those of layers on one cache are the same.
+std::vector<std::int64_t> read_bits(const Json& json, const std::string& name, const Geometry& geometry) {
+  std::vector<std::int64_t> bits = integers(json.at(name));
+  require(static_cast<std::int64_t>(bits.size()) == geometry.num_layers,
+          name + " has not one number per layer");
+  for (std::size_t layer = 0; layer < bits.size(); ++layer)
+    require(bits[layer] == bits[static_cast<std::size_t>(geometry.kv_source_layers[layer])],
+            name + " of layer " + std::to_string(layer) + " is not that of the cache it reads");
+  return bits;
+}
+
+void check_group(std::int64_t group, std::int64_t dim, const std::vector<std::int64_t>& bits) {
+  const auto stored = [&](std::int64_t wanted) {
+    return std::find(bits.begin(), bits.end(), wanted) != bits.end();
+  };
+  require(!(stored(8) || stored(4)) || dim % group == 0,
+          "group is " + std::to_string(group) + " and does not divide the head dim " + std::to_string(dim));
+  require(!stored(4) || group % 2 == 0, "group is " + std::to_string(group) + " and 4 bits need an even one");
+}
+
+void read_storage(const Json& json, Manifest& manifest) {
+  if (!manifest.paged()) {
+    for (const char* name : {"key_bits", "value_bits", "group"})
+      require(!json.find(name),
+              std::string(name) + " is given, and op_version is 1, whose caches are in the dtype");
+    return;
+  }
+  for (const char* name : {"key_bits", "value_bits"})
+    require(json.find(name).has_value(), std::string(name) + " is missing, and op_version is 2");
+  const Geometry& geometry = manifest.geometry;
+  manifest.key_bits = read_bits(json, "key_bits", geometry);
+  manifest.value_bits = read_bits(json, "value_bits", geometry);
+  const auto group = json.find("group");
+  manifest.group = group ? group->integer() : kDefaultGroup;
+  check_group(manifest.group, geometry.head_dim, manifest.key_bits);
+  check_group(manifest.group, geometry.value_head_dim, manifest.value_bits);
+}
+
 // Of a document that fits the schema.
 Manifest read_fields(const Json& json) {
   Manifest manifest;
-  const std::int64_t op_version = json.at("op_version").integer();
-  require(op_version == kOpVersion, "this library runs bundles of op version " + std::to_string(kOpVersion) +
-                                        " and this one is of version " + std::to_string(op_version) +
-                                        (op_version == kPagedVersion ? kWithoutBits : ""));
-  for (const char* name : {"key_bits", "value_bits", "group"})
-    require(!json.find(name),
-            std::string(name) + " is given, and op_version is 1, whose caches are in the dtype");
+  manifest.op_version = json.at("op_version").integer();
+  require(manifest.op_version <= kNewestOp,
+          "this library runs bundles of op versions 1 and 2 and this one is of version " +
+              std::to_string(manifest.op_version));
   manifest.item_type = item_type(json.at("dtype").string());
   Geometry& geometry = manifest.geometry;
   geometry.num_layers = json.at("num_layers").integer();
@@ -140,6 +175,7 @@ Manifest read_fields(const Json& json) {
   geometry.kept_heads = integers(json.at("kept_heads"));
   check_heads(geometry);
   geometry.kv_source_layers = kv_source_layers(json, geometry);
+  read_storage(json, manifest);
   if (const auto positions = json.find("max_positions")) manifest.max_positions = positions->integer();
   const auto membership = json.find("static");
   manifest.has_static_membership = membership.has_value();

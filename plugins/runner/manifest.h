@@ -11,7 +11,14 @@
 
 namespace chai {
 
-enum class ItemType { kFloat32, kFloat16, kBfloat16 };
+// Of tensors. A model's is one of the first three.
+enum class ItemType { kFloat32, kFloat16, kBfloat16, kInt8, kUint8 };
+
+// In bytes.
+inline std::int64_t item_size(ItemType type) {
+  if (type == ItemType::kFloat32) return 4;
+  return type == ItemType::kInt8 || type == ItemType::kUint8 ? 1 : 2;
+}
 
 // Sizes in bytes by path, relative to the bundle and with forward slashes.
 using Files = std::map<std::string, std::int64_t>;
@@ -25,8 +32,13 @@ struct EngineRecord {
 };
 
 struct Manifest {
+  std::int64_t op_version = 0;
   ItemType item_type = ItemType::kFloat32;
   Geometry geometry;
+  // How version 2 of the op stores keys and values, by layer: 0 (in the item type), 16 (float16), 8 or 4.
+  std::vector<std::int64_t> key_bits;
+  std::vector<std::int64_t> value_bits;
+  std::int64_t group = 0;  // elements that share a scale
   std::optional<std::int64_t> max_positions;
   bool has_static_membership = false;
   bool switches_rope = false;  // rotary factors follow the length of a row
@@ -36,6 +48,9 @@ struct Manifest {
   std::optional<double> repetition_penalty;
   Files files;
   std::map<std::string, EngineRecord> engines;  // by name of the back end
+
+  // Whether the caches are pools of pages: version 2 of the op.
+  bool paged() const { return op_version == 2; }
 };
 
 // Throws std::runtime_error: not a bundle, another format or op version, a wrong field, or a file that is

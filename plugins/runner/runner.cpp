@@ -6,6 +6,7 @@
 
 #include "runner/backends.h"
 #include "runner/manifest.h"
+#include "runner/paged_scheduler.h"
 #include "runner/sampler.h"
 #include "runner/scheduler.h"
 #include "support/error.h"
@@ -19,15 +20,22 @@ constexpr std::int64_t kDefaultTopK = 50;
 
 struct PositionLimit {
   std::int64_t tokens;
-  const char* hint;
+  std::string hint;
 };
 
-PositionLimit position_limit(const Manifest& manifest, const EngineRecord* engine, std::int64_t max_seq) {
+// `paged` is null for version 1 of the op.
+PositionLimit position_limit(const Manifest& manifest, const EngineRecord* engine, PagedSession* paged,
+                             std::int64_t max_seq) {
   require(max_seq >= 0, "max_seq is negative; give 1 or more, or 0 for what the model allows");
   PositionLimit limit{kMostTokens, "shorten it"};
-  const auto bound = [&](std::int64_t tokens, const char* hint) {
+  const auto bound = [&](std::int64_t tokens, const std::string& hint) {
     if (tokens < limit.tokens) limit = {tokens, hint};
   };
+  if (paged != nullptr) {
+    paged->drop();  // what the last call left is no longer needed
+    const PagedSession::Room room = paged->room();
+    bound(room.tokens, "shorten it or " + room.budget.fix);
+  }
   if (max_seq > 0) bound(max_seq, "shorten it or raise max_seq");
   if (engine != nullptr) bound(engine->max_seq, "shorten it or build the engine with a higher --max-seq");
   if (manifest.max_positions)
@@ -56,7 +64,8 @@ const char* name(StopReason reason) {
 
 struct Runner::State {
   Manifest manifest;
-  std::unique_ptr<Session> session;
+  std::unique_ptr<Session> session;      // of version 1 of the op
+  std::unique_ptr<PagedSession> paged;   // or of version 2
   const EngineRecord* engine = nullptr;  // of this back end, in the manifest
   std::int64_t max_batch = 0;
 };
@@ -67,12 +76,14 @@ Runner& Runner::operator=(Runner&& other) noexcept = default;
 Runner::~Runner() = default;
 
 bool Runner::in_place() const {
-  return state_->session->in_place();
+  return state_->paged ? state_->paged->in_place() : state_->session->in_place();
 }
 
 Runner Runner::open(const std::string& bundle, const Options& options) {
   require(options.max_batch >= 0, "max_batch is negative; give 1 or more, or 0 for the default");
   require(options.threads >= 0, "threads is negative; give 1 or more, or 0 for the default");
+  require(options.cache_memory >= 0,
+          "cache_memory is negative; give a number of bytes, or 0 for what is free");
   auto state = std::make_unique<State>();
   state->manifest = read_manifest(bundle);
   require(options.heads == Heads::kChai || !state->manifest.has_static_membership,
@@ -86,7 +97,11 @@ Runner Runner::open(const std::string& bundle, const Options& options) {
                                          " and the engine was built for " + std::to_string(most) +
                                          "; give less, or build with a higher --max-batch");
   state->max_batch = options.max_batch > 0 ? options.max_batch : most > 0 ? most : kDefaultMaxBatch;
-  state->session = open_session(bundle, state->manifest, options);
+  if (state->manifest.paged()) {
+    state->paged = open_paged_session(bundle, state->manifest, options);
+  } else {
+    state->session = open_session(bundle, state->manifest, options);
+  }
   return Runner(std::move(state));
 }
 
@@ -94,7 +109,7 @@ std::vector<Generation> Runner::generate(const std::vector<std::vector<std::int6
                                          const GenerateOptions& options, const OnToken& on_token) {
   const Manifest& manifest = state_->manifest;
   require(options.max_new_tokens >= 1, "max_new_tokens is less than 1; give 1 or more");
-  const PositionLimit limit = position_limit(manifest, state_->engine, options.max_seq);
+  const PositionLimit limit = position_limit(manifest, state_->engine, state_->paged.get(), options.max_seq);
   SamplingSettings sampling;
   sampling.temperature = options.temperature;
   sampling.top_k = options.top_k.value_or(manifest.top_k.value_or(kDefaultTopK));
@@ -113,8 +128,12 @@ std::vector<Generation> Runner::generate(const std::vector<std::vector<std::int6
   if (!requests.empty()) {
     const Limits limits{options.max_new_tokens, limit.tokens,
                         options.eos_token_ids.value_or(manifest.eos_token_ids)};
-    Scheduler(*state_->session, manifest.geometry, limits, on_token)
-        .run(requests, static_cast<std::size_t>(state_->max_batch));
+    const auto slots = static_cast<std::size_t>(state_->max_batch);
+    if (state_->paged) {
+      PagedScheduler(*state_->paged, manifest.geometry, limits, on_token).run(requests, slots);
+    } else {
+      Scheduler(*state_->session, manifest.geometry, limits, on_token).run(requests, slots);
+    }
   }
   std::vector<Generation> generations;
   for (const Request& request : requests) {

@@ -122,6 +122,12 @@ std::vector<Op> make_ops() {
 }  // namespace
 }  // namespace chai::ort
 
+// For those who bind caches in place: with a library of another version than a graph's nodes ONNX Runtime
+// runs the function body without a word.
+extern "C" __attribute__((visibility("default"))) int chai_op_version() {
+  return CHAI_OP_VERSION;
+}
+
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
                                                                                const OrtApiBase* base) {
   using namespace chai::ort;

@@ -2,8 +2,10 @@
 #include <chai/runner.h>
 #include <doctest/doctest.h>
 
+#include <functional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/runner/fixture.h"
@@ -18,10 +20,10 @@ Ids integers(const chai::Json& json) {
   return ids;
 }
 
-// For each implementation of the op.
-std::vector<chai::Options> all_options() {
+// For each implementation of a version of the op.
+std::vector<chai::Options> all_options(int op_version) {
   std::vector<chai::Options> all;
-  for (const std::string& op_library : chai::test::fixture().op_libraries) {
+  for (const std::string& op_library : chai::test::fixture().op_libraries.at(op_version)) {
     chai::Options options;
     options.threads = 1;
     options.onnxruntime_library = chai::test::fixture().onnxruntime_library();
@@ -43,6 +45,7 @@ void run_case(const chai::Json& json, chai::Options options) {
   CAPTURE(*options.op_library);
   options.heads = heads == "all" ? chai::Heads::kAll : chai::Heads::kChai;
   options.max_batch = json.at("max_batch").integer();
+  options.cache_memory = json.at("cache_memory").integer();
   chai::Runner runner = chai::Runner::open(path_of(bundle), options);
   CHECK(runner.in_place() == !options.op_library->empty());
 
@@ -68,15 +71,24 @@ void run_case(const chai::Json& json, chai::Options options) {
 }
 
 TEST_CASE("the texts are the Python runner's") {
-  for (const chai::Options& options : all_options())
-    for (const chai::Json& json : chai::test::fixture().content.at("cases").array()) run_case(json, options);
+  for (const chai::Json& json : chai::test::fixture().content.at("cases").array())
+    for (const chai::Options& options : all_options(static_cast<int>(json.at("op_version").integer())))
+      run_case(json, options);
 }
 
 #define CHECK_ERROR(action, part) CHECK_THROWS_WITH_AS(action, doctest::Contains(part), std::runtime_error)
 
+// A bundle of each version of the op, with each implementation.
+void for_each_version(const std::function<void(const std::string&, const chai::Options&)>& check) {
+  for (const auto& [version, name] : {std::pair{1, "mha"}, {2, "paged"}, {2, "8-4"}}) {
+    CAPTURE(name);
+    for (const chai::Options& options : all_options(version)) check(path_of(name), options);
+  }
+}
+
 TEST_CASE("wrong arguments are refused") {
-  for (const chai::Options& options : all_options()) {
-    chai::Runner runner = chai::Runner::open(path_of("mha"), options);
+  for_each_version([](const std::string& bundle, const chai::Options& options) {
+    chai::Runner runner = chai::Runner::open(bundle, options);
     chai::GenerateOptions none;
     none.max_new_tokens = 0;
     chai::GenerateOptions tight;
@@ -88,28 +100,96 @@ TEST_CASE("wrong arguments are refused") {
     CHECK(runner.generate({}).empty());
     chai::Options missing = options;
     missing.op_library = "missing.so";
-    CHECK_ERROR(chai::Runner::open(path_of("mha"), missing), "missing.so is missing");
+    CHECK_ERROR(chai::Runner::open(bundle, missing), "missing.so is missing");
     CHECK_ERROR(chai::Runner::open(path_of("missing"), options), "is not a bundle");
     chai::Options tensorrt = options;
     tensorrt.backend = chai::Backend::kTensorRt;
-    // No such back end, plugin or engine.
-    CHECK_ERROR(chai::Runner::open(path_of("mha"), tensorrt), "tensorrt");
+    // No such back end, plugin, engine, or version of the op.
+    CHECK_ERROR(chai::Runner::open(bundle, tensorrt), "tensorrt");
+    chai::Options negative = options;
+    negative.cache_memory = -1;
+    CHECK_ERROR(chai::Runner::open(bundle, negative), "cache_memory is negative");
+  });
+}
+
+TEST_CASE("an op library of the other version is refused") {
+  for (const auto& [version, bundle] : {std::pair{1, "paged"}, {2, "mha"}}) {
+    for (const chai::Options& options : all_options(version)) {
+      if (options.op_library->empty()) continue;
+      CHECK_ERROR(chai::Runner::open(path_of(bundle), options),
+                  "of the op, which the bundle has; name libchai_onnx");
+    }
   }
+}
+
+TEST_CASE("the pool's limit belongs to version 2 of the op") {
+  for (chai::Options options : all_options(1)) {
+    options.cache_memory = 1 << 20;
+    CHECK_ERROR(chai::Runner::open(path_of("mha"), options), "leave cache_memory out");
+  }
+}
+
+TEST_CASE("a prompt that the pool cannot hold is refused, and a text that fills it ends") {
+  for (chai::Options options : all_options(2)) {
+    const bool in_place = !options.op_library->empty();
+    // A position of "paged": four value heads of 4 floats and two or three kept heads of 8, twice.
+    const std::int64_t page = 64 * 4 * (2 * 4 * 4 + (2 + 3) * 8);
+    options.cache_memory = page * (in_place ? 1 : 2);
+    chai::Runner runner = chai::Runner::open(path_of("paged"), options);
+    CHECK_ERROR(runner.generate({{5, 9}, Ids(65, 4)}),
+                "a prompt has 65 tokens and 64 fit; shorten it or raise cache_memory (");
+    chai::GenerateOptions settings;
+    settings.max_new_tokens = 100;
+    const auto texts = runner.generate({{5, 9}, Ids(64, 4)}, settings);
+    CHECK(texts[0].token_ids.size() == 63);
+    CHECK(texts[1].token_ids.size() == 1);
+    for (const auto& text : texts) CHECK(text.stop_reason == chai::StopReason::kCapacity);
+    options.cache_memory = 1;
+    CHECK_ERROR(chai::Runner::open(path_of("paged"), options).generate({{5, 9}}),
+                "a prompt has 2 tokens and 0 fit; shorten it or raise cache_memory (1 B)");
+  }
+}
+
+TEST_CASE("a seed gives the same text alone and in company, and the same in both versions of the op") {
+  chai::GenerateOptions settings;
+  settings.temperature = 0.8;
+  settings.top_k = 10;
+  settings.seed = 5;
+  const std::vector<Ids> prompts{{7, 8, 20, 21, 6, 30}, {5, 9}, Ids(80, 3)};
+  std::vector<Ids> wanted;
+  const auto check = [&](const std::string& bundle, const chai::Options& options,
+                         std::vector<Ids>& expected) {
+    chai::Runner runner = chai::Runner::open(bundle, options);
+    const auto texts = runner.generate(prompts, settings);
+    for (std::size_t i = 0; i < prompts.size(); ++i) {
+      if (expected.size() <= i) expected.push_back(texts[i].token_ids);
+      CHECK(texts[i].token_ids == expected[i]);
+      CHECK(runner.generate({prompts[i]}, settings)[0].token_ids == expected[i]);
+    }
+  };
+  for (const chai::Options& options : all_options(1)) check(path_of("mha"), options, wanted);
+  for (const chai::Options& options : all_options(2)) check(path_of("paged"), options, wanted);
+  std::vector<Ids> quantised;
+  for (const chai::Options& options : all_options(2)) check(path_of("8-4"), options, quantised);
 }
 
 TEST_CASE("a callback may throw, and the next call is not disturbed") {
-  for (const chai::Options& options : all_options()) {
-    chai::Runner runner = chai::Runner::open(path_of("mha"), options);
-    const Ids wanted = runner.generate({{5, 9, 3}})[0].token_ids;
-    const auto stop = [](std::size_t, std::int64_t) { throw std::runtime_error("enough"); };
-    CHECK_ERROR(runner.generate({{5, 9, 3}}, {}, stop), "enough");
-    CHECK(runner.generate({{5, 9, 3}})[0].token_ids == wanted);
-  }
+  for_each_version([](const std::string& bundle, const chai::Options& options) {
+    chai::Runner runner = chai::Runner::open(bundle, options);
+    const std::vector<Ids> prompts{{5, 9, 3}, {4, 4, 4, 4, 4, 4, 4}};
+    const Ids wanted = runner.generate(prompts)[0].token_ids;
+    int calls = 0;
+    const auto stop = [&](std::size_t, std::int64_t) {
+      if (++calls == 5) throw std::runtime_error("enough");
+    };
+    CHECK_ERROR(runner.generate(prompts, {}, stop), "enough");
+    CHECK(runner.generate(prompts)[0].token_ids == wanted);
+  });
 }
 
 TEST_CASE("end-of-sequence ids can be replaced") {
-  for (const chai::Options& options : all_options()) {
-    chai::Runner runner = chai::Runner::open(path_of("mha"), options);
+  for_each_version([](const std::string& bundle, const chai::Options& options) {
+    chai::Runner runner = chai::Runner::open(bundle, options);
     chai::GenerateOptions settings;
     settings.max_new_tokens = 12;
     settings.eos_token_ids.emplace();
@@ -119,7 +199,7 @@ TEST_CASE("end-of-sequence ids can be replaced") {
     const Ids ended = runner.generate({{7, 8, 20, 21, 6, 30}}, settings)[0].token_ids;
     CHECK(ended.size() <= 4);
     CHECK(ended.back() == whole[3]);
-  }
+  });
 }
 
 }  // namespace

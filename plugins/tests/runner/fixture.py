@@ -1,4 +1,5 @@
-"""Tiny bundles, and what the Python runner generates from them, for bundle_test.cpp and session_test.cpp.
+"""Tiny bundles, and what the Python runner generates from them, for bundle_test.cpp, session_test.cpp and
+paged_session_test.cpp.
 
     python plugins/tests/runner/fixture.py DIRECTORY      (in the root of the source tree)
 
@@ -39,6 +40,13 @@ def make(directory: Path) -> None:
     model.write(directory / "eos", eos=[1, 15, 31])
     grouped.write(directory / "gqa")
     TinyModel(dtype="float16").write(directory / "half")
+    TinyModel(positions=400, bits=(0, 0)).write(directory / "paged")
+    TinyModel(positions=400, bits=(8, 4)).write(directory / "8-4", eos=[15, 31])
+    shared = TinyModel(
+        heads=6, kv_heads=3, kept=(2, 1, 2), sources=(0, 1, 0), bits=((4, 8), (16, 4), (0, 0)), positions=100
+    )
+    shared.write(directory / "mixed")
+    TinyModel(dtype="float16", bits=((8, 0), (0, 4))).write(directory / "paged-half")
 
     def case(
         bundle: str,
@@ -47,15 +55,18 @@ def make(directory: Path) -> None:
         heads: str = "chai",
         batch: int = 8,
         seq: int = 0,
+        memory: int = 0,
     ) -> dict[str, Any]:
-        runner = ce.load(directory / bundle, heads=heads, max_batch=batch)
+        runner = ce.load(directory / bundle, heads=heads, max_batch=batch, cache_memory=memory or None)
         results = runner.generate(prompts, tokens, max_seq=seq or None)
         return {
             "bundle": bundle,
+            "op_version": runner.bundle.manifest.op_version,
             "heads": heads,
             "max_batch": batch,
             "max_new_tokens": tokens,
             "max_seq": seq,
+            "cache_memory": memory,
             "prompts": prompts,
             "results": [{"token_ids": r.token_ids, "stop_reason": r.stop_reason} for r in results],
         }
@@ -69,6 +80,17 @@ def make(directory: Path) -> None:
         case("eos", MIXED, 64),
         case("gqa", MIXED, 200),  # ends at the last learned position
         case("half", [LONG, [5, 9]], 8),
+        case("paged", [LONG], 64),
+        case("paged", MIXED, 150),  # more than a page
+        case("paged", MIXED, 20, batch=2),
+        case("paged", MIXED, 20, heads="all"),
+        case("paged", [LONG * 6, [5, 9], *MIXED], 20),  # a chunk of prompt beside rows that decode
+        case("paged", [LONG, [5, 9]], 64, seq=40),
+        case("paged", MIXED, 70, memory=100_000),  # rows wait: two or four pages fit
+        case("8-4", MIXED, 150),
+        case("8-4", MIXED, 20, heads="all"),
+        case("mixed", MIXED, 200),  # ends at the last learned position
+        case("paged-half", [LONG, [5, 9]], 8),
     ]
     # The last file: a fixture without it is not whole.
     content = {"onnxruntime_library": str(onnxruntime_library()), "cases": cases}

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "runner/backends/onnxruntime/model.h"
+#include "runner/caches.h"
 #include "support/error.h"
 
 namespace chai {
@@ -39,12 +41,6 @@ void expect(const Signature& given, const std::string& name, const Tensor& wante
 
 }  // namespace
 
-ONNXTensorElementDataType onnx_type(ItemType type) {
-  if (type == ItemType::kFloat32) return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  return type == ItemType::kFloat16 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16
-                                    : ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
-}
-
 void check_graph(const Ort::Session& session, const Manifest& manifest) {
   const Geometry& geometry = manifest.geometry;
   const Ort::AllocatorWithDefaultOptions allocator;
@@ -70,18 +66,16 @@ void check_graph(const Ort::Session& session, const Manifest& manifest) {
   const auto item = onnx_type(manifest.item_type);
   expect(outputs, "logits",
          {wide ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : item, {kAny, kAny, geometry.vocab_size}});
-  for (std::int64_t layer = 0; layer < geometry.num_layers; ++layer) {
-    if (!geometry.has_cache(layer)) continue;
+  if (manifest.paged()) expect(inputs, "page_table", {int32, {kAny, kAny}});
+  const std::vector<CacheTensor> caches = cache_tensors(manifest, Heads::kChai);
+  for (const CacheTensor& cache : caches) {
     // The K cache's second size is free: it decides between kept heads and all heads.
-    const Tensor key{item, {kAny, kAny, kAny, geometry.head_dim}};
-    const Tensor value{item, {kAny, geometry.num_kv_heads, kAny, geometry.value_head_dim}};
-    const std::string number = std::to_string(layer);
-    expect(inputs, "past_key." + number, key);
-    expect(inputs, "past_value." + number, value);
-    expect(outputs, "present_key." + number, key);
-    expect(outputs, "present_value." + number, value);
+    const std::int64_t heads = cache.name.rfind("key", 0) == 0 ? kAny : cache.heads;
+    const Tensor tensor{onnx_type(cache.type), {kAny, heads, kAny, cache.columns}};
+    expect(inputs, "past_" + cache.name, tensor);
+    expect(outputs, "present_" + cache.name, tensor);
   }
-  require(inputs.size() == 5 + 2 * geometry.num_caches(), "it has further inputs");
+  require(inputs.size() == (manifest.paged() ? 6 : 5) + caches.size(), "it has further inputs");
 }
 
 }  // namespace chai

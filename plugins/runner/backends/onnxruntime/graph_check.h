@@ -6,8 +6,6 @@
 
 namespace chai {
 
-ONNXTensorElementDataType onnx_type(ItemType type);
-
 // Throws std::runtime_error naming the first input or output that is missing or has another type or shape.
 void check_graph(const Ort::Session& session, const Manifest& manifest);
 

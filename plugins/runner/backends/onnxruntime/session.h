@@ -1,6 +1,6 @@
-// A bundle on ONNX Runtime's CPU provider. With the op library each cache is one buffer, bound as past and as
-// present; without it the function body reads the whole past while it writes the whole present, so there are
-// two sets of buffers that swap roles. The head map always has two.
+// A bundle of version 1 of the op on ONNX Runtime's CPU provider. With the op library each cache is one
+// buffer, bound as past and as present; without it the function body reads the whole past while it writes the
+// whole present, so there are two sets of buffers that swap roles. The head map always has two.
 #pragma once
 
 #include <array>
@@ -9,7 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "runner/backends/onnxruntime/library.h"
+#include "runner/backends/onnxruntime/model.h"
+#include "runner/caches.h"
 #include "runner/manifest.h"
 #include "runner/session.h"
 
@@ -36,39 +37,30 @@ class OnnxRuntimeSession final : public Session {
   struct Free {
     void operator()(void* data) const { std::free(data); }
   };
-  // One K or V cache, [batch][heads][capacity][dim].
   struct Cache {
-    std::string name;  // without "past_" and "present_"
-    std::int64_t heads = 0;
-    std::int64_t dim = 0;
+    CacheTensor tensor;
     std::unique_ptr<char, Free> data;
   };
   using Caches = std::vector<Cache>;
 
-  Cache allocate(const std::string& name, std::int64_t heads, std::int64_t dim) const;
+  Cache allocate(const CacheTensor& tensor) const;
   Caches allocate_all() const;
-  std::size_t bytes(const Cache& cache) const;
+  std::size_t bytes(const CacheTensor& tensor) const;
   Ort::Value value(const Cache& cache) const;
-  template <typename T>
-  Ort::Value value(const std::vector<T>& data, const std::vector<std::int64_t>& shape) const;
   void bind();
   void run(const Step& step);
 
-  ItemType item_type_;
   Geometry geometry_;
-  Heads heads_;
+  std::vector<CacheTensor> tensors_;
   bool in_place_;
-  Ort::MemoryInfo memory_{nullptr};
-  Ort::Session session_{nullptr};
-  bool half_logits_ = false;
+  OnnxRuntimeModel model_;
   std::int64_t batch_ = 0;
   std::int64_t capacity_ = 0;
   std::vector<Caches> caches_;  // one set, or two; caches_[turn % size] holds the past of the next step
   std::array<std::vector<std::int32_t>, 2> head_maps_;
   std::vector<Ort::IoBinding> bindings_;  // one per turn
   std::size_t turn_ = 0;
-  std::vector<float> logits_;
-  std::vector<Ort::Float16_t> raw_logits_;
+  Logits logits_;
 };
 
 }  // namespace chai
