@@ -50,9 +50,10 @@ ReservedMemory::ReservedMemory(std::size_t bytes) : bytes_(bytes) {
   void* data =
       mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (data == MAP_FAILED)
-    throw std::runtime_error("there is no memory for a KV cache of " +
-                             bytes_text(static_cast<std::int64_t>(bytes)) +
-                             "; lower max_seq or cache_memory, or give shorter or fewer prompts");
+    // A limit on addresses, or a system that promises no more than it has.
+    throw std::runtime_error("the system does not reserve " + bytes_text(static_cast<std::int64_t>(bytes)) +
+                             " for a KV cache; lower cache_memory, max_seq or max_new_tokens, or raise its "
+                             "limit (ulimit -v)");
   data_ = static_cast<char*>(data);
 }
 

@@ -19,7 +19,7 @@
 namespace chai {
 
 // Positions per page. A row wastes half a page on average; a kernel reads a page at a time.
-constexpr std::int64_t kPageLength = 64;
+constexpr std::int64_t kPageLength = 128;
 
 class PagePool {
  public:

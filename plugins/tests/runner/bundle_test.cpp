@@ -132,16 +132,17 @@ TEST_CASE("the pool's limit belongs to version 2 of the op") {
 TEST_CASE("a prompt that the pool cannot hold is refused, and a text that fills it ends") {
   for (chai::Options options : all_options(2)) {
     const bool in_place = !options.op_library->empty();
-    // A position of "paged": four value heads of 4 floats and two or three kept heads of 8, twice.
-    const std::int64_t page = 64 * 4 * (2 * 4 * 4 + (2 + 3) * 8);
-    options.cache_memory = page * (in_place ? 1 : 2);
+    const std::int64_t length = chai::test::fixture().content.at("page_length").integer();
+    // A position of "paged": in both layers four value heads of 4 floats, in K two and three heads of 8.
+    options.cache_memory = length * 4 * (2 * 4 * 4 + (2 + 3) * 8) * (in_place ? 1 : 2);
     chai::Runner runner = chai::Runner::open(path_of("paged"), options);
-    CHECK_ERROR(runner.generate({{5, 9}, Ids(65, 4)}),
-                "a prompt has 65 tokens and 64 fit; shorten it or raise cache_memory (");
+    const auto most = std::to_string(length);
+    CHECK_ERROR(runner.generate({{5, 9}, Ids(static_cast<std::size_t>(length) + 1, 4)}),
+                "tokens and " + most + " fit; shorten it or raise cache_memory (");
     chai::GenerateOptions settings;
-    settings.max_new_tokens = 100;
-    const auto texts = runner.generate({{5, 9}, Ids(64, 4)}, settings);
-    CHECK(texts[0].token_ids.size() == 63);
+    settings.max_new_tokens = 2 * length;
+    const auto texts = runner.generate({{5, 9}, Ids(static_cast<std::size_t>(length), 4)}, settings);
+    CHECK(texts[0].token_ids.size() == static_cast<std::size_t>(length) - 1);
     CHECK(texts[1].token_ids.size() == 1);
     for (const auto& text : texts) CHECK(text.stop_reason == chai::StopReason::kCapacity);
     options.cache_memory = 1;
@@ -155,7 +156,7 @@ TEST_CASE("a seed gives the same text alone and in company, and the same in both
   settings.temperature = 0.8;
   settings.top_k = 10;
   settings.seed = 5;
-  const std::vector<Ids> prompts{{7, 8, 20, 21, 6, 30}, {5, 9}, Ids(80, 3)};
+  const std::vector<Ids> prompts{{7, 8, 20, 21, 6, 30}, {5, 9}, Ids(150, 3)};
   std::vector<Ids> wanted;
   const auto check = [&](const std::string& bundle, const chai::Options& options,
                          std::vector<Ids>& expected) {

@@ -30,6 +30,8 @@ def onnxruntime_library() -> Path:
 def make(directory: Path) -> None:
     """Write the bundles and cases.json into ``directory``, replacing what is there."""
     import chai_export as ce
+    from chai_export.bundle.bundle import Bundle
+    from chai_export.runtime.pages import PAGE_LENGTH
     from tests.tiny_graph import TinyModel
 
     shutil.rmtree(directory, ignore_errors=True)
@@ -71,6 +73,10 @@ def make(directory: Path) -> None:
             "results": [{"token_ids": r.token_ids, "stop_reason": r.stop_reason} for r in results],
         }
 
+    def pages(count: int) -> int:
+        """Bytes of pages of the bundle "paged"; the function body has two buffers of each."""
+        return count * PAGE_LENGTH * Bundle.load(directory / "paged").manifest.kv_bytes_per_token()
+
     cases = [
         case("mha", [LONG], 64),
         case("mha", MIXED, 150),  # caches grow
@@ -86,14 +92,18 @@ def make(directory: Path) -> None:
         case("paged", MIXED, 20, heads="all"),
         case("paged", [LONG * 6, [5, 9], *MIXED], 20),  # a chunk of prompt beside rows that decode
         case("paged", [LONG, [5, 9]], 64, seq=40),
-        case("paged", MIXED, 70, memory=100_000),  # rows wait: two or four pages fit
+        case("paged", MIXED, 150, memory=pages(5)),  # rows wait: of each two pages, five or two fit
         case("8-4", MIXED, 150),
         case("8-4", MIXED, 20, heads="all"),
         case("mixed", MIXED, 200),  # ends at the last learned position
         case("paged-half", [LONG, [5, 9]], 8),
     ]
     # The last file: a fixture without it is not whole.
-    content = {"onnxruntime_library": str(onnxruntime_library()), "cases": cases}
+    content = {
+        "onnxruntime_library": str(onnxruntime_library()),
+        "page_length": PAGE_LENGTH,
+        "cases": cases,
+    }
     (directory / "cases.json").write_text(json.dumps(content), encoding="utf-8")
 
 

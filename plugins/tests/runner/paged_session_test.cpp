@@ -84,6 +84,10 @@ void check_close(const float* found, const std::vector<float>& wanted) {
     CHECK(found[i] == doctest::Approx(wanted[i]).epsilon(1e-4).scale(1));
 }
 
+TEST_CASE("pages are as long as the Python runner's") {
+  CHECK(chai::test::fixture().content.at("page_length").integer() == chai::kPageLength);
+}
+
 TEST_CASE("rows, pages and chunks make no difference") {
   for_each_subject([](const Subject& subject) {
     const Ids first = prompt(40, 3), second = prompt(23, 11);
