@@ -136,9 +136,9 @@ TEST_CASE("a prompt that the pool cannot hold is refused, and a text that fills 
     // A position of "paged": in both layers four value heads of 4 floats, in K two and three heads of 8.
     options.cache_memory = length * 4 * (2 * 4 * 4 + (2 + 3) * 8) * (in_place ? 1 : 2);
     chai::Runner runner = chai::Runner::open(path_of("paged"), options);
-    const auto most = std::to_string(length);
-    CHECK_ERROR(runner.generate({{5, 9}, Ids(static_cast<std::size_t>(length) + 1, 4)}),
-                "tokens and " + most + " fit; shorten it or raise cache_memory (");
+    const std::string wanted =
+        "tokens and " + std::to_string(length) + " fit; shorten it or raise cache_memory (";
+    CHECK_ERROR(runner.generate({{5, 9}, Ids(static_cast<std::size_t>(length) + 1, 4)}), wanted.c_str());
     chai::GenerateOptions settings;
     settings.max_new_tokens = 2 * length;
     const auto texts = runner.generate({{5, 9}, Ids(static_cast<std::size_t>(length), 4)}, settings);
