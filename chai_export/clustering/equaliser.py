@@ -16,8 +16,15 @@ from numpy.typing import NDArray
 Equalisers = Mapping[int, NDArray[np.float32]]
 """By layer float32 [G, D]: what keys are divided by before they are stored; other layers keep theirs."""
 
+_BITS = 4
+
 _LEAST = 1e-3
 """Of the layer's largest peak: channels that calibration saw nothing in are not blown up."""
+
+
+def equalisers(peaks: Sequence[Sequence[Sequence[float]]], key_bits: Sequence[int]) -> Equalisers:
+    """Those of the layers whose keys are stored in 4 bits; none where ``peaks``, by layer, are not known."""
+    return {layer: equaliser(peaks[layer]) for layer, bits in enumerate(key_bits) if peaks and bits == _BITS}
 
 
 def equaliser(peaks: Sequence[Sequence[float]]) -> NDArray[np.float32]:

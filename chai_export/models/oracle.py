@@ -6,7 +6,8 @@ the other implementations only the integer choice of the head map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +54,8 @@ class Oracle:
             is on a GPU and Triton is installed. Given maps, other rules and storage always go through torch.
         storage: what the caches hold; unless given, the rows as they are computed. All tokens but the exact
             first ones read the rows back from there, as in version 2 of the op.
+        equalisers: by layer float32 [G, D], what keys are divided by before they are stored and multiplied
+            by again when they are read; a layer that reads another layer's cache has that one's.
 
     Raises:
         ChaiError: ``kept_heads`` does not fit the model, or differs between layers that read one cache.
@@ -68,6 +71,7 @@ class Oracle:
         rule: HeadMapRule = op_head_map,
         kernels: bool | None = None,
         storage: CacheStorage | None = None,
+        equalisers: Mapping[int, NDArray[np.float32]] = MappingProxyType({}),
     ) -> None:
         self.model = model
         self.geometry = describe_model(model)
@@ -75,6 +79,7 @@ class Oracle:
         self.probe_tokens = probe_tokens
         self.online = online
         self._storage = storage
+        self._equalisers = equalisers
         self._rule = rule
         self._kernels = kernels_available(model.device) if kernels is None else kernels
         self._maps: list[NDArray[np.int32]] = []
@@ -144,10 +149,13 @@ class Oracle:
         """The rows as they are read back."""
         if self._storage is None:
             return None
-        return (
-            read_back(key, self._storage.key(layer), rounding),
-            read_back(value, self._storage.value(layer), rounding),
-        )
+        factors = self._equalisers.get(self._sources[layer])
+        if factors is None:
+            keys = read_back(key, self._storage.key(layer), rounding)
+        else:
+            divisor = torch.from_numpy(factors[:, None]).to(key.device)
+            keys = read_back(key / divisor, self._storage.key(layer), rounding) * divisor
+        return keys, read_back(value, self._storage.value(layer), rounding)
 
     def greedy(
         self,

@@ -136,7 +136,7 @@ def _all_heads(
     manifest = chai.bundle.manifest
     if reference is not None:
         model = load_reference(reference, manifest, trust_remote_code=trust_remote_code)
-        return reference_logits(model, manifest, "all")
+        return reference_logits(model, chai.bundle, "all")
     if manifest.static is not None:
         raise UsageError(
             f"{chai.bundle.path} has static membership, so it cannot run with all heads: those it does not "

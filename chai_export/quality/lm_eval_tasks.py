@@ -79,7 +79,8 @@ def _engine(
         why = "--backend torch" if backend == "torch" else f"{bundle} has static membership, and all heads"
         raise UsageError(f"{why}: the model it came from is needed; give --reference MODEL")
     model = load_reference(reference, manifest, trust_remote_code=trust_remote_code)
-    return reference_logits(model, manifest, heads), load(bundle, heads="chai")
+    runner = load(bundle, heads="chai")
+    return reference_logits(model, runner.bundle, heads), runner
 
 
 def _run(

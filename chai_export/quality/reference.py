@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from chai_export.clustering.clusters import load_clusters
+from chai_export.clustering.equaliser import Equalisers, equalisers
 from chai_export.errors import ChaiError
 from chai_export.models.geometry import Geometry
+from chai_export.op.dtypes import ELEMENT_TYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from chai_export.bundle.bundle import Bundle
     from chai_export.bundle.manifest import Manifest
     from chai_export.models.oracle import Oracle
 
@@ -47,16 +51,31 @@ def load_reference(
     return model
 
 
-def oracle_of(
-    model: PreTrainedModel, manifest: Manifest, heads: str = "chai", *, exact: bool = False
-) -> Oracle:
+def oracle_of(model: PreTrainedModel, bundle: Bundle, heads: str = "chai", *, exact: bool = False) -> Oracle:
     """The torch oracle that does what the bundle does, or would do if it cached rows as they are computed."""
     from chai_export.models.oracle import Oracle
 
-    kept = manifest.heads(heads)
-    storage = manifest.storage if manifest.storage.rounds and not exact else None
-    online = manifest.static is None
-    return Oracle(model, kept, manifest.probe_tokens, online=online, storage=storage)
+    manifest = bundle.manifest
+    kept, online = manifest.heads(heads), manifest.static is None
+    if exact or not manifest.storage.rounds:
+        return Oracle(model, kept, manifest.probe_tokens, online=online)
+    return Oracle(
+        model,
+        kept,
+        manifest.probe_tokens,
+        online=online,
+        storage=manifest.storage,
+        equalisers=_equalisers(bundle),
+    )
+
+
+def _equalisers(bundle: Bundle) -> Equalisers:
+    """What the graph divides keys by, in the model's dtype as there."""
+    key_bits, dtype = bundle.manifest.storage.key_bits, ELEMENT_TYPES[bundle.manifest.dtype].numpy
+    if 4 not in key_bits:
+        return {}
+    found = equalisers(load_clusters(bundle.clusters_path).key_peaks, key_bits)
+    return {layer: factors.astype(dtype).astype(np.float32) for layer, factors in found.items()}
 
 
 def fixed_maps(manifest: Manifest) -> NDArray[np.int32] | None:
@@ -64,13 +83,13 @@ def fixed_maps(manifest: Manifest) -> NDArray[np.int32] | None:
     return None if manifest.static is None else np.array(manifest.static.head_maps, np.int32)
 
 
-def reference_logits(model: PreTrainedModel, manifest: Manifest, heads: str) -> Logits:
-    """What the bundle should compute, in torch: the unchanged model, or the oracle for ``heads="chai"``."""
+def reference_logits(model: PreTrainedModel, bundle: Bundle, heads: str) -> Logits:
+    """The model in torch: unchanged, or for ``heads="chai"`` the oracle, which stores rows as the bundle."""
     from chai_export.models.oracle import model_logits
 
     if heads == "all":
         return partial(model_logits, model)
-    return partial(oracle_of(model, manifest).logits, head_maps=fixed_maps(manifest))
+    return partial(oracle_of(model, bundle).logits, head_maps=fixed_maps(bundle.manifest))
 
 
 def _require_same_sizes(manifest: Manifest, geometry: Geometry) -> None:

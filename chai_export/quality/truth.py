@@ -17,7 +17,7 @@ from chai_export.quality.rounding import TIES, rounding, stored_tolerances, tole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from chai_export.bundle.manifest import Manifest
+    from chai_export.bundle.bundle import Bundle
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,13 @@ class TorchTruth:
     Where the bundle caches rows in fewer bits the oracle does so too, with all heads as well.
     """
 
-    def __init__(self, model: PreTrainedModel, manifest: Manifest) -> None:
+    def __init__(self, model: PreTrainedModel, bundle: Bundle) -> None:
+        manifest = bundle.manifest
         self._model = model
         self._dtype = manifest.dtype
         self._rounds = manifest.storage.rounds
-        self._oracles = {heads: oracle_of(model, manifest, heads) for heads in Heads}
-        self._exact = oracle_of(model, manifest, exact=True)
+        self._oracles = {heads: oracle_of(model, bundle, heads) for heads in Heads}
+        self._exact = oracle_of(model, bundle, exact=True)
         self._fixed = fixed_maps(manifest)
         identity = np.arange(manifest.num_query_heads, dtype=np.int32)
         self._identity = np.tile(identity, (manifest.num_layers, 1))

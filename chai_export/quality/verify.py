@@ -98,7 +98,7 @@ def verify(
     if manifest.static is None:
         runners = {"all": load(bundle, backend=backend, heads="all"), **runners}
     model = load_reference(reference, manifest, trust_remote_code=trust_remote_code)
-    truth = TorchTruth(model, manifest)
+    truth = TorchTruth(model, runners["chai"].bundle)
     prompts = _prompts(runners["chai"], text, manifest)
     # Fixed maps are constants of the graph: nothing may round them.
     least_agreement = LEAST_MAP_AGREEMENT[manifest.dtype] if manifest.static is None else 1.0

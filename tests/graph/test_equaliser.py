@@ -14,7 +14,9 @@ from chai_export.clustering.equaliser import equaliser
 from chai_export.errors import ChaiError
 from chai_export.exporter.torch_export import export_onnx
 from chai_export.models.key_peaks import key_peaks
+from chai_export.models.logits import differences
 from chai_export.models.oracle import model_logits
+from chai_export.quality.truth import TorchTruth
 from tests.families import family_model
 
 LAYERS, GROUPS, DIM = 2, 2, 8
@@ -72,6 +74,15 @@ def test_rounding_costs_less_and_nothing_else_changes(bundles, source, heads):
         exact = model_logits(source[0], TEXT)
         errors = [np.abs(logits - exact)[8:].mean() for logits in (without, with_it)]
         assert errors[1] < 0.5 * errors[0]
+
+
+def test_verify_knows_what_keys_are_divided_by(bundles, source):
+    for bundle in bundles:
+        result = ce.verify(bundle.path, source[0], new_tokens=16)
+        assert result.ok, result
+    expected = TorchTruth(source[0], bundles[1]).all_heads(TEXT)
+    found = differences(ce.load(bundles[0].path, heads="all").logits(TEXT), expected.logits)
+    assert (found / expected.tolerances).max() > 1.0
 
 
 def test_peaks_of_another_model_are_refused(source, tmp_path):

@@ -85,19 +85,19 @@ def test_caches_in_the_dtype_have_no_distance(bundles):
 @pytest.mark.parametrize("heads", ["all", "chai"])
 def test_rows_in_another_storage_are_not_taken_for_right(stored, heads, bundles):
     runner = ce.load(bundles(*stored).path, heads=heads)
-    truth = TorchTruth(model_of(NAME), bundles(8, 8).manifest)
+    truth = TorchTruth(model_of(NAME), bundles(8, 8))
     engine = runner.logits(TOKENS)
     maps = runner.head_maps[:, 0]
     expected = truth.all_heads(TOKENS) if heads == "all" else truth.chai(TOKENS, maps)
     assert (differences(engine, expected.logits) / expected.tolerances).max() > 1.5
-    own = TorchTruth(model_of(NAME), bundles(*stored).manifest)
+    own = TorchTruth(model_of(NAME), bundles(*stored))
     right = own.all_heads(TOKENS) if heads == "all" else own.chai(TOKENS, maps)
     assert (differences(engine, right.logits) / right.tolerances).max() < 1.0
 
 
 def test_tokens_of_the_probe_read_what_was_computed(bundles):
     """With the storage of all tokens in the oracle, those of the probe would be off, too."""
-    truth = TorchTruth(model_of(NAME), bundles(8, 4).manifest)
+    truth = TorchTruth(model_of(NAME), bundles(8, 4))
     expected = truth.all_heads(TOKENS)
     probe = bundles(8, 4).manifest.probe_tokens
     np.testing.assert_allclose(expected.logits[:probe], expected.exact[:probe], atol=1e-4)

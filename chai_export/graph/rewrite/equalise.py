@@ -7,32 +7,27 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from chai_export.bundle.manifest import Manifest
+from chai_export.clustering import equaliser
 from chai_export.clustering.clusters import Clusters
-from chai_export.clustering.equaliser import equaliser
 from chai_export.errors import ChaiError
 from chai_export.graph.match.site import AttentionSite
 from chai_export.graph.read.builder import Builder
 from chai_export.progress import note
 
-_BITS = 4
 
-
-def equalisers(clusters: Clusters, draft: Manifest) -> dict[int, NDArray[np.float32]]:
+def equalisers(clusters: Clusters, draft: Manifest) -> equaliser.Equalisers:
     """Those of the layers whose keys are stored in 4 bits.
 
     Raises:
         ChaiError: the peaks are of another model's sizes.
     """
-    layers = [layer for layer, bits in enumerate(draft.storage.key_bits) if bits == _BITS]
-    if not layers:
-        return {}
-    if not clusters.key_peaks:
+    key_bits = draft.storage.key_bits
+    if not clusters.key_peaks and 4 in key_bits:
         note(
             f"{clusters.origin} has no peaks of keys, so keys in 4 bits are stored as they are; calibrate "
             "again for a better cache"
         )
-        return {}
-    found = {layer: equaliser(clusters.key_peaks[layer]) for layer in layers}
+    found = equaliser.equalisers(clusters.key_peaks, key_bits)
     heads = draft.head_counts
     for layer, factors in found.items():
         if factors.shape != (heads.num_kv_heads, heads.head_dim):
