@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from chai_export.units import bytes_text
 
 if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle
-    from chai_export.bundle.manifest import RopeRecord
+    from chai_export.bundle.manifest import Manifest, RopeRecord
     from chai_export.graph.explain.explanation import Explanation
 
 NAME = "inspect"
@@ -59,6 +61,10 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "num_kv_heads": manifest.num_kv_heads,
         "head_dim": manifest.head_dim,
         "kept_heads": list(manifest.kept_heads),
+        "op_version": manifest.op_version,
+        "key_bits": list(manifest.storage.key_bits),
+        "value_bits": list(manifest.storage.value_bits),
+        "group": manifest.storage.group if manifest.storage.quantises else None,
         "kv_source_layers": manifest.kv_source_layers,
         "probe_tokens": manifest.probe_tokens,
         "max_positions": manifest.max_positions,
@@ -67,6 +73,8 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "ops": count_ops(bundle.model_path),
         "kv_bytes_per_token": manifest.kv_bytes_per_token("chai"),
         "kv_bytes_per_token_all_heads": manifest.kv_bytes_per_token("all"),
+        "kv_bytes_per_token_float16": manifest.kv_bytes_per_token_float16,
+        "kv_bytes_by_part": asdict(manifest.kv_bytes_by_part("chai")),
         "proof": manifest.proof.model_dump(mode="json") if manifest.proof else None,
         "engines": {name: record.runtime_version for name, record in manifest.engines.items()},
         "files": {name: record.size for name, record in manifest.files.items()},
@@ -96,6 +104,7 @@ def print_bundle(bundle: Bundle, *, as_json: bool) -> None:
                 "KV cache per token",
                 f"{bytes_text(cache)} (all heads: {bytes_text(full)}, saved {1 - cache / full:.1%})",
             ),
+            *_storage(bundle.manifest),
             *([("proven", facts["proof"]["compared"])] if facts["proof"] else []),
             ("engines", ", ".join(facts["engines"]) or "none; `chai-export build` makes one"),
         ],
@@ -105,6 +114,33 @@ def print_bundle(bundle: Bundle, *, as_json: bool) -> None:
     print_table(["op", "count"], most_first)
     print()
     print_table(["file", "size"], [(name, bytes_text(size)) for name, size in facts["files"].items()])
+
+
+def _storage(manifest: Manifest) -> list[tuple[str, str]]:
+    """Rows that say what the caches hold; none where that is the model's dtype, in arrays."""
+    if not manifest.paged:
+        return []
+    storage, parts = manifest.storage, manifest.kv_bytes_by_part("chai")
+    named = [
+        f"{what} in {_bits(bits, manifest.dtype)}"
+        for what, bits in (("keys", storage.key_bits), ("values", storage.value_bits))
+    ]
+    shared = f", {storage.group} elements to a scale" if storage.quantises else ""
+    sizes = f"keys {bytes_text(parts.keys)}, values {bytes_text(parts.values)}"
+    scales = f", scales {bytes_text(parts.scales)}" if parts.scales else ""
+    float16 = manifest.kv_bytes_per_token_float16
+    share = manifest.kv_bytes_per_token("chai") / float16
+    return [
+        ("cache", f"in pages: {', '.join(named)}{shared}"),
+        ("of that", sizes + scales),
+        ("all heads in float16", f"{bytes_text(float16)}; this bundle takes {share:.1%} of that"),
+    ]
+
+
+def _bits(bits: Sequence[int], dtype: str) -> str:
+    """ "8 bits", or by layer where they differ."""
+    words = [{0: dtype, 16: "float16"}.get(each, f"{each} bits") for each in bits]
+    return words[0] if len(set(words)) == 1 else ", ".join(words) + " by layer"
 
 
 def _types(facts: dict[str, Any]) -> str:

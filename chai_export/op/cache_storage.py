@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.heads import DecoderHeads
 from chai_export.op.v2.attributes import DEFAULT_GROUP
-from chai_export.op.v2.storage import Storage
+from chai_export.op.v2.storage import SCALES_PER_GROUP, Storage
 
 PAGED_VERSION = 2
 """The version of the op whose caches are pools of pages with a storage of their own."""
@@ -76,6 +76,11 @@ class CacheStorage:
     def rounds(self) -> bool:
         """Whether any row is stored in less than it is computed in."""
         return any((*self.key_bits, *self.value_bits))
+
+    @property
+    def quantises(self) -> bool:
+        """Whether any row is stored as codes with scales."""
+        return any(bits in SCALES_PER_GROUP for bits in (*self.key_bits, *self.value_bits))
 
     def key(self, layer: int) -> Storage:
         """The storage of a layer's keys."""

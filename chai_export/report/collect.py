@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,10 @@ def compiled(bundle: Bundle) -> dict[str, Any]:
         "file_bytes": sum(files.values()),
         "kv_bytes_per_token": chai,
         "kv_bytes_per_token_all_heads": every,
+        "kv_bytes_per_token_float16": manifest.kv_bytes_per_token_float16,
+        "kv_bytes_by_part": {heads: asdict(manifest.kv_bytes_by_part(heads)) for heads in ("chai", "all")}
+        if manifest.paged
+        else None,
         "kv_bytes_saved": manifest.head_counts.kv_bytes_saved(manifest.kept_heads),
     }
 

@@ -9,6 +9,7 @@ import pytest
 import chai_export as ce
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.op_nodes import check_op_nodes
+from chai_export.cli.inspect import describe_bundle, print_bundle
 from chai_export.cli.main import main
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError, UsageError
@@ -165,3 +166,27 @@ def test_the_largest_group_that_divides_is_taken(precision, widths, group):
 def test_rows_that_no_group_divides_are_refused_with_what_helps():
     with pytest.raises(ChaiError, match=r"values of 30 elements cannot be stored in 4 bits.*--value-bits 16"):
         Precision(8, 4).group(HeadCounts(4, 2, 64, 30))
+
+
+def test_inspect_says_what_is_stored_and_what_it_takes(bundles, capsys):
+    facts = describe_bundle(bundles(8, 4))
+    assert (facts["op_version"], facts["key_bits"], facts["value_bits"], facts["group"]) == (
+        2,
+        [8, 8],
+        [4, 4],
+        8,
+    )
+    parts = facts["kv_bytes_by_part"]
+    # 2 and 1 of 2 KV heads in K; rows of 8 elements, one scale (4 bits: and a minimum) of 2 bytes each.
+    assert parts == {"keys": 3 * 8, "values": 4 * 4, "scales": 3 * 2 + 4 * 4}
+    assert facts["kv_bytes_per_token"] == sum(parts.values())
+    assert facts["kv_bytes_per_token_float16"] == 2 * 2 * 2 * (8 + 8)
+    print_bundle(bundles(8, 4), as_json=False)
+    printed = capsys.readouterr().out
+    assert "keys in 8 bits, values in 4 bits, 8 elements to a scale" in printed
+    print_bundle(bundles(0, 16), as_json=False)
+    printed = capsys.readouterr().out
+    assert "keys in float32, values in float16 " in printed
+    assert "to a scale" not in printed
+    plain = describe_bundle(TinyModel().write(bundles(8, 4).path.parent / "plain"))
+    assert (plain["key_bits"], plain["group"]) == ([0, 0], None)

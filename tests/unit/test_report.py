@@ -16,6 +16,7 @@ import pytest
 from chai_export.errors import ChaiError
 from chai_export.report import collect, png, svg
 from chai_export.report.page import chosen_point, render, tradeoff
+from tests.tiny_graph import TinyModel
 
 LAYERS, HEADS = 3, 8
 MEASURE = """<script>
@@ -53,6 +54,7 @@ def data(**changes):
             "head_dim": 16, "probe_tokens": 5, "static": None, "kept_heads": [8, 4, 4], "op_version": 1,
             "opset": 23, "created_with": "chai_export 0", "engines": [], "file_bytes": 12345,
             "kv_bytes_per_token": 300, "kv_bytes_per_token_all_heads": 400, "kv_bytes_saved": 0.25,
+            "kv_bytes_per_token_float16": 200, "kv_bytes_by_part": None,
             "proof": {"compared": "logits", "max_abs_diff": 1e-6, "tolerance": 1e-4},
         },
         "clusters": {"method": "elbow", "error_curves": [[8.0, 4, 2, 1, 0.5, 0.2, 0.1, 0.0]] * LAYERS},
@@ -204,3 +206,17 @@ def test_a_browser_shows_the_page_without_overflow(tmp_path, width):
     assert (seen["broken"], seen["images"]) == (0, LAYERS)
     assert seen["tables"] == 0
     assert seen["charts"] == LAYERS + 2 + 2
+
+
+def test_the_cache_of_fewer_bits_is_shown_by_part(tmp_path):
+    bundle = TinyModel(bits=(8, 4)).write(tmp_path / "b")
+    facts = collect.compiled(bundle)
+    content = data()
+    assert facts["kv_bytes_by_part"]["chai"] == {"keys": 40, "values": 16, "scales": 52}
+    names = ("kv_bytes_by_part", "kv_bytes_per_token_float16")
+    content["bundle"] |= {name: facts[name] for name in names}
+    page = render(content)
+    assert "<tr><td>scales</td>" in page
+    assert "all heads in float16" in page
+    assert collect.compiled(TinyModel().write(tmp_path / "plain"))["kv_bytes_by_part"] is None
+    assert "scales" not in render(data())
