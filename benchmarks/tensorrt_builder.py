@@ -9,13 +9,15 @@ the profiles and the code of `chai-export build --backend tensorrt`. The models 
     python benchmarks/tensorrt_builder.py --bundle NAME=BUNDLE    # and a bundle of yours
     python benchmarks/tensorrt_builder.py --tables                # the page again from the results
 
-Rows that are in the results already are not made again unless the file is removed or --again is given.
+Rows that are in the results already are not made again unless --again is given, so that a run that was broken
+off goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -30,6 +32,7 @@ from chai_export.bench.machine import describe
 from chai_export.bundle.atomic import atomic_file
 from chai_export.bundle.bundle import Bundle
 from chai_export.clustering.clusters import Clusters
+from chai_export.engines.build import DEFAULT_MAX_SEQ
 from chai_export.graph.stage import rewrite
 from chai_export.progress import note
 from tests.families import FAMILIES
@@ -53,8 +56,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", action="append", default=[], metavar="NAME=DIR", help="a bundle of yours")
-    parser.add_argument("--max-batch", type=int, default=4, help="of --bundle")
-    parser.add_argument("--max-seq", type=int, default=2048, help="of --bundle")
+    parser.add_argument("--only", metavar="SOURCE", help="fixture, family or bundle")
     parser.add_argument("--again", action="store_true", help="make every row again")
     parser.add_argument("--tables", action="store_true", help="only write the tables")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS)
@@ -65,7 +67,7 @@ def main() -> None:
     done = {(row["source"], row["model"], row["dtype"]) for row in results["rows"]}
     torch.set_num_threads(1)
     for source, model, dtype, make, limits in () if arguments.tables else cases(arguments):
-        if (source, model, dtype) in done:
+        if (source, model, dtype) in done or arguments.only not in (None, source):
             continue
         note(f"building {source} {model} {dtype}")
         row = {"source": source, "model": model, "dtype": dtype}
@@ -92,8 +94,9 @@ def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str, Make, 
     for item in arguments.bundle:
         name, directory = item.split("=", 1)
         bundle = Bundle.load(directory)
-        dtype = bundle.manifest.weights or bundle.manifest.dtype
-        limits = (arguments.max_batch, arguments.max_seq)
+        manifest = bundle.manifest
+        dtype = manifest.weight_type
+        limits = (8, manifest.max_positions or manifest.context_length or DEFAULT_MAX_SEQ)
         yield "bundle", name, dtype, lambda scratch, bundle=bundle: copied(bundle, scratch), limits
 
 
@@ -128,10 +131,10 @@ def from_family(family: str, dtype: str) -> Make:
 
 
 def copied(bundle: Bundle, scratch: Path) -> Bundle:
-    """The bundle elsewhere, its weights linked: the build writes beside them."""
+    """The bundle elsewhere: the build writes beside its weights."""
     for name in bundle.manifest.files:
         (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-        (scratch / name).hardlink_to((bundle.path / name).resolve())
+        shutil.copyfile(bundle.path / name, scratch / name)
     (scratch / "manifest.json").write_bytes((bundle.path / "manifest.json").read_bytes())
     return Bundle.load(scratch)
 

@@ -29,11 +29,10 @@ def write(page: Path, results: Row) -> None:
 def _summary(results: Row) -> str:
     machine, versions, rows = results["machine"], results["versions"], results["rows"]
     built = [row for row in rows if not row["refused"]]
-    seconds = sorted(row["seconds"] for row in built)
     return (
-        f"On {machine['date']}, on one thread of a {machine['processor']} without a GPU, TensorRT-RTX "
-        f"{versions['tensorrt-rtx-cu13-bindings']} with polygraphy {versions['polygraphy']} built "
-        f"{len(built)} of {len(rows)} networks, in {seconds[0]:.1f} to {seconds[-1]:.1f} s each."
+        f"On {machine['date']}, on {machine['cores']} cores of {machine['processor']} without a GPU, "
+        f"TensorRT-RTX {versions['tensorrt-rtx-cu13-bindings']} with polygraphy {versions['polygraphy']} "
+        f"built {len(built)} of {len(rows)} networks. Seconds are of processors."
     )
 
 
@@ -59,9 +58,8 @@ def _families(results: Row) -> str:
             cells.append("" if row is None else "refused" if row["refused"] else str(row["layers"]))
             if row is not None and row["refused"]:
                 notes.append(f"{name} in {dtype}: {row['refused']}")
-        slowest = max((found[name, d]["seconds"] for d in _DTYPES if (name, d) in found), default=0.0)
-        lines.append([name, *cells, f"{slowest:.1f}"])
-    table = _table(["family", *(f"layers, {dtype}" for dtype in _DTYPES), "s, slowest"], lines)
+        lines.append([name, *cells])
+    table = _table(["family", *(f"layers, {dtype}" for dtype in _DTYPES)], lines)
     return "\n\n".join([table, *notes])
 
 

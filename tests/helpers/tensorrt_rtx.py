@@ -45,7 +45,11 @@ Shapes = tuple[dict[str, Range], ...]
 
 @dataclass(frozen=True)
 class Built:
-    """An engine of TensorRT-RTX, or why there is none. ``layers`` are the network's, ``size`` is in bytes."""
+    """An engine of TensorRT-RTX, or why there is none.
+
+    ``layers`` are the network's, ``seconds`` those of processors, which other programs do not lengthen, and
+    ``size`` is in bytes.
+    """
 
     layers: int = 0
     seconds: float = 0.0
@@ -158,7 +162,7 @@ def _build(path: Path, shapes: Shapes) -> Built:
 
     tensorrt = sys.modules["tensorrt_rtx"]
     watched = _Watched(polygraphy.backend.trt)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         model = onnx.load(str(path), load_external_data=False)
         require_parsed(tensorrt, watched, model, LIKE_TENSORRT)
@@ -174,4 +178,4 @@ def _build(path: Path, shapes: Shapes) -> Built:
         )
     except ChaiError as error:
         return Built(refused=str(error))
-    return Built(watched.network.num_layers, time.perf_counter() - start, plan.nbytes)
+    return Built(watched.network.num_layers, time.process_time() - start, plan.nbytes)
