@@ -9,8 +9,8 @@ namespace {
 
 constexpr std::size_t kMaxStack = 16;
 
-constexpr std::array<std::string_view, kNumSymbols> kSymbolNames = {"B",  "S", "H", "G", "D",
-                                                                    "Dv", "R", "C", "P", "online"};
+constexpr std::array<std::string_view, kNumSymbols> kSymbolNames = {
+    "B", "S", "H", "G", "D", "Dv", "R", "C", "P", "online", "N", "L", "window"};
 
 }  // namespace
 

@@ -19,7 +19,8 @@ namespace chai::cuda {
 
 constexpr const char* kIndexFile = "index.json";
 
-// The tensors a kernel may ask for. Past caches are not among them: kernels work on the present ones.
+// The tensors a kernel may ask for. Past caches are not among them: kernels work on the present ones, which
+// version 2 calls as its inputs are called.
 enum class Tensor : std::size_t {
   kQuery,
   kKey,
@@ -31,6 +32,13 @@ enum class Tensor : std::size_t {
   kPresentKey,
   kPresentValue,
   kPresentHeadMap,
+  kKeyCache,
+  kValueCache,
+  kKeyScales,
+  kValueScales,
+  kPageTable,
+  kSinks,
+  kAlibiSlopes,
   kCount
 };
 using Tensors = std::array<void*, static_cast<std::size_t>(Tensor::kCount)>;
@@ -44,6 +52,20 @@ struct KernelSpec {
   std::int64_t value_dim = 0;
   std::int64_t probe_tokens = 0;
   std::int64_t architecture = 0;  // 90: compute capability 9.0, exactly
+  std::int64_t op_version = 1;
+  // Version 2 only.
+  std::int64_t key_bits = 0;
+  std::int64_t value_bits = 0;
+  std::int64_t group = 0;
+  bool softcap = false;
+  bool sinks = false;
+  bool slopes = false;
+};
+
+// The attributes that kernels take as floats.
+struct Floats {
+  float scale = 1.0f;
+  float softcap = 0.0f;
 };
 
 struct Kernel {
@@ -57,7 +79,7 @@ struct Kernel {
 // A launch with everything decided that shapes decide.
 struct PlannedLaunch {
   struct Argument {
-    enum class Kind { kTensor, kWorkspace, kInteger, kScale, kNull };
+    enum class Kind { kTensor, kWorkspace, kInteger, kScale, kSoftcap, kNull };
     Kind kind = Kind::kNull;
     std::size_t tensor = 0;  // index in Tensors
     std::int64_t value = 0;  // offset in the workspace, or the integer
@@ -113,7 +135,7 @@ class Program {
 };
 
 // Puts a plan's launches on the stream.
-void run(const Plan& plan, const Tensors& tensors, void* workspace, float scale, Launcher& launcher,
+void run(const Plan& plan, const Tensors& tensors, void* workspace, const Floats& floats, Launcher& launcher,
          Stream stream);
 
 }  // namespace chai::cuda

@@ -59,18 +59,6 @@ void read_kernels(const PluginField& field, Attributes& attributes) {
   attributes.kernels = cuda::KernelImage::from_bytes(bytes_of(field));
 }
 
-PluginField view_scale(const FieldSpec& spec, const Attributes& attributes) {
-  return {spec.name, &attributes.scale, spec.type, 1};
-}
-
-PluginField view_probe_tokens(const FieldSpec& spec, const Attributes& attributes) {
-  return {spec.name, &attributes.probe_tokens, spec.type, 1};
-}
-
-PluginField view_online(const FieldSpec& spec, const Attributes& attributes) {
-  return {spec.name, &attributes.online, spec.type, 1};
-}
-
 PluginField view_kernels(const FieldSpec& spec, const Attributes& attributes) {
   const std::string& bytes = attributes.kernels->bytes();
   if (bytes.size() > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max())) {
@@ -79,8 +67,26 @@ PluginField view_kernels(const FieldSpec& spec, const Attributes& attributes) {
   return {spec.name, bytes.data(), spec.type, static_cast<std::int32_t>(bytes.size())};
 }
 
-const FieldSpec* find(const char* name) {
-  for (const FieldSpec& spec : field_table()) {
+// Integers in a range that have no meaning beyond it, one pair of functions for each.
+template <std::int32_t Attributes::* kMember>
+void read_count(const PluginField& field, Attributes& attributes) {
+  attributes.*kMember = single<std::int32_t>(field);
+  if (attributes.*kMember < 0) fail(field, "must not be negative");
+}
+
+template <auto kMember>
+PluginField view_member(const FieldSpec& spec, const Attributes& attributes) {
+  return {spec.name, &(attributes.*kMember), spec.type, 1};
+}
+
+void read_softcap(const PluginField& field, Attributes& attributes) {
+  attributes.softcap = single<float>(field);
+  if (!std::isfinite(attributes.softcap) || attributes.softcap < 0.0f)
+    fail(field, "must be finite and not negative");
+}
+
+const FieldSpec* find(const std::vector<FieldSpec>& table, const char* name) {
+  for (const FieldSpec& spec : table) {
     if (name != nullptr && std::strcmp(spec.name, name) == 0) return &spec;
   }
   return nullptr;
@@ -88,26 +94,41 @@ const FieldSpec* find(const char* name) {
 
 }  // namespace
 
-const std::vector<FieldSpec>& field_table() {
-  static const std::vector<FieldSpec> table = {
-      {"scale", PluginFieldType::kFLOAT32, true, true, read_scale, view_scale},
-      {"probe_tokens", PluginFieldType::kINT32, true, true, read_probe_tokens, view_probe_tokens},
-      {"online", PluginFieldType::kINT32, true, true, read_online, view_online},
-      {kDirectory, PluginFieldType::kCHAR, true, false, read_directory, nullptr},
-      {kKernels, PluginFieldType::kUNKNOWN, false, true, read_kernels, view_kernels},
+std::vector<FieldSpec> field_table(std::int64_t version) {
+  constexpr auto kFloat = PluginFieldType::kFLOAT32;
+  constexpr auto kInt = PluginFieldType::kINT32;
+  const std::vector<FieldSpec> all = {
+      {"scale", kFloat, true, true, 1, read_scale, view_member<&Attributes::scale>},
+      {"probe_tokens", kInt, true, true, 1, read_probe_tokens, view_member<&Attributes::probe_tokens>},
+      {"online", kInt, true, true, 1, read_online, view_member<&Attributes::online>},
+      {"key_bits", kInt, true, true, 2, read_count<&Attributes::key_bits>,
+       view_member<&Attributes::key_bits>},
+      {"value_bits", kInt, true, true, 2, read_count<&Attributes::value_bits>,
+       view_member<&Attributes::value_bits>},
+      {"group", kInt, true, true, 2, read_count<&Attributes::group>, view_member<&Attributes::group>},
+      {"window", kInt, true, true, 2, read_count<&Attributes::window>, view_member<&Attributes::window>},
+      {"softcap", kFloat, true, true, 2, read_softcap, view_member<&Attributes::softcap>},
+      {kDirectory, PluginFieldType::kCHAR, true, false, 1, read_directory, nullptr},
+      {kKernels, PluginFieldType::kUNKNOWN, false, true, 1, read_kernels, view_kernels},
   };
+  std::vector<FieldSpec> table;
+  for (const FieldSpec& spec : all) {
+    if (spec.since <= version) table.push_back(spec);
+  }
   return table;
 }
 
-Attributes read_attributes(const nvinfer1::PluginFieldCollection* fields, nvinfer1::TensorRTPhase phase) {
+Attributes read_attributes(const nvinfer1::PluginFieldCollection* fields, nvinfer1::TensorRTPhase phase,
+                           std::int64_t version) {
   if (fields == nullptr || (fields->nbFields > 0 && fields->fields == nullptr)) {
     throw std::runtime_error("no fields were given");
   }
+  const std::vector<FieldSpec> table = field_table(version);
   Attributes attributes;
   std::vector<const FieldSpec*> given;
   for (std::int32_t i = 0; i < fields->nbFields; ++i) {
     const PluginField& field = fields->fields[i];
-    const FieldSpec* spec = find(field.name);
+    const FieldSpec* spec = find(table, field.name);
     if (spec == nullptr) {
       throw std::runtime_error("unknown field '" + std::string(field.name == nullptr ? "" : field.name) +
                                "'");
@@ -118,7 +139,7 @@ Attributes read_attributes(const nvinfer1::PluginFieldCollection* fields, nvinfe
     spec->read(field, attributes);
   }
   const bool is_build = phase == nvinfer1::TensorRTPhase::kBUILD;
-  for (const FieldSpec& spec : field_table()) {
+  for (const FieldSpec& spec : table) {
     // While building, either of the two brings the kernels.
     const bool is_kernels = spec.name == kDirectory || spec.name == kKernels;
     const bool required = is_build ? !is_kernels : spec.serialised;
@@ -135,12 +156,19 @@ Attributes read_attributes(const nvinfer1::PluginFieldCollection* fields, nvinfe
   return attributes;
 }
 
-std::vector<PluginField> serialised_fields(const Attributes& attributes) {
+std::vector<PluginField> serialised_fields(const Attributes& attributes, std::int64_t version) {
   std::vector<PluginField> fields;
-  for (const FieldSpec& spec : field_table()) {
+  for (const FieldSpec& spec : field_table(version)) {
     if (spec.serialised) fields.push_back(spec.view(spec, attributes));
   }
   return fields;
+}
+
+void require_kernels_of_version(const cuda::Program& program, std::int64_t version) {
+  if (program.spec().op_version == version) return;
+  throw std::runtime_error("the kernels are for version " + std::to_string(program.spec().op_version) +
+                           " of the op and the node has version " + std::to_string(version) +
+                           "; build again with `chai-export build --backend tensorrt`");
 }
 
 }  // namespace chai::tensorrt

@@ -7,6 +7,7 @@
 
 #include "op/tensorrt/kernel_resource.h"
 #include "op/tensorrt/log.h"
+#include "op/tensorrt/tensors.h"
 
 namespace chai::tensorrt {
 namespace {
@@ -34,12 +35,6 @@ bool is_integer_input(std::int32_t index) {
   return kInputs[index].type == schema::Type::M;
 }
 
-DataType data_type(const std::string& dtype) {
-  if (dtype == "float16") return DataType::kHALF;
-  if (dtype == "bfloat16") return DataType::kBF16;
-  return DataType::kFLOAT;
-}
-
 std::size_t item_bytes(DataType type) {
   return type == DataType::kFLOAT || type == DataType::kINT32 ? 4 : 2;
 }
@@ -49,12 +44,6 @@ void require_counts(std::int32_t num_inputs, std::int32_t num_outputs) {
   throw std::runtime_error("needs " + std::to_string(kNumInputs) + " inputs and " +
                            std::to_string(kNumOutputs) + " outputs, got " + std::to_string(num_inputs) +
                            " and " + std::to_string(num_outputs));
-}
-
-std::string text(const Dims& dims) {
-  std::string result = "[";
-  for (std::int32_t i = 0; i < dims.nbDims; ++i) result += (i > 0 ? "," : "") + std::to_string(dims.d[i]);
-  return result + "]";
 }
 
 // The sizes that a set of input shapes has, read off without checking that they agree.
@@ -87,24 +76,11 @@ Symbols largest_sizes(const DynamicPluginTensorDesc* in, const Attributes& attri
   return sizes_of(dims, attributes);
 }
 
-void require_shape(const char* name, const Dims& dims, std::initializer_list<std::int64_t> wanted) {
-  Dims expected{};
-  expected.nbDims = static_cast<std::int32_t>(wanted.size());
-  bool same = dims.nbDims == expected.nbDims;
-  std::int32_t i = 0;
-  for (const std::int64_t size : wanted) {
-    expected.d[i] = static_cast<std::remove_reference_t<decltype(expected.d[0])>>(size);
-    same = same && dims.d[i] == expected.d[i];
-    ++i;
-  }
-  if (!same)
-    throw std::runtime_error(std::string(name) + " has shape " + text(dims) + ", expected " + text(expected));
-}
-
 }  // namespace
 
 ClusteredHeadAttention::ClusteredHeadAttention(Attributes attributes) : attributes_(std::move(attributes)) {
   program_ = std::make_shared<const Program>(Program::parse(attributes_.kernels->file(cuda::kIndexFile)));
+  require_kernels_of_version(*program_, op::kVersion);
   if (program_->spec().probe_tokens != attributes_.probe_tokens) {
     throw std::runtime_error("the kernels were compiled for probe_tokens " +
                              std::to_string(program_->spec().probe_tokens) + " and the node has " +
@@ -331,7 +307,7 @@ void ClusteredHeadAttention::attend(const PluginTensorDesc* in, const void* cons
                                  outputs[kPresentHeadMap]};
   const float scale =
       attributes_.scale != 0.0f ? attributes_.scale : 1.0f / std::sqrt(static_cast<float>(sizes[Symbol::kD]));
-  cuda::run(plan_for(sizes), tensors, workspace, scale, *launcher_, stream);
+  cuda::run(plan_for(sizes), tensors, workspace, {scale, 0.0f}, *launcher_, stream);
 }
 
 nvinfer1::IPluginV3* ClusteredHeadAttention::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
@@ -345,7 +321,7 @@ nvinfer1::IPluginV3* ClusteredHeadAttention::attachToContext(nvinfer1::IPluginRe
 
 const nvinfer1::PluginFieldCollection* ClusteredHeadAttention::getFieldsToSerialize() noexcept {
   return guarded<const nvinfer1::PluginFieldCollection*>("getFieldsToSerialize", nullptr, [&] {
-    fields_ = serialised_fields(attributes_);
+    fields_ = serialised_fields(attributes_, op::kVersion);
     collection_.nbFields = static_cast<std::int32_t>(fields_.size());
     collection_.fields = fields_.data();
     return &collection_;

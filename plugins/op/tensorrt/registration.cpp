@@ -4,6 +4,9 @@
 // library is loaded. IPluginRegistry::loadLibrary (trtexec's --dynamicPlugins, the Python registry) calls
 // getCreators and registers what that returns, and fails if it is registered already; it also begins with a
 // dlopen. So what was registered on loading is withdrawn when somebody asks for the creators.
+//
+// Compiled once for each version of the op, CHAI_OP_VERSION, into a library of its own: the registry of
+// TensorRT 11.4 does not load a library with two creators again after it was unloaded.
 #include <NvInferRuntime.h>
 
 #include <mutex>
@@ -17,7 +20,7 @@ namespace chai::tensorrt {
 namespace {
 
 ClusteredHeadAttentionCreator& creator() {
-  static ClusteredHeadAttentionCreator instance;
+  static ClusteredHeadAttentionCreator instance(CHAI_OP_VERSION);
   return instance;
 }
 
@@ -25,7 +28,7 @@ bool fits_runtime() {
   const int major = runtime_major();
   if (major == 0 || major == NV_TENSORRT_MAJOR) return true;
   log(nvinfer1::ILogger::Severity::kERROR,
-      "libchai_tensorrt.so was compiled for TensorRT " + std::to_string(NV_TENSORRT_MAJOR) +
+      "this library was compiled for TensorRT " + std::to_string(NV_TENSORRT_MAJOR) +
           " and this is TensorRT " + std::to_string(major) +
           "; compile it with TensorRT_ROOT set to the headers of that version");
   return false;
@@ -37,7 +40,7 @@ class OwnRegistration {
     nvinfer1::IPluginRegistry* registry = find_registry();
     if (registry == nullptr || !fits_runtime()) return;
     creator();  // constructed first, so that it outlives this object
-    if (registry->getCreator(kPluginName, kPluginVersion, kPluginNamespace) != nullptr) return;
+    if (registry->getCreator(kPluginName, creator().getPluginVersion(), kPluginNamespace) != nullptr) return;
     if (registry->registerCreator(creator(), kPluginNamespace)) registry_ = registry;
   }
 

@@ -68,7 +68,7 @@ TEST_CASE("a plan is launched with the addresses and values of a call") {
   Tensors tensors{};
   for (std::size_t i = 0; i < tensors.size(); ++i) tensors[i] = reinterpret_cast<void*>((i + 1) << 20);
   void* const workspace = reinterpret_cast<void*>(std::uint64_t{1} << 40);
-  run(program.plan(sizes(7)), tensors, workspace, 0.25f, recorder, nullptr);
+  run(program.plan(sizes(7)), tensors, workspace, {0.25f, 0.0f}, recorder, nullptr);
   REQUIRE(recorder.launches.size() == 1);
   const auto& launch = recorder.launches[0];
   CHECK(launch.size.threads == 128);
@@ -82,8 +82,7 @@ TEST_CASE("a plan is launched with the addresses and values of a call") {
   CHECK(launch.arguments[4] == std::uint64_t{8} << 20);  // present_key
   CHECK(launch.arguments[5] == 0);                       // hidden
   recorder.refuses = true;
-  CHECK_THROWS_AS(run(program.plan(sizes(1)), tensors, workspace, 1.0f, recorder, nullptr),
-                  std::runtime_error);
+  CHECK_THROWS_AS(run(program.plan(sizes(1)), tensors, workspace, {}, recorder, nullptr), std::runtime_error);
 }
 
 TEST_CASE("sizes that no GPU can launch are refused") {

@@ -141,3 +141,47 @@ PROBE std::int64_t probe_workspace(nvinfer1::IPluginV3* plugin, const std::int64
   return static_cast<std::int64_t>(
       build(plugin)->getWorkspaceSize(all.data(), kInputs, all.data() + kInputs, kOutputs));
 }
+
+// Version 2 of the op, whose nodes differ in how many tensors they have.
+// `integers`: probe_tokens, online, key_bits, value_bits, group, window. `floats`: scale, softcap.
+PROBE nvinfer1::IPluginV3* probe_create_v2(nvinfer1::IPluginRegistry* registry, const char* directory,
+                                           const std::int32_t* integers, const float* floats) {
+  using nvinfer1::PluginFieldType;
+  std::vector<nvinfer1::PluginField> fields = {{"scale", floats, PluginFieldType::kFLOAT32, 1},
+                                               {"softcap", floats + 1, PluginFieldType::kFLOAT32, 1},
+                                               {"kernel_directory", directory, PluginFieldType::kCHAR,
+                                                static_cast<std::int32_t>(std::strlen(directory))}};
+  for (const char* name : {"probe_tokens", "online", "key_bits", "value_bits", "group", "window"})
+    fields.push_back({name, integers++, PluginFieldType::kINT32, 1});
+  const nvinfer1::PluginFieldCollection collection{static_cast<std::int32_t>(fields.size()), fields.data()};
+  auto* found = static_cast<nvinfer1::IPluginCreatorV3One*>(
+      registry->getCreator("ClusteredHeadAttention", "2", "chai"));
+  return found->createPlugin("probe", &collection, nvinfer1::TensorRTPhase::kBUILD);
+}
+
+PROBE std::int32_t probe_num_outputs(nvinfer1::IPluginV3* plugin) {
+  return build(plugin)->getNbOutputs();
+}
+
+PROBE std::int32_t probe_output_types_of(nvinfer1::IPluginV3* plugin, const std::int32_t* inputs,
+                                         std::int32_t num_inputs, std::int32_t* outputs,
+                                         std::int32_t num_outputs) {
+  std::vector<nvinfer1::DataType> in;
+  for (std::int32_t i = 0; i < num_inputs; ++i) in.push_back(static_cast<nvinfer1::DataType>(inputs[i]));
+  std::vector<nvinfer1::DataType> out(static_cast<std::size_t>(num_outputs));
+  const std::int32_t status =
+      build(plugin)->getOutputDataTypes(out.data(), num_outputs, in.data(), num_inputs);
+  for (std::int32_t i = 0; i < num_outputs; ++i) outputs[i] = static_cast<std::int32_t>(out[i]);
+  return status;
+}
+
+// `dims` holds four numbers for each input, 0 past its rank.
+PROBE std::int64_t probe_workspace_of(nvinfer1::IPluginV3* plugin, const std::int64_t* dims,
+                                      std::int32_t num_inputs, std::int32_t num_outputs) {
+  std::vector<nvinfer1::DynamicPluginTensorDesc> all(static_cast<std::size_t>(num_inputs + num_outputs));
+  for (std::int32_t i = 0; i < num_inputs; ++i) {
+    all[i].min = all[i].opt = all[i].desc.dims = all[i].max = read_dims(dims + 4 * i);
+  }
+  return static_cast<std::int64_t>(
+      build(plugin)->getWorkspaceSize(all.data(), num_inputs, all.data() + num_inputs, num_outputs));
+}
