@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from chai_export.version import __version__
+
+# Read when onnxruntime is imported, which happens below this package only: else it writes an identity of this
+# device and a database of events into the user's cache.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle

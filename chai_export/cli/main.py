@@ -97,7 +97,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not os.environ.get(DEBUG_VARIABLE):
         warnings.simplefilter("ignore")
-        logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+        for name in ("onnx_ir", "matplotlib"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

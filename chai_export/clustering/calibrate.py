@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from chai_export.arguments import path_of, whole
 from chai_export.clustering.clusters import Clusters
 from chai_export.clustering.curves import ErrorCurves
-from chai_export.clustering.keep import Budget, parse_keep
+from chai_export.clustering.keep import Budget, Elbow, parse_keep
 from chai_export.clustering.measure import Measure
 from chai_export.clustering.measured_budget import measure_damage, spend
 from chai_export.clustering.state import load_state, remove_state, require_state_place, save_state, state_key
@@ -120,6 +120,8 @@ def calibrate(
         kept = spend(rule, damage, error_curves, geometry)
     else:
         kept = rule.choose(error_curves, geometry)
+    if isinstance(rule, Elbow) and set(kept) == {geometry.num_kv_heads} and geometry.num_kv_heads > 1:
+        note("calibrate: no redundant heads found: heads will not shrink this model's cache")
     peaks = key_peaks(loaded, spread_windows(tokens, leading[: seq_len - 1], _PEAK_SEQUENCES, seq_len))
     progress.finish()
 

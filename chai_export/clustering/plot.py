@@ -26,7 +26,7 @@ _CURVE, _CHOSEN = "#2b5c8a", "#c4401c"
 def plot_curves(clusters: Clusters, path: str | Path) -> None:
     """Draw the error curves into a file whose ending names the format (.png, .svg, .pdf).
 
-    Each panel's axis is relative to the error with one head kept; the point and the title give R.
+    All panels have one scale, so that a layer with little error looks like one. Point and title give R.
 
     Raises:
         ChaiError: there are no curves, the file cannot be written, or another file is in its place.
@@ -71,25 +71,24 @@ def draw_curves(clusters: Clusters, path: Path, kind: str) -> None:
     )
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    largest = max(max(curve) for curve in clusters.error_curves) or 1.0
     for index, axes in enumerate(panels.flat):
         if index < layers:
             _panel(axes, index, clusters.error_curves[index], clusters.kept_heads[index])
+            axes.set_ylim(-0.04 * largest, 1.04 * largest)
         else:
             axes.set_axis_off()
     figure.supxlabel("KV heads kept", fontsize=9)
-    figure.supylabel("clustering error, 1 kept = 1", fontsize=9)
+    figure.supylabel("clustering error", fontsize=9)
     saved = "" if clusters.kv_bytes_saved is None else f", {clusters.kv_bytes_saved:.1%} of KV bytes saved"
     figure.suptitle(f"{clusters.model or 'model'}: kept KV heads per layer{saved}", fontsize=10)
     figure.savefig(path, format=kind, metadata=_METADATA[kind])
 
 
 def _panel(axes: Any, layer: int, curve: tuple[float, ...], kept: int) -> None:
-    scale = curve[0] or 1.0
-    relative = [error / scale for error in curve]
-    axes.plot(range(1, len(curve) + 1), relative, color=_CURVE, linewidth=1.3)
+    axes.plot(range(1, len(curve) + 1), curve, color=_CURVE, linewidth=1.3)
     axes.axvline(kept, color=_CHOSEN, linewidth=0.8, linestyle=":")
-    axes.plot([kept], [relative[kept - 1]], "o", color=_CHOSEN, markersize=4.5)
+    axes.plot([kept], [curve[kept - 1]], "o", color=_CHOSEN, markersize=4.5)
     axes.set_title(f"layer {layer}: {kept} of {len(curve)}", fontsize=8)
-    axes.set_ylim(-0.04, 1.04)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.25, linewidth=0.5)

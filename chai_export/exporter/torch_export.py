@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chai_export.errors import ChaiError
+from chai_export.errors import ChaiError, reason
 from chai_export.models.families import Attention, family_of
 from chai_export.models.sliding import register_traced, window_of
 
@@ -109,10 +110,9 @@ def trace(model: PreTrainedModel, *, opset: int, attention: str) -> ir.Model:
             )
         except Exception as error:
             # torch raises many types here, and the first line of the root cause is what helps.
-            reason = str(_root(error)).strip().splitlines()
             raise ChaiError(
                 f"torch.onnx.export cannot trace {type(model).__name__} at opset {opset} "
-                f"({reason[0] if reason else type(error).__name__}); try another opset or another model"
+                f"({reason(_root(error))}); try another opset or another model"
             ) from error
     if program is None:
         raise ChaiError(f"torch.onnx.export returned nothing for {type(model).__name__}; update torch")
@@ -173,13 +173,13 @@ def _traceable(model: PreTrainedModel, attention: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence torch.onnx: it warns about optional packages and its own internals."""
+    """Silence torch.onnx: it warns of optional packages and internals, and prints graphs that fail."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.__trace", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

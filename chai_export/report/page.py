@@ -71,6 +71,7 @@ def chosen_point(data: dict[str, Any]) -> dict[str, float] | None:
 
 def _curves(curves: list[list[float]], kept_heads: list[int], what: str) -> list[dict[str, Any]]:
     panels = []
+    top = max((max(curve) for curve in curves), default=0.0) or 1.0
     for layer, (curve, kept) in enumerate(zip(curves, kept_heads, strict=False)):
         left = curve[kept - 1] / curve[0] if curve[0] else 0.0
         text = (
@@ -83,7 +84,7 @@ def _curves(curves: list[list[float]], kept_heads: list[int], what: str) -> list
                 "kept": kept,
                 "of": len(curve),
                 "left": left,
-                "image": svg.small_curve(text, curve, kept),
+                "image": svg.small_curve(text, curve, kept, top),
             }
         )
     return panels

@@ -89,10 +89,9 @@ def line_chart(
     return _image(alternative, width, height, parts)
 
 
-def small_curve(alternative: str, values: Sequence[float], chosen: int) -> Markup:
-    """A curve over 1 … G without labels, point ``chosen`` marked: one panel of many."""
+def small_curve(alternative: str, values: Sequence[float], chosen: int, top: float) -> Markup:
+    """A curve over 1 … G without labels, point ``chosen`` marked: one of many panels from 0 to ``top``."""
     width, height, edge = 120, 70, 8
-    top = max(values) or 1.0
 
     def place(kept: int) -> Point:
         share = (kept - 1) / max(1, len(values) - 1)

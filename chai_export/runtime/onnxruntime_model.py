@@ -19,7 +19,7 @@ from chai_export.runtime.native import SWITCH
 _COMPUTED = (Dtype.FLOAT32, Dtype.FLOAT16)
 """What ONNX Runtime's CPU provider has operators for."""
 _ELEMENT_TYPES = {element.onnxruntime: name for name, element in ELEMENT_TYPES.items()}
-_QUIET = 3
+_QUIET = 4  # what it would log as an error is raised as well
 
 
 def open_model(bundle: Bundle, library: Path | None, threads: int, spin_after: bool) -> Any:

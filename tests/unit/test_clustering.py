@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from chai_export.clustering import calibrate as calibrate_module
 from chai_export.clustering.calibrate import calibrate
 from chai_export.clustering.clusters import Clusters
 from chai_export.clustering.curves import ErrorCurves
-from chai_export.clustering.plot import plot_curves
+from chai_export.clustering.plot import draw_curves, plot_curves
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.key_peaks import key_peaks
 from chai_export.models.oracle import Oracle, model_logits
 from chai_export.op.head_map import assign, greedy_order, quantise, squared_distances
+from chai_export.report.page import _curves
 from tests.families import family_model
 from tests.planted import GQA_GROUPS, MHA_GROUPS, distinct, planted_model
 
@@ -182,6 +184,27 @@ def test_the_plot_is_drawn_for_any_number_of_layers(tmp_path, ending):
         plot_curves(clusters, tmp_path / "curves.txt")
     with pytest.raises(ChaiError, match="no error curves"):
         plot_curves(Clusters((1,)), path)
+
+
+def test_panels_have_one_scale(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    panels = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: panels.extend(figure.axes))
+    curves = ((0.114, 0.05, 0.0), (0.014, 0.007, 0.0))
+    draw_curves(Clusters((2, 2), error_curves=curves), tmp_path / "curves.svg", "svg")
+    assert [axes.get_ylim() for axes in panels] == [(-0.04 * 0.114, 1.04 * 0.114)] * 2
+    assert [axes.lines[0].get_ydata().tolist() for axes in panels] == [list(curve) for curve in curves]
+    drawn = [re.findall('points="[^,]+,([^ ]+) ', panel["image"]) for panel in _curves(curves, (2, 2), "x")]
+    assert [float(first) for (first,) in drawn] == [8.0, pytest.approx(62 - 54 * 0.014 / 0.114, abs=0.1)]
+
+
+@pytest.mark.parametrize(("keep", "said"), [("elbow", True), ("all", False)])
+def test_a_model_without_redundant_heads_is_told(capfd, keep, said):
+    clusters = calibrate(family_model("llama-mha"), TOKENS, keep=keep, samples=2, seq_len=16)
+    assert set(clusters.kept_heads) == {clusters.num_kv_heads}
+    told = "no redundant heads found: heads will not shrink this model's cache" in capfd.readouterr().err
+    assert told is said
 
 
 @pytest.mark.parametrize("family", ["llama-mha", "qwen2-gqa"])

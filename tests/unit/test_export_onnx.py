@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from chai_export.errors import ChaiError
 from chai_export.exporter.lazy_transpose import fold_weight_transposes
-from chai_export.exporter.torch_export import export_onnx
+from chai_export.exporter.torch_export import export_onnx, trace
 from tests.families import family_model
 from tests.helpers.exported import exported, model_of
 
@@ -111,3 +112,16 @@ def test_a_model_without_a_cache_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ChaiError, match="no key/value cache"):
         export_onnx(NoCache(), tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_model_that_cannot_be_traced_is_one_line_and_not_its_graph(capfd, monkeypatch):
+    def fail(*arguments: object, **options: object) -> None:
+        print("def forward(self):\n" * 482, file=sys.stderr)
+        raise RuntimeError("Could not guard on data-dependent expression\n\nand much more")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ChaiError, match=r"cannot trace LlamaForCausalLM at opset 23 \(Could not") as caught:
+        trace(family_model("llama-mha"), opset=23, attention="sdpa")
+    assert "\n" not in str(caught.value)
+    printed = capfd.readouterr()
+    assert printed.out + printed.err == ""
