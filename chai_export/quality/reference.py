@@ -43,6 +43,11 @@ def load_reference(
     from chai_export.models.kv_sources import describe_model
     from chai_export.models.loading import load_model
 
+    if isinstance(reference, (str, Path)) and Path(reference).suffix == ".onnx":
+        raise ChaiError(
+            f"{reference} is an ONNX file, and a reference is a Hugging Face model; a bundle made from an ONNX "
+            "file was proven against it by `chai-export rewrite`, as `chai-export inspect` shows"
+        )
     model = load_model(reference, dtype=manifest.dtype, trust_remote_code=trust_remote_code)
     if manifest.dtype != "float32":
         # In place unless the model is the caller's: two copies of a large model may not fit.

@@ -265,3 +265,9 @@ def test_recipe_with_a_typo_names_the_setting(command: Command, tmp_path):
     recipe.write_text("model: [\n")
     assert fails(command("make", recipe), "recipe.yaml")
     assert fails(command("make", tmp_path / "none.yaml"), "none.yaml")
+
+
+def test_an_onnx_file_is_no_reference(command: Command, tmp_path, bundle):
+    source = tmp_path / "model.onnx"
+    source.write_bytes(b"")
+    assert fails(command("verify", bundle, "--reference", source), "is an ONNX file", "chai-export inspect")
