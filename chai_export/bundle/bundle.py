@@ -10,7 +10,9 @@ from chai_export.arguments import path_of
 from chai_export.bundle.file_names import require_inside
 from chai_export.bundle.hashing import has_sha256, sha256_file
 from chai_export.bundle.manifest import FILE_NAME, FileRecord, Manifest, read_manifest, write_manifest
+from chai_export.bundle.tokenizer import load_tokenizer
 from chai_export.errors import ChaiError
+from chai_export.op.cache_storage import PAGED_VERSION
 
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
@@ -72,14 +74,12 @@ class Bundle:
         Raises:
             ChaiError: its files cannot be loaded.
         """
-        from chai_export.bundle.tokenizer import load_tokenizer
 
         return load_tokenizer(self.path)
 
 
 def _check(directory: Path, manifest: Manifest) -> None:
     """Raise unless this version can run the bundle and its files are those of the manifest."""
-    from chai_export.op.cache_storage import PAGED_VERSION
     from chai_export.op.schema import VERSION
 
     again = "run `chai-export export` (or `rewrite`) again"

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chai_export.bundle.atomic import atomic_file
 from chai_export.cli.output import print_json, print_table
 from chai_export.clustering.measure import Measure
 from chai_export.op.probe import MEASURED_PROBE_TOKENS, PAPER_PROBE_TOKENS
@@ -71,7 +72,6 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _write(arguments: argparse.Namespace) -> Clusters:
     """Calibrate into the outputs; both are checked before the work, and the clusters are there first."""
-    from chai_export.bundle.atomic import atomic_file
     from chai_export.clustering.calibrate import calibrate
     from chai_export.clustering.clusters import CLUSTERS
     from chai_export.clustering.plot import PICTURE, draw_curves, picture_format

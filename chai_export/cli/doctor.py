@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from chai_export.cli.output import print_json, print_table
+from chai_export.engines.doctor import diagnose
 
 NAME = "doctor"
 HELP = "Show which backends and libraries work on this machine, and how to get what is missing."
@@ -17,7 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Probe and show; exit 1 when no backend gives the right answer."""
-    from chai_export.engines.doctor import diagnose
 
     findings = diagnose()
     usable = any(finding.is_backend and finding.works for finding in findings)

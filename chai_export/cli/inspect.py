@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chai_export.bundle.work_directory import recover
 from chai_export.cli.output import print_json, print_table
 from chai_export.units import bytes_text
 
@@ -33,7 +34,6 @@ def execute(arguments: argparse.Namespace) -> int:
     """Inspect either kind."""
     from chai_export.bundle.bundle import Bundle
     from chai_export.bundle.manifest import FILE_NAME
-    from chai_export.bundle.work_directory import recover
 
     recover(arguments.path)
     if (arguments.path / FILE_NAME).is_file():

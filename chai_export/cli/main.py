@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from chai_export.cli import signals, streams
+from chai_export.cli.parser import parser
 from chai_export.errors import ChaiError, UsageError, printable
 from chai_export.progress import note
 
@@ -45,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    from chai_export.cli.parser import parser
 
     try:
         try:

@@ -10,6 +10,7 @@ from chai_export.bundle.choices import Backend, Heads
 from chai_export.cli.output import print_json
 from chai_export.errors import UsageError
 from chai_export.progress import note
+from chai_export.runtime.prompts import read_prompt_file
 from chai_export.units import bytes_of, bytes_text
 
 NAME = "run"
@@ -53,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Generate and print."""
-    from chai_export.runtime.prompts import read_prompt_file
     from chai_export.runtime.report import run_report
     from chai_export.runtime.runner import load
     from chai_export.runtime.sampling import SamplingSettings

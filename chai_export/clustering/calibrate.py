@@ -20,7 +20,10 @@ from chai_export.clustering.measure import Measure
 from chai_export.clustering.measured_budget import measure_damage, spend
 from chai_export.clustering.state import load_state, remove_state, require_state_place, save_state, state_key
 from chai_export.errors import UsageError
+from chai_export.models.families import family_of
+from chai_export.models.loading import load_model
 from chai_export.models.text import Text, leading_special_tokens, read_tokens, require_in_vocabulary
+from chai_export.models.tokenizer import load_tokenizer
 from chai_export.models.windows import spread_windows, start_windows
 from chai_export.op.probe import MEASURED_PROBE_TOKENS
 from chai_export.progress import note, track
@@ -75,10 +78,8 @@ def calibrate(
             cannot be met.
         UsageError: a setting makes no sense.
     """
-    from chai_export.models.families import family_of
     from chai_export.models.key_peaks import key_peaks
     from chai_export.models.kv_sources import describe_model
-    from chai_export.models.loading import load_model
     from chai_export.models.oracle import probe_features, require_same_with_all_heads
 
     _check_settings(samples, seq_len, probe_tokens)
@@ -175,7 +176,6 @@ def _check_settings(samples: int, seq_len: int, probe_tokens: int) -> None:
 
 def _tokenizer_of(model: str | Path | PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the model; None when there is none."""
-    from chai_export.models.tokenizer import load_tokenizer
 
     if isinstance(model, (str, Path)):
         return load_tokenizer(model)

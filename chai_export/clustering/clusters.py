@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chai_export.arguments import path_of, shown, whole
+from chai_export.bundle.atomic import atomic_file
 from chai_export.bundle.manifest import first_problem
 from chai_export.bundle.targets import FileKind, json_with_format
 from chai_export.errors import ChaiError, UsageError
@@ -138,7 +139,6 @@ class Clusters:
         Raises:
             ChaiError: it cannot be written, or another file is in its place.
         """
-        from chai_export.bundle.atomic import atomic_file
 
         with atomic_file(path, CLUSTERS) as file:
             file.write_text(self.to_text(), encoding="utf-8")

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from chai_export.bundle.atomic import atomic_file
 from chai_export.bundle.targets import FileKind, contains
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError, UsageError
@@ -32,7 +33,6 @@ def plot_curves(clusters: Clusters, path: str | Path) -> None:
         ChaiError: there are no curves, the file cannot be written, or another file is in its place.
         UsageError: the ending names no picture format.
     """
-    from chai_export.bundle.atomic import atomic_file
 
     kind = picture_format(path)
     with atomic_file(path, PICTURE) as file:

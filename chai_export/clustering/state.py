@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chai_export.bundle.atomic import atomic_file
 from chai_export.bundle.targets import FileKind, json_with_format, require_file_target
 from chai_export.bundle.work_directory import WorkDirectory, fitting_name
 from chai_export.clustering.curves import ErrorCurves
@@ -63,7 +64,6 @@ def save_state(path: Path, key: str, curves: ErrorCurves, samples_done: int) -> 
     Raises:
         ChaiError: it cannot be written.
     """
-    from chai_export.bundle.atomic import atomic_file
 
     content = {
         "format": _FORMAT,

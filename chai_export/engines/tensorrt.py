@@ -19,7 +19,7 @@ import onnx
 from chai_export.bundle.atomic import atomic_directory, atomic_file
 from chai_export.bundle.bundle import ENGINES_DIRECTORY, MODEL_FILE, Bundle, record_files
 from chai_export.bundle.choices import Backend, Heads
-from chai_export.bundle.hashing import sha256_file
+from chai_export.bundle.hashing import cache_path, sha256_file
 from chai_export.bundle.manifest import EngineRecord, FileRecord
 from chai_export.bundle.parts import ENGINE
 from chai_export.engines.tensorrt_lowering import lower_operators
@@ -350,7 +350,6 @@ def _prove(tensorrt: Any, bundle: Bundle, plan: Any, in_place: bool, max_batch: 
 
 def _timing_cache_path(tensorrt: Any) -> Path:
     """Measured kernel times, kept between builds; TensorRT itself ignores what another GPU measured."""
-    from chai_export.bundle.hashing import cache_path
 
     path = cache_path().parent / f"tensorrt-{tensorrt.__version__}.timing"
     path.parent.mkdir(parents=True, exist_ok=True)

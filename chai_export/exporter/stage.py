@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chai_export.arguments import path_of
+from chai_export.bundle.atomic import atomic_directory
 from chai_export.bundle.choices import Membership, SourceKind
+from chai_export.clustering.probe import probe_length
 from chai_export.errors import ChaiError, UsageError
+from chai_export.exporter.torch_export import export_onnx
+from chai_export.models.loading import load_model
+from chai_export.models.tokenizer import load_tokenizer
 from chai_export.op.dtypes import Dtype
+from chai_export.op.precision import Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,18 +70,13 @@ def export(
         ChaiError: the model cannot be loaded or expressed (layer and reason), clusters do not fit, the proof
             fails, or the output cannot be written.
     """
-    from chai_export.bundle.atomic import atomic_directory
     from chai_export.bundle.bundle import MODEL_FILE, Bundle, finalise
     from chai_export.bundle.parts import BUNDLE
     from chai_export.bundle.write import write_bundle
     from chai_export.clustering.clusters import load_clusters
-    from chai_export.clustering.probe import probe_length
     from chai_export.exporter.static_membership import choose_and_slice, fix_head_maps
-    from chai_export.exporter.torch_export import export_onnx
     from chai_export.graph.pipeline import rewrite_model
     from chai_export.models.kv_sources import kv_source_layers
-    from chai_export.models.loading import load_model
-    from chai_export.op.precision import Precision
 
     dtype, membership = Dtype(dtype), Membership(membership)
     if membership is Membership.STATIC and text is None:
@@ -126,7 +127,6 @@ def _describe(
     from chai_export.bundle.write import Surroundings
     from chai_export.models.kv_sources import describe_model
     from chai_export.models.rope import rope_of
-    from chai_export.models.tokenizer import load_tokenizer
 
     geometry = describe_model(loaded)
     clusters.check(geometry)

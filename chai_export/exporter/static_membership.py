@@ -18,8 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from chai_export.bundle.manifest import StaticMembership
+from chai_export.clustering.static_maps import static_head_maps
 from chai_export.errors import ChaiError
 from chai_export.models.geometry import describe
+from chai_export.models.oracle import Oracle
+from chai_export.models.text import leading_special_tokens, read_tokens
+from chai_export.op.cache_storage import PAGED_VERSION
 from chai_export.op.head_map import kept_kv_heads
 
 if TYPE_CHECKING:
@@ -89,7 +94,6 @@ def slice_projections(model: PreTrainedModel, head_maps: NDArray[np.int32]) -> S
         ChaiError: its projections are fused, or heads depend on each other before their scores (a norm over
             all heads), so that cutting one would change the rest.
     """
-    from chai_export.models.oracle import Oracle
 
     geometry = describe(model.config)
     layers = [module for module in model.modules() if _has_projections(module)]
@@ -139,9 +143,6 @@ def choose_and_slice(
     Raises:
         ChaiError: the text is too short, or the model cannot be cut.
     """
-    from chai_export.bundle.manifest import StaticMembership
-    from chai_export.clustering.static_maps import static_head_maps
-    from chai_export.models.text import leading_special_tokens, read_tokens
 
     leading = leading_special_tokens(tokenizer)
     fresh = _TOKENS - len(leading)
@@ -173,7 +174,6 @@ def fix_head_maps(path: Path, head_maps: NDArray[np.int32]) -> None:
     import onnx
     from onnx import helper, numpy_helper
 
-    from chai_export.op.cache_storage import PAGED_VERSION
     from chai_export.op.schema import DOMAIN, OP_TYPE, signature
 
     model = onnx.load(str(path), load_external_data=False)

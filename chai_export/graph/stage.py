@@ -7,9 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chai_export.arguments import path_of
+from chai_export.bundle.atomic import atomic_directory
 from chai_export.bundle.choices import SourceKind
+from chai_export.clustering.probe import probe_length
 from chai_export.errors import ChaiError
+from chai_export.graph.explain.count_ops import count_ops
+from chai_export.graph.explain.estimate import estimate
 from chai_export.graph.explain.explanation import Explanation
+from chai_export.graph.match.find import Survey
+from chai_export.graph.prove.survey import survey
+from chai_export.graph.read.load import data_files, find_onnx, load_graph
+from chai_export.graph.rewrite.rope_switch import find_switches
+from chai_export.models.tokenizer import load_tokenizer
+from chai_export.op.precision import Precision
 
 if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle
@@ -48,16 +58,12 @@ def rewrite(
         ChaiError: the file is damaged, an attention is not one that the op can express (layer, node and
             reason), clusters do not fit, the proof fails, or the output cannot be written.
     """
-    from chai_export.bundle.atomic import atomic_directory
     from chai_export.bundle.bundle import Bundle
     from chai_export.bundle.manifest import Source
     from chai_export.bundle.parts import BUNDLE
     from chai_export.bundle.write import write_bundle
     from chai_export.clustering.clusters import load_clusters
-    from chai_export.clustering.probe import probe_length
     from chai_export.graph.pipeline import rewrite_model
-    from chai_export.graph.read.load import data_files, find_onnx
-    from chai_export.op.precision import Precision
 
     precision = Precision.asked(key_bits, value_bits)
     path, out_dir = find_onnx(path_of(onnx_path, "the model")), path_of(out_dir, "the output")
@@ -81,13 +87,7 @@ def explain(onnx_path: str | Path, clusters: Clusters | None = None) -> Explanat
     Raises:
         ChaiError: the file is missing or damaged.
     """
-    from chai_export.graph.explain.count_ops import count_ops
-    from chai_export.graph.explain.estimate import estimate
-    from chai_export.graph.match.find import Survey
-    from chai_export.graph.prove.survey import survey
-    from chai_export.graph.read.load import find_onnx, load_graph
     from chai_export.graph.rewrite.draft import draft_manifest
-    from chai_export.graph.rewrite.rope_switch import find_switches
 
     path = find_onnx(Path(onnx_path))
     model = load_graph(path)
@@ -110,7 +110,6 @@ def _surroundings(tokenizer: str | Path | None, beside: Path) -> Surroundings:
     """Tokenizer and configurations from ``tokenizer``, or configurations from beside the ONNX file."""
     from chai_export.bundle.write import Surroundings
     from chai_export.models.rope import rope_of
-    from chai_export.models.tokenizer import load_tokenizer
 
     loaded = None
     if tokenizer is not None:

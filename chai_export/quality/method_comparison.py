@@ -18,7 +18,11 @@ from chai_export.clustering.measured_budget import spend
 from chai_export.clustering.static_maps import static_head_maps
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.geometry import Geometry
+from chai_export.models.kv_sources import describe_model
+from chai_export.models.loading import load_model
+from chai_export.models.oracle import model_logits
 from chai_export.models.text import Text, leading_special_tokens, read_tokens, require_in_vocabulary
+from chai_export.models.tokenizer import load_tokenizer
 from chai_export.models.windows import spread_windows
 from chai_export.op.probe import MEASURED_PROBE_TOKENS
 from chai_export.progress import track
@@ -142,10 +146,6 @@ def compare(
         ChaiError: model or text cannot be used, or a rule cannot be met.
         UsageError: a setting makes no sense.
     """
-    from chai_export.models.kv_sources import describe_model
-    from chai_export.models.loading import load_model
-    from chai_export.models.oracle import model_logits
-    from chai_export.models.tokenizer import load_tokenizer
 
     chosen = methods_named(list(METHODS) if methods is None else methods)
     _check_settings(probe_tokens, windows, seq_len)

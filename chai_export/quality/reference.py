@@ -14,6 +14,7 @@ from chai_export.clustering.clusters import load_clusters
 from chai_export.clustering.equaliser import Equalisers, equalisers
 from chai_export.errors import ChaiError
 from chai_export.models.geometry import Geometry
+from chai_export.models.loading import load_model
 from chai_export.op.dtypes import ELEMENT_TYPES
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ def load_reference(
         ChaiError: it cannot be used, or its sizes are not those of the bundle.
     """
     from chai_export.models.kv_sources import describe_model
-    from chai_export.models.loading import load_model
 
     if isinstance(reference, (str, Path)) and Path(reference).suffix == ".onnx":
         raise ChaiError(

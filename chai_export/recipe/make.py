@@ -15,8 +15,15 @@ from chai_export.bundle.manifest import FILE_NAME as MANIFEST
 from chai_export.bundle.manifest import read_manifest
 from chai_export.bundle.parts import BUNDLE
 from chai_export.bundle.targets import require_directory_target, require_file_target
+from chai_export.clustering.calibrate import calibrate
+from chai_export.clustering.clusters import CLUSTERS
+from chai_export.clustering.plot import PICTURE, plot_curves
+from chai_export.engines.build import build
 from chai_export.errors import ChaiError
+from chai_export.exporter.stage import export
 from chai_export.files import read_json
+from chai_export.quality.evaluate import evaluate
+from chai_export.quality.verify import verify
 from chai_export.recipe.cache import StageCache, stage_key
 from chai_export.recipe.recipe import Recipe, RunSettings
 
@@ -144,8 +151,6 @@ class _Make:
         Raises:
             ChaiError: names it.
         """
-        from chai_export.clustering.clusters import CLUSTERS
-        from chai_export.clustering.plot import PICTURE
 
         recipe = self._recipe
         measured_on = [settings.text for settings in (recipe.verify, recipe.eval) if settings is not None]
@@ -156,8 +161,6 @@ class _Make:
         require_directory_target(output / self._result.bundle.name, BUNDLE, sources)
 
     def _calibrate(self) -> None:
-        from chai_export.clustering.calibrate import calibrate
-        from chai_export.clustering.plot import plot_curves
 
         self._require_targets()
         settings = self._recipe.calibrate
@@ -176,7 +179,6 @@ class _Make:
         plot_curves(clusters, self._output / CURVES)
 
     def _export(self) -> None:
-        from chai_export.exporter.stage import export
 
         export(
             self._recipe.model,
@@ -192,7 +194,6 @@ class _Make:
         )
 
     def _build(self) -> None:
-        from chai_export.engines.build import build
 
         settings = self._recipe.build
         build(
@@ -203,7 +204,6 @@ class _Make:
         )
 
     def _verify(self) -> dict[str, Any]:
-        from chai_export.quality.verify import verify
 
         assert self._recipe.verify is not None
         result = verify(
@@ -221,7 +221,6 @@ class _Make:
         return result.to_json()
 
     def _eval(self) -> dict[str, Any]:
-        from chai_export.quality.evaluate import evaluate
 
         settings = self._recipe.eval
         assert settings is not None

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from chai_export.bundle.tokenizer import encode
 from chai_export.errors import ChaiError
 from chai_export.files import read_json
+from chai_export.models.loading import load_model
 
 if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle
@@ -109,7 +110,6 @@ def correlations(model: str | Path, token_ids: Sequence[Sequence[int]]) -> list[
         model: the Hugging Face model that the bundle came from.
         token_ids: prompts; of each the first 32 tokens are looked at.
     """
-    from chai_export.models.loading import load_model
     from chai_export.models.oracle import probe_features
 
     loaded = load_model(model)

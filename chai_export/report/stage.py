@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from chai_export.bundle.atomic import atomic_file
 from chai_export.bundle.choices import Backend
 from chai_export.bundle.targets import FileKind, contains
 from chai_export.errors import UsageError
@@ -47,7 +48,6 @@ def report(
         ChaiError: the bundle, the model or a file cannot be used, or the page cannot be written.
         UsageError: a prompt is empty.
     """
-    from chai_export.bundle.atomic import atomic_file
 
     samples = list(prompts) or list(collect.SAMPLE_PROMPTS)
     if not all(samples):
