@@ -266,9 +266,9 @@ def _through_guards(graph: Any, name: str) -> str:
 def test_a_layer_connected_to_the_wrong_cache_is_never_written(decoder, tmp_path, monkeypatch):
     real = replace._shared
 
-    def wrong(builder: Any, site: Any, producer: Any, *rest: Any) -> Any:
+    def wrong(builder: Any, site: Any, new: Any, producer: Any, *rest: Any) -> Any:
         first = next(node for node in builder.graph if node.op_type == "ClusteredHeadAttention")
-        return real(builder, site, first, *rest)
+        return real(builder, site, new, first, *rest)
 
     monkeypatch.setattr(replace, "_shared", wrong)
     with pytest.raises(ChaiError, match="differs from the source: the logits"):
