@@ -36,6 +36,7 @@ def attention_table(cases: list[Row]) -> str:
         return [
             f"{case['phase']}, {case['dtype']}",
             *(str(case[name]) for name in "BHGRT"),
+            bits_of(case),
             f"{case['chai_ms']:.2f}",
             f"{best} {case['peers_ms'][best]:.2f}",
             f"{case['speedup_vs_best_peer']:.2f}",
@@ -44,8 +45,14 @@ def attention_table(cases: list[Row]) -> str:
             bandwidth,
         ]
 
-    columns = ("phase", *"BHGRT", "CHAI, ms", "fastest peer, ms", "gain", "ceiling", "spread", "GB/s")
+    columns = ("phase", *"BHGRT", "bits", "CHAI, ms", "fastest peer, ms", "gain", "ceiling", "spread", "GB/s")
     return table(columns, (row(case) for case in cases if "chai_ms" in case))
+
+
+def bits_of(case: Row) -> str:
+    """Storage of CHAI's keys and values; results of version 1 of the op have none but the dtype's."""
+    own = int(case["dtype"].removeprefix("float"))
+    return "/".join(str(case.get(name) or own) for name in ("key_bits", "value_bits"))
 
 
 def skipped_lines(cases: list[Row]) -> str:
@@ -96,9 +103,10 @@ def generate_table(results: list[Row]) -> str:
 
 def plot_gains(cases: list[Row], path: Path) -> None:
     """Gain over the fastest peer, case by case, with the ceiling as a mark."""
-    shown = [case for case in cases if "chai_ms" in case and case["R"] < case["G"]]
+    shown = [case for case in cases if "chai_ms" in case and case["ceiling"] > 1]
     labels = [
-        f"{case['phase']} {case['H']}/{case['G']}/{case['R']}\nB={case['B']} T={case['T']}" for case in shown
+        f"{case['phase']} {case['H']}/{case['G']}/{case['R']}\n{bits_of(case)} B={case['B']} T={case['T']}"
+        for case in shown
     ]
     figure, axes = plt.subplots(figsize=(max(6.0, 0.62 * len(shown)), 4.2), layout="constrained")
     axes.bar(range(len(shown)), [case["speedup_vs_best_peer"] for case in shown], color="#4878a8")
@@ -165,18 +173,20 @@ def machine_line(result: Row) -> str:
 def summary(cases: list[Row]) -> str:
     """What the worst case of each kind reaches."""
     lines = []
-    for phase in ("decode", "prefill"):
-        for label, fewer in (("fewer KV heads kept", True), ("all KV heads kept", False)):
-            gains = [
-                (case["speedup_vs_best_peer"], case["speedup_vs_best_peer"] / case["ceiling"])
-                for case in cases
-                if "chai_ms" in case and case["phase"] == phase and (case["R"] < case["G"]) == fewer
-            ]
-            if not gains:
-                continue
-            least, share = (min(column) for column in zip(*gains, strict=True))
-            ceiling = f", at least {share:.2f} of the ceiling" if fewer else ""
-            lines.append(f"- {phase}, {label}: {least:.2f} times the fastest peer or more{ceiling}")
+    kinds = {
+        (case["phase"], bits_of(case), case["R"] < case["G"]): None for case in cases if "chai_ms" in case
+    }
+    for phase, bits, fewer in kinds:
+        gains = [
+            (case["speedup_vs_best_peer"], case["speedup_vs_best_peer"] / case["ceiling"])
+            for case in cases
+            if "chai_ms" in case
+            and (case["phase"], bits_of(case), case["R"] < case["G"]) == (phase, bits, fewer)
+        ]
+        least, share = (min(column) for column in zip(*gains, strict=True))
+        label = "fewer KV heads kept" if fewer else "all KV heads kept"
+        ceiling = f", at least {share:.2f} of the ceiling" if fewer else ""
+        lines.append(f"- {phase}, {bits} bits, {label}: {least:.2f} times the fastest peer or more{ceiling}")
     return "\n".join(lines)
 
 
@@ -186,10 +196,12 @@ three of them from L1, which one core does at 16 GB/s (`benchmarks/native/read_o
 INTRODUCTION = """# Performance
 
 Made by `python benchmarks/performance_page.py` from `benchmarks/results/`; do not edit. Peers: ONNX Runtime's
-GroupQueryAttention with a shared cache buffer (ort_gqa), Attention of ONNX opset 23 (ort_attention), torch's
-scaled_dot_product_attention (torch_sdpa), this op with all KV heads kept (chai_all_heads). The ceiling is
-2G / (R + G), the bytes of cache that all heads read over those that CHAI reads. What was tried on the way is
-in `benchmarks/experiments.md`."""
+GroupQueryAttention with a shared cache buffer (ort_gqa), the same on caches in float16, int8 and 4 bits
+(ort_gqa_float16, ort_gqa_int8, ort_gqa_int4), Attention of ONNX opset 23 (ort_attention), torch's
+scaled_dot_product_attention (torch_sdpa), this op with all KV heads kept (chai_all_heads; where caches have
+fewer bits also chai_float32_all_heads). The ceiling is the bytes of cache that all heads read in the dtype
+over those that CHAI reads: 2G / (R + G) where it stores the same. What was tried on the way is in
+`benchmarks/experiments.md`."""
 
 
 NO_CPU_RESULT = """## CPU
