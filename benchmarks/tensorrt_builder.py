@@ -35,8 +35,8 @@ from chai_export.clustering.clusters import Clusters
 from chai_export.engines.build import DEFAULT_MAX_SEQ
 from chai_export.graph.stage import rewrite
 from chai_export.progress import note
-from tests.families import FAMILIES
 from tests.helpers.exported import bundle_in
+from tests.helpers.families import FAMILIES
 from tests.helpers.onnx_fixtures import REWRITTEN, Fixture
 from tests.helpers.tensorrt_rtx import build_cut
 

@@ -42,7 +42,7 @@ class Family:
     Attributes:
         model_type: its name in config.json.
         name: its name in the README.
-        tested: the tiny configurations (tests/families.py) that are taken from export to verified logits.
+        tested: its tiny configurations (tests/helpers/families.py), taken from export to verified logits.
         attention: how its attention is reached.
         kv_heads: (configuration, query heads) to KV heads in the cache of each layer.
         position_table: whether it has one row per position, learned or of sines, past whose end nothing can

@@ -11,7 +11,7 @@ import pytest
 from chai_export.bench import decoders
 from chai_export.runtime.pages import PAGE_LENGTH
 from tests.cli.conftest import Command
-from tests.tiny_graph import TinyModel
+from tests.helpers.tiny_graph import TinyModel
 
 MODEL = TinyModel(positions=200, bits=(8, 4))
 CODES_AND_SCALES = (8 + 2 * 2, 2 + 2 * 2)

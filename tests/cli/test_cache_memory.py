@@ -9,7 +9,7 @@ import pytest
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY_V2, find_library
 from chai_export.runtime.pages import PAGE_LENGTH
 from tests.cli.conftest import Command
-from tests.tiny_graph import TinyModel
+from tests.helpers.tiny_graph import TinyModel
 
 MODEL = TinyModel(positions=400, bits=(8, 4))
 PROMPTS = ("--token-ids", "5,9,7", "--token-ids", "8,20,21,6,30,4", "--token-ids", "11")

@@ -23,7 +23,7 @@ from chai_export.report.stage import REPORT
 from tests.cli.conftest import TINY
 from tests.helpers.onnx_fixtures import ALL
 from tests.helpers.stage_server import StageServer, serving
-from tests.tiny_graph import TinyModel, letters_tokenizer
+from tests.helpers.tiny_graph import TinyModel, letters_tokenizer
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GRAPH = next(fixture for fixture in ALL if fixture.name.startswith("A-") and fixture.name.endswith("mha"))

@@ -21,7 +21,7 @@ from tests.cli.conftest import TINY, Command
 from tests.cli.test_bad_input import fails, largest_file
 from tests.helpers.folders import snapshot
 from tests.helpers.onnx_fixtures import ALL
-from tests.tiny_graph import TinyModel, letters_tokenizer
+from tests.helpers.tiny_graph import TinyModel, letters_tokenizer
 
 GRAPH = next(fixture for fixture in ALL if fixture.name.startswith("A-") and fixture.name.endswith("mha"))
 QUICK = ("--samples", "2", "--seq-len", "16", "--keep", "5,3")

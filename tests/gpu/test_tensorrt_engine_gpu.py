@@ -10,8 +10,8 @@ import torch
 
 import chai_export as ce
 from chai_export.engines.build import build
-from tests.tensorrt_probe import LIBRARY
-from tests.tiny_graph import TinyModel
+from tests.helpers.tensorrt_probe import LIBRARY
+from tests.helpers.tiny_graph import TinyModel
 
 pytestmark = [
     pytest.mark.gpu,

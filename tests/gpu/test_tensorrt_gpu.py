@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from chai_export.op.cases import CASES, Case
-from tests.tensorrt_probe import LIBRARY, Probe, build_probe
+from tests.helpers.tensorrt_probe import LIBRARY, Probe, build_probe
 
 pytestmark = [
     pytest.mark.gpu,

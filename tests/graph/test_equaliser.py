@@ -17,7 +17,7 @@ from chai_export.models.key_peaks import key_peaks
 from chai_export.models.logits import differences
 from chai_export.models.oracle import model_logits
 from chai_export.quality.truth import TorchTruth
-from tests.families import family_model
+from tests.helpers.families import family_model
 
 LAYERS, GROUPS, DIM = 2, 2, 8
 RNG = np.random.default_rng(5)

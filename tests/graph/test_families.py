@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from chai_export.models.oracle import Oracle
-from tests.families import GRAPHS_IN_CI, each_family
 from tests.helpers.exported import bundle_of, kept_of, model_of
+from tests.helpers.families import GRAPHS_IN_CI, each_family
 from tests.helpers.graph_runner import GraphRunner
 
 PROMPTS = ([5, 11, 7, 90, 3, 3, 64, 21, 8], [17, 2, 40, 33, 9, 71], [80, 12])

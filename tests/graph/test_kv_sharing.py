@@ -28,7 +28,7 @@ from chai_export.models.oracle import Oracle, model_logits
 from chai_export.quality.method_comparison import compare
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, SWITCH, find_library
 from tests.cla.modeling_cla import ClaConfig, ClaForCausalLM
-from tests.families import family_model
+from tests.helpers.families import family_model
 from tests.helpers.graph_runner import GraphRunner
 
 SOURCES = [0, 0, 2, 2]

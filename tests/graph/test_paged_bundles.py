@@ -16,10 +16,10 @@ from chai_export.errors import ChaiError, UsageError
 from chai_export.models.oracle import model_logits
 from chai_export.op.heads import HeadCounts
 from chai_export.op.precision import Precision
-from tests.families import family_model
 from tests.helpers.exported import exported, model_of
+from tests.helpers.families import family_model
 from tests.helpers.graph_runner import GraphRunner
-from tests.tiny_graph import TinyModel
+from tests.helpers.tiny_graph import TinyModel
 
 NAME = "llama-gqa"  # 8 query heads, 2 KV heads of 8
 TOKENS = np.random.default_rng(3).integers(3, 96, 30).tolist()

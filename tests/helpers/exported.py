@@ -18,7 +18,7 @@ from chai_export.exporter.stage import export
 from chai_export.exporter.torch_export import DEFAULT_OPSET, export_onnx
 from chai_export.graph.stage import rewrite
 from chai_export.models.geometry import describe
-from tests.families import family_config, family_model
+from tests.helpers.families import family_config, family_model
 
 
 @lru_cache

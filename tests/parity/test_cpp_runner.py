@@ -12,7 +12,7 @@ import chai_export as ce
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, ONNXRUNTIME_LIBRARY_V2, SWITCH, find_library
 from chai_export.runtime.pages import PAGE_LENGTH
 from tests.helpers.native_build import ROOT, build, needs_tools, run, succeed
-from tests.tiny_graph import TinyModel
+from tests.helpers.tiny_graph import TinyModel
 
 PROMPTS = [list(range(4, 33)), [5, 9], [7, 8, 20, 21, 6, 30]]
 SHARED = {"heads": 6, "kv_heads": 3, "kept": (2, 1, 2), "sources": (0, 1, 0)}

@@ -11,7 +11,7 @@ from chai_export.models.attention import attention_of
 from chai_export.models.geometry import describe
 from chai_export.models.oracle import Oracle, clustered_attention, model_logits, probe_features
 from chai_export.op.reference import clustered_head_attention
-from tests.families import FAMILIES, family_model
+from tests.helpers.families import FAMILIES, family_model
 
 PROBE = 5
 

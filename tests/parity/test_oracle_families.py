@@ -7,8 +7,8 @@ import pytest
 from chai_export.clustering.clusters import Clusters
 from chai_export.exporter.stage import export
 from chai_export.quality.verify import verify
-from tests.families import GATES_IN_CI, each_family, family_model
 from tests.helpers.exported import kept_of, layers
+from tests.helpers.families import GATES_IN_CI, each_family, family_model
 
 
 @pytest.mark.parametrize("name", each_family(GATES_IN_CI))

@@ -24,7 +24,7 @@ from chai_export.runtime.native import ONNXRUNTIME_LIBRARY_V2, SWITCH, find_libr
 from chai_export.runtime.onnxruntime_paged_session import OnnxRuntimePagedSession
 from chai_export.runtime.pages import PAGE_LENGTH
 from chai_export.runtime.runner import Runner
-from tests.tiny_graph import TinyModel, letters_tokenizer
+from tests.helpers.tiny_graph import TinyModel, letters_tokenizer
 
 GROUPED: dict[str, Any] = {"heads": 6, "kv_heads": 3, "kept": (1, 2), "head_dim": 4, "value_dim": 8}
 SHARED: dict[str, Any] = {"heads": 6, "kv_heads": 3, "kept": (2, 1, 2), "sources": (0, 1, 0)}

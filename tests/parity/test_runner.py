@@ -16,7 +16,7 @@ from chai_export.runtime import onnxruntime_session
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, SWITCH, find_library
 from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
 from chai_export.runtime.runner import Runner
-from tests.tiny_graph import TinyModel, letters_tokenizer
+from tests.helpers.tiny_graph import TinyModel, letters_tokenizer
 
 MODEL = TinyModel(positions=400)
 GROUPED = TinyModel(heads=6, kv_heads=3, kept=(1, 2), head_dim=4, value_dim=8, positions=400)

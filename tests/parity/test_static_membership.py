@@ -19,7 +19,7 @@ from chai_export.models.oracle import Oracle, model_logits
 from chai_export.quality.evaluate import evaluate
 from chai_export.quality.verify import verify
 from chai_export.runtime.runner import load
-from tests.families import family_model
+from tests.helpers.families import family_model
 
 TEXT = np.random.default_rng(2).integers(3, 96, 2000).tolist()
 TOKENS = TEXT[100:124]

@@ -19,7 +19,7 @@ import pytest
 from chai_export.kernels.blocks import choose
 from chai_export.kernels.program import build_program
 from chai_export.kernels.spec import Shape, Spec
-from tests.tensorrt_probe import (
+from tests.helpers.tensorrt_probe import (
     BOOL,
     CHW2,
     DTYPE_VALUES,

@@ -16,7 +16,17 @@ from chai_export.kernels.blocks import choose
 from chai_export.kernels.v2.program import build_program, tensor_types
 from chai_export.kernels.v2.spec import Shape, Spec
 from chai_export.op.schema import signature
-from tests.tensorrt_probe import BF16, FLOAT, HALF, INT8, INT32, LIBRARY, LIBRARY_V2, Probe, build_probe
+from tests.helpers.tensorrt_probe import (
+    BF16,
+    FLOAT,
+    HALF,
+    INT8,
+    INT32,
+    LIBRARY,
+    LIBRARY_V2,
+    Probe,
+    build_probe,
+)
 
 ARCHITECTURE = 90
 SIGNATURE = signature(version=2)

@@ -17,8 +17,8 @@ from chai_export.engines.tensorrt import save
 from chai_export.engines.tensorrt_lowering import lower_operators
 from chai_export.engines.tensorrt_profiles import Range
 from chai_export.graph.stage import rewrite
-from tests.families import FAMILIES
 from tests.helpers.exported import bundle_in
+from tests.helpers.families import FAMILIES
 from tests.helpers.onnx_fixtures import REWRITTEN, Fixture
 from tests.helpers.tensorrt_rtx import MODULE, build_cut, in_worker, write_cut
 

@@ -18,8 +18,8 @@ from chai_export.errors import ChaiError
 from chai_export.runtime.runner import Runner
 from chai_export.runtime.tensorrt_device import CudaDevice
 from chai_export.runtime.tensorrt_session import DECODE, PREFILL, TensorRtSession
-from tests.fake_tensorrt import TENSORRT, FakeEngine, HostDevice
-from tests.tiny_graph import TinyModel
+from tests.helpers.fake_tensorrt import TENSORRT, FakeEngine, HostDevice
+from tests.helpers.tiny_graph import TinyModel
 
 MODELS = {
     "mha": TinyModel(positions=400),

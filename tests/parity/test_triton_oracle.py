@@ -9,7 +9,7 @@ import torch
 from chai_export.models import oracle as oracle_module
 from chai_export.models.fused_attention import kernels_available
 from chai_export.models.oracle import Oracle
-from tests.families import family_model
+from tests.helpers.families import family_model
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "llama-gqa"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import chai_export as ce
-from tests.tiny_graph import TinyModel, letters_tokenizer
+from tests.helpers.tiny_graph import TinyModel, letters_tokenizer
 
 MODEL = Path(__file__).parents[1] / "fixtures" / "models" / "llama-mha"
 

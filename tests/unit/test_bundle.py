@@ -12,7 +12,7 @@ from chai_export.bundle.exchange import exchange
 from chai_export.bundle.manifest import EngineRecord
 from chai_export.errors import ChaiError
 from chai_export.runtime import runner as runner_module
-from tests.tiny_graph import TinyModel, letters_tokenizer
+from tests.helpers.tiny_graph import TinyModel, letters_tokenizer
 
 
 @pytest.fixture

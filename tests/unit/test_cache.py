@@ -7,7 +7,7 @@ import pytest
 
 from chai_export.errors import ChaiError
 from chai_export.runtime.cache import KvCache, grown_capacity
-from tests.tiny_graph import TinyModel
+from tests.helpers.tiny_graph import TinyModel
 
 
 def test_key_caches_are_compact_and_value_caches_full():

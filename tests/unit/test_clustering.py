@@ -20,8 +20,8 @@ from chai_export.models.key_peaks import key_peaks
 from chai_export.models.oracle import Oracle, model_logits
 from chai_export.op.head_map import assign, greedy_order, quantise, squared_distances
 from chai_export.report.page import _curves
-from tests.families import family_model
-from tests.planted import GQA_GROUPS, MHA_GROUPS, distinct, planted_model
+from tests.helpers.families import family_model
+from tests.helpers.planted import GQA_GROUPS, MHA_GROUPS, distinct, planted_model
 
 ROOT = Path(__file__).parents[2]
 TOKENS = np.random.default_rng(0).integers(3, 96, 3000).tolist()

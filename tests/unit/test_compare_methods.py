@@ -16,7 +16,7 @@ from chai_export.quality.clustered_run import fixed_maps, logits_with_maps, meth
 from chai_export.quality.divergence import Divergence
 from chai_export.quality.method_comparison import compare
 from chai_export.quality.methods import METHODS
-from tests.planted import MHA_GROUPS, distinct, planted_model
+from tests.helpers.planted import MHA_GROUPS, distinct, planted_model
 
 TOKENS = np.random.default_rng(7).integers(3, 128, 900).tolist()
 KEPT = distinct(MHA_GROUPS)

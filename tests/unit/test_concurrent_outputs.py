@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from chai_export.bundle.bundle import Bundle
-from tests.tiny_graph import TinyModel
+from tests.helpers.tiny_graph import TinyModel
 
 WRITERS, READERS, ROUNDS = 4, 4, 125  # 1,000 calls
 

@@ -7,7 +7,7 @@ import pytest
 import chai_export as ce
 from chai_export.bundle.bundle import Bundle
 from chai_export.errors import ChaiError, UsageError
-from tests.tiny_graph import TinyModel
+from tests.helpers.tiny_graph import TinyModel
 
 
 @pytest.fixture(params=[None, (0, 0)], ids=["version 1", "version 2"])

@@ -11,7 +11,7 @@ from onnxscript import optimizer
 
 from chai_export.exporter.exact_scalars import exact_scalars
 from chai_export.exporter.torch_export import export_onnx
-from tests.families import family_model
+from tests.helpers.families import family_model
 
 
 def graph_with(op_type: str, number: float, dtype: ir.DataType, *, initializer: bool) -> ir.Model:

@@ -14,8 +14,8 @@ import torch
 from chai_export.errors import ChaiError
 from chai_export.exporter.lazy_transpose import fold_weight_transposes
 from chai_export.exporter.torch_export import export_onnx, trace
-from tests.families import family_model
 from tests.helpers.exported import exported, model_of
+from tests.helpers.families import family_model
 
 NAME = "llama-gqa"
 

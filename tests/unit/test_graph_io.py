@@ -21,7 +21,7 @@ from chai_export.bundle.graph_io import (
 )
 from chai_export.engines.tensorrt_profiles import profiles
 from chai_export.op.dtypes import ELEMENT_TYPES
-from tests.tiny_graph import TinyModel
+from tests.helpers.tiny_graph import TinyModel
 
 SHARED = TinyModel(kept=(2, 2, 3), sources=(0, 0, 2))
 PLAIN = (TinyModel(), SHARED, TinyModel(kv_heads=2, kept=(1, 2), dtype="float16"))

@@ -4,7 +4,7 @@ from chai_export.kernels.spec import Spec
 from chai_export.op.cache_storage import CacheStorage
 from chai_export.op.dtypes import Dtype
 from chai_export.op.heads import DecoderHeads, HeadCounts
-from tests.tiny_graph import TinyModel
+from tests.helpers.tiny_graph import TinyModel
 
 
 def test_a_token_takes_kept_keys_and_all_values():

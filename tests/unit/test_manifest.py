@@ -8,7 +8,7 @@ import pytest
 
 from chai_export.bundle.manifest import Manifest, read_manifest, write_manifest
 from chai_export.errors import ChaiError, UsageError
-from tests.tiny_graph import TinyModel
+from tests.helpers.tiny_graph import TinyModel
 
 
 @pytest.fixture

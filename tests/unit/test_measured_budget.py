@@ -14,7 +14,7 @@ from chai_export.errors import UsageError
 from chai_export.models.oracle import Oracle, model_logits
 from chai_export.op.heads import DecoderHeads
 from chai_export.quality.divergence import Divergence
-from tests.planted import distinct, planted_model
+from tests.helpers.planted import distinct, planted_model
 
 GROUPS = ("ABAACABD", "ABCDEFGA")
 TOKENS = np.random.default_rng(3).integers(3, 128, 600).astype(np.int32)

@@ -12,7 +12,7 @@ from chai_export.models.oracle import probe_features
 from chai_export.op.head_map import kept_kv_heads
 from chai_export.quality import methods_medoids as medoids
 from chai_export.quality.methods import METHODS, methods_named
-from tests.planted import GQA_GROUPS, MHA_GROUPS, distinct, planted_model
+from tests.helpers.planted import GQA_GROUPS, MHA_GROUPS, distinct, planted_model
 
 ONLINE = [name for name, method in METHODS.items() if method.rule is not None]
 FINDING = [name for name in ONLINE if name != "random"]

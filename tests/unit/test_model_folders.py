@@ -11,7 +11,7 @@ import torch
 
 from chai_export.errors import ChaiError
 from chai_export.models.loading import load_model
-from tests.families import family_model
+from tests.helpers.families import family_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 4294967296\n"
 
@@ -213,7 +213,7 @@ def test_weights_that_the_configuration_has_no_place_for_are_not_dropped(whole, 
 def test_a_model_without_an_output_head_is_named(tmp_path):
     from transformers import AutoModelForSequenceClassification
 
-    from tests.families import family_config
+    from tests.helpers.families import family_config
 
     config = family_config("llama-gqa", num_hidden_layers=1)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")

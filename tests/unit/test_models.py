@@ -19,7 +19,7 @@ from chai_export.models.loading import load_model
 from chai_export.models.oracle import require_same_with_all_heads
 from chai_export.models.support import layer_ranges, unsupported_reasons
 from chai_export.models.tokenizer import load_tokenizer
-from tests.families import FAMILIES, family_config, family_model
+from tests.helpers.families import FAMILIES, family_config, family_model
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import chai_export as ce
 from chai_export.bundle.bundle import MODEL_FILE, Bundle, finalise
 from chai_export.bundle.op_nodes import check_op_nodes
 from chai_export.errors import ChaiError
-from tests.tiny_graph import TinyModel
+from tests.helpers.tiny_graph import TinyModel
 
 MAPS = {
     "head_maps": [[0, 0, 2, 2]] * 2,

@@ -10,7 +10,7 @@ from chai_export.clustering.calibrate import calibrate
 from chai_export.errors import ChaiError
 from chai_export.models.attention import attention_of
 from chai_export.models.own_attention import hides_the_future_only
-from tests.families import family_model
+from tests.helpers.families import family_model
 
 PAST_ONLY = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
 

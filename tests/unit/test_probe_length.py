@@ -13,7 +13,7 @@ from chai_export.exporter.stage import export
 from chai_export.models.oracle import Oracle
 from chai_export.op.probe import MEASURED_PROBE_TOKENS, PAPER_PROBE_TOKENS
 from chai_export.runtime.runner import load
-from tests.families import family_model
+from tests.helpers.families import family_model
 
 TOKENS = np.random.default_rng(0).integers(3, 96, 600).tolist()
 

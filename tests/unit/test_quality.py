@@ -18,7 +18,7 @@ from chai_export.op.cache_storage import CacheStorage
 from chai_export.op.dtypes import Dtype
 from chai_export.quality.evaluate import evaluate
 from chai_export.quality.verify import verify
-from tests.families import family_model
+from tests.helpers.families import family_model
 
 KEPT = [3, 2]
 TOKENS = np.random.default_rng(5).integers(3, 96, 300).tolist()

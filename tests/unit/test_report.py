@@ -16,7 +16,7 @@ import pytest
 from chai_export.errors import ChaiError
 from chai_export.report import collect, png, svg
 from chai_export.report.page import chosen_point, render, tradeoff
-from tests.tiny_graph import TinyModel
+from tests.helpers.tiny_graph import TinyModel
 
 LAYERS, HEADS = 3, 8
 MEASURE = """<script>

@@ -9,7 +9,7 @@ import pytest
 
 from chai_export.exporter.rotary_casts import rotary_casts
 from chai_export.exporter.torch_export import trace
-from tests.families import family_model
+from tests.helpers.families import family_model
 
 torch = pytest.importorskip("torch")
 

@@ -14,7 +14,7 @@ from chai_export.models.loading import load_model
 from chai_export.models.logits import differences
 from chai_export.models.oracle import model_logits
 from chai_export.quality.rounding import ALLOWANCE, rounding, tolerances
-from tests.families import family_model
+from tests.helpers.families import family_model
 
 DEMO = Path(__file__).parents[2] / "examples" / "pydoc-5m"
 TOKENS = np.random.default_rng(0).integers(3, 96, 48).tolist()

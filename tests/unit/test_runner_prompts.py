@@ -6,7 +6,7 @@ import pytest
 
 from chai_export.errors import ChaiError
 from chai_export.runtime.prompts import encode_prompt, read_prompt_file
-from tests.tiny_graph import letters_tokenizer
+from tests.helpers.tiny_graph import letters_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import chai_export as ce
 from chai_export.errors import UsageError
 from chai_export.runtime.runner import Generation, Runner
-from tests.tiny_graph import TinyModel, letters_tokenizer
+from tests.helpers.tiny_graph import TinyModel, letters_tokenizer
 
 MODEL = TinyModel(positions=96)
 PROMPTS = ["hello", "good day"]

@@ -13,7 +13,7 @@ import pytest
 from chai_export.bundle.tokenizer import encode, load_tokenizer, render_chat
 from chai_export.errors import ChaiError
 from chai_export.models.tokenizer import load_tokenizer as load_of_model
-from tests.tiny_graph import letters_tokenizer
+from tests.helpers.tiny_graph import letters_tokenizer
 
 MODEL = Path(__file__).parents[1] / "fixtures" / "models" / "llama-mha"
 WHOLE = json.loads((MODEL / "tokenizer.json").read_text())

@@ -11,8 +11,8 @@ from chai_export.models.geometry import describe
 from chai_export.models.oracle import require_same_with_all_heads
 from chai_export.models.sliding import causal_mask, layer_kinds, window_of
 from chai_export.models.support import require_supported, unsupported_reasons
-from tests.families import family_config, family_model
 from tests.helpers.exported import exported
+from tests.helpers.families import family_config, family_model
 
 WINDOWS = ("cohere2-window", "gemma3-window", "ministral-window", "mistral-window", "olmo3-window")
 

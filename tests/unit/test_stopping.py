@@ -9,7 +9,7 @@ import pytest
 from chai_export.errors import UsageError
 from chai_export.runtime.detokenizer import Detokenizer
 from chai_export.runtime.stopping import StopStrings
-from tests.tiny_graph import letters_tokenizer
+from tests.helpers.tiny_graph import letters_tokenizer
 
 
 def shown(strings: list[str], pieces: list[str]) -> tuple[list[str], bool]:

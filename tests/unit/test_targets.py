@@ -20,7 +20,7 @@ from chai_export.clustering.plot import PICTURE, plot_curves
 from chai_export.engines.triton_server import REPOSITORY
 from chai_export.errors import ChaiError
 from tests.helpers.folders import snapshot
-from tests.tiny_graph import TinyModel
+from tests.helpers.tiny_graph import TinyModel
 
 RECORD = FileRecord(sha256="0" * 64, size=0)
 

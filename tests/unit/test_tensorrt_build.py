@@ -23,8 +23,8 @@ from chai_export.runtime import tensorrt_environment as environment
 from chai_export.runtime import tensorrt_session as session_module
 from chai_export.runtime.native import SWITCH
 from chai_export.runtime.tensorrt_environment import Gpu
-from tests.played_tensorrt import GPU, MODEL, Played, attributes, make_played, op_nodes
-from tests.tiny_graph import TinyModel
+from tests.helpers.played_tensorrt import GPU, MODEL, Played, attributes, make_played, op_nodes
+from tests.helpers.tiny_graph import TinyModel
 
 pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install 'chai-export[dev]'")
 

@@ -19,7 +19,7 @@ from chai_export.errors import ChaiError, UsageError
 from chai_export.kernels.spec import Spec
 from chai_export.runtime import tensorrt_environment as environment
 from chai_export.runtime.native import SWITCH
-from tests.played_tensorrt import GPU, MODEL, Played, make_played, write_kernels
+from tests.helpers.played_tensorrt import GPU, MODEL, Played, make_played, write_kernels
 
 polygraphy_exception = pytest.importorskip(
     "polygraphy.exception", reason="polygraphy is not installed: pip install 'chai-export[dev]'"

@@ -17,7 +17,7 @@ from chai_export.engines.build import build
 from chai_export.engines.tensorrt_layers import compare_layers
 from chai_export.engines.tensorrt_network import portable_network
 from chai_export.errors import ChaiError
-from tests.played_tensorrt import MODEL, Played, make_played
+from tests.helpers.played_tensorrt import MODEL, Played, make_played
 
 pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install 'chai-export[dev]'")
 

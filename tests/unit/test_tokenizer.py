@@ -16,7 +16,7 @@ from chai_export.bundle.tokenizer import load_tokenizer as load_saved
 from chai_export.errors import ChaiError
 from chai_export.models import tokenizer as module
 from chai_export.models.tokenizer import load_tokenizer
-from tests.families import family_config
+from tests.helpers.families import family_config
 
 TEXT = "The op  keeps 1234 heads,\n\tin a naïve way: 数."
 ROOT = Path(__file__).parents[2]

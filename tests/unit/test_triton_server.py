@@ -18,7 +18,7 @@ from chai_export.cli.main import main
 from chai_export.engines import triton_server
 from chai_export.engines.triton_server import write_model_repository
 from chai_export.errors import ChaiError
-from tests.tiny_graph import TinyModel, letters_tokenizer
+from tests.helpers.tiny_graph import TinyModel, letters_tokenizer
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def make(directory: Path) -> None:
     import chai_export as ce
     from chai_export.bundle.bundle import Bundle
     from chai_export.runtime.pages import PAGE_LENGTH
-    from tests.tiny_graph import TinyModel
+    from tests.helpers.tiny_graph import TinyModel
 
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)

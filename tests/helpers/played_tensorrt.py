@@ -17,8 +17,8 @@ from chai_export.kernels.spec import Spec
 from chai_export.op.schema import DOMAIN, OP_TYPE
 from chai_export.runtime import tensorrt_session as session_module
 from chai_export.runtime.tensorrt_environment import Gpu
-from tests.fake_tensorrt import TENSORRT, FakeEngine, HostDevice
-from tests.tiny_graph import TinyModel
+from tests.helpers.fake_tensorrt import TENSORRT, FakeEngine, HostDevice
+from tests.helpers.tiny_graph import TinyModel
 
 MODEL = TinyModel(positions=96)
 GPU = Gpu("Played GPU", 90, "999.1")

@@ -16,7 +16,7 @@ from chai_export.kernels.spec import Shape, Spec
 
 LIBRARY = Path(chai_export.__file__).parent / "libchai_tensorrt.so"
 LIBRARY_V2 = LIBRARY.with_name("libchai_tensorrt_v2.so")
-PROBE_SOURCE = Path(__file__).parents[1] / "plugins/tests/op/tensorrt/probe.cpp"
+PROBE_SOURCE = Path(__file__).parents[2] / "plugins/tests/op/tensorrt/probe.cpp"
 PROBE_VARIABLE = "CHAI_TENSORRT_PROBE"
 """Names a probe that was compiled before, for machines without TensorRT's headers."""
 NAME = ("ClusteredHeadAttention", "1", "chai")
