@@ -20,7 +20,7 @@ import onnx_ir as ir
 from chai_export.graph.match.form import Form
 from chai_export.graph.match.geometry import site_geometry
 from chai_export.graph.match.miss import NoMatch, Reached
-from chai_export.graph.match.site import AttentionSite, CachedHeads, ScoreChain
+from chai_export.graph.match.site import AttentionSite, CachedHeads, RightPadding, ScoreChain
 from chai_export.graph.match.trace_cache import strip_scale, trace_cache
 from chai_export.graph.read.constants import rank
 from chai_export.graph.read.unfuse import by_head, has_merged_heads, output_by_head
@@ -71,7 +71,7 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
         chain=ScoreChain(mask=mask, causal=causal is not None and causal.as_int() == 1),
         scale=own * query_scale * keys.scale,
         heads=heads,
-        right_padding="any" if valid is None else "none",
+        right_padding=RightPadding.ANYWHERE if valid is None else RightPadding.NOWHERE,
     )
 
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from chai_export.graph.match.form import Form
 from chai_export.graph.match.geometry import site_geometry
 from chai_export.graph.match.miss import NoMatch, Reached
-from chai_export.graph.match.site import AttentionSite, CachedHeads, ScoreChain
+from chai_export.graph.match.site import AttentionSite, CachedHeads, RightPadding, ScoreChain
 from chai_export.graph.read.unfuse import MICROSOFT, by_head, output_by_head
 
 _INPUTS = {
@@ -71,7 +71,7 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
         chain=ScoreChain(causal=True),
         scale=scale or 1.0 / math.sqrt(heads.head_dim),
         heads=heads,
-        right_padding="fresh",
+        right_padding=RightPadding.FRESH,
     )
 
 

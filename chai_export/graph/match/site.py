@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from enum import Enum
 
 import onnx_ir as ir
 
 from chai_export.graph.match.form import Form
 from chai_export.op.heads import HeadCounts
+
+
+class RightPadding(Enum):
+    """Where a source takes rows that are padded on the right."""
+
+    ANYWHERE = "anywhere"
+    FRESH = "before anything is cached"
+    NOWHERE = "nowhere"
 
 
 @dataclass(frozen=True)
@@ -48,10 +56,9 @@ class AttentionSite:
     """One attention, with everything that is needed to replace it.
 
     ``query`` [B,H,S,D] is after RoPE and before any scale; ``output`` is [B,H,S,Dv]. ``scale`` multiplies
-    the raw product of query and (unscaled) key. ``form`` is the way in which the exporter
-    wrote it. ``right_padding`` says where the source takes padded rows: anywhere, only before anything is
-    cached, or nowhere; ``chunks`` whether it takes several new tokens after a past at all. ``source_layer``
-    is the earlier layer whose keys, values and cache it reads, None if they are its own.
+    the raw product of query and (unscaled) key. ``form`` is the way in which the exporter wrote it.
+    ``chunks`` says whether the source takes several new tokens after a past at all. ``source_layer`` is the
+    earlier layer whose keys, values and cache it reads, None if they are its own.
     """
 
     form: Form
@@ -64,7 +71,7 @@ class AttentionSite:
     scale: float
     heads: HeadCounts
     chunks: bool = True
-    right_padding: Literal["any", "fresh", "none"] = "any"
+    right_padding: RightPadding = RightPadding.ANYWHERE
     layer: int = -1
     source_layer: int | None = None
     nodes: tuple[ir.Node, ...] = field(default=(), compare=False)

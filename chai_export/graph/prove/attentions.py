@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from chai_export.errors import ChaiError
 from chai_export.graph.match.roles import Roles, Sizes
-from chai_export.graph.match.site import AttentionSite
+from chai_export.graph.match.site import AttentionSite, RightPadding
 from chai_export.graph.prove.evaluate import Array, EvaluationError, cut, session
 from chai_export.op.model import node_model
 from chai_export.op.schema import OP_TYPE, SHARED_OP_TYPE
@@ -27,10 +27,10 @@ from chai_export.op.v2.model import node_model as paged_model
 TOLERANCE = 2e-5
 """Of outputs that are averages of standard normal numbers, in float32."""
 
-_CASES: dict[str, tuple[tuple[Sizes, int], ...]] = {
-    "any": ((Sizes(2, 5, 0), 2), (Sizes(2, 4, 3), 1), (Sizes(2, 1, 6), 0)),
-    "fresh": ((Sizes(2, 5, 0), 2), (Sizes(1, 4, 3), 0), (Sizes(2, 1, 6), 0)),
-    "none": ((Sizes(2, 5, 0), 0), (Sizes(2, 4, 3), 0), (Sizes(2, 1, 6), 0)),
+_CASES: dict[RightPadding, tuple[tuple[Sizes, int], ...]] = {
+    RightPadding.ANYWHERE: ((Sizes(2, 5, 0), 2), (Sizes(2, 4, 3), 1), (Sizes(2, 1, 6), 0)),
+    RightPadding.FRESH: ((Sizes(2, 5, 0), 2), (Sizes(1, 4, 3), 0), (Sizes(2, 1, 6), 0)),
+    RightPadding.NOWHERE: ((Sizes(2, 5, 0), 0), (Sizes(2, 4, 3), 0), (Sizes(2, 1, 6), 0)),
 }
 """By where the source takes right padding: sizes, and how many tokens of the last row are padding."""
 
