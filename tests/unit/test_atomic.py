@@ -389,6 +389,19 @@ def test_output_whose_folders_were_made_read_only_is_replaced_without_leftovers(
     assert listing(as_nobody) == ["out"]
 
 
+def test_a_working_directory_that_cannot_be_looked_at_is_no_obstacle(as_nobody, monkeypatch):
+    inside = as_nobody / "closed" / "here"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    inside.parent.chmod(0)
+    try:
+        write(as_nobody / "out", "new")
+        write(as_nobody / "out", "newer")
+    finally:
+        inside.parent.chmod(0o700)
+    assert listing(as_nobody) == ["closed", "out"]
+
+
 def test_a_file_in_the_way_of_a_parent_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ChaiError, match=r"file/x cannot be written \(.*file is no directory\)"):
