@@ -389,7 +389,7 @@ def test_output_whose_folders_were_made_read_only_is_replaced_without_leftovers(
     assert listing(as_nobody) == ["out"]
 
 
-def test_a_working_directory_that_cannot_be_looked_at_is_no_obstacle(as_nobody, monkeypatch):
+def test_a_working_directory_that_cannot_be_looked_at_is_no_obstacle(monkeypatch, as_nobody):
     inside = as_nobody / "closed" / "here"
     inside.mkdir(parents=True)
     monkeypatch.chdir(inside)
