@@ -8,9 +8,10 @@
 namespace chai {
 namespace CHAI_ISA {
 
-// Memory is read fastest in one ascending stream per thread: a step that touches several rows at a time costs
-// a third of the bandwidth, software prefetch a sixth (benchmarks/experiments.md).
-constexpr int kRowsFromL1 = 8;                          // of these, rows per step of a weighted sum
+// One vector that meets contiguous rows is served best by one ascending stream: a step that touches several
+// rows at a time costs a third of the bandwidth, software prefetch within the stream a sixth. Between pages,
+// where the stream breaks off, prefetch pays (benchmarks/experiments.md).
+constexpr int kRowsFromL1 = 8;  // rows per step of a weighted sum, where they are short
 constexpr int kMostRegisters = kLanes == 16 ? 24 : 12;  // accumulators of one head's weighted sum
 
 // The first bytes of the next block of rows; the machine finds the others by itself.

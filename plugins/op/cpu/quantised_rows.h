@@ -1,5 +1,6 @@
-// Products with cache rows of codes. Where one vector meets each row (decode of multi-head attention) the
-// codes are used as they are read; where several do, a few rows at a time become floats that stay in L1.
+// Products with cache rows of codes, which are used as they are read: by one vector for each row (decode of
+// multi-head attention), or by several in tiles of registers (shared_rows.h). Only groups that do not fill
+// vectors of codes become floats in L1 first.
 #pragma once
 
 #include "op/cpu/float_rows.h"
@@ -10,12 +11,14 @@ namespace CHAI_ISA {
 constexpr std::int64_t kScaleRows = 64;  // rows whose scales are floats at one time
 constexpr int kColumnVectors = 8;        // accumulators of one pass over the columns
 
-// What Codes must offer, all for rows of `dim` elements in groups of `group`:
-//   PER             vectors of bytes in a group, as a template argument of what follows
-//   bytes(group)    bytes of a group
-//   prepare<…>      the query in the order of the codes
-//   dot<PER>        lanes whose sum is query · row
-//   add_rows<PER>   out += factors · codes of some rows
+// What Codes must offer, all for rows of `dim` elements in groups of `group`; PER is the number of vectors of
+// bytes in a group, GROUPS that of groups in a row or 0 for any:
+//   bytes(n)                 bytes of n elements
+//   Query, dot<PER, GROUPS>  a query in the order of the codes; lanes whose sum is query · row
+//   Sum, add_rows<PER>       sums in the order of the codes; += factors · codes of some rows
+//   Source<PER>              rows as floats for tiles, in an order of its own
+//   in_order, sums_in_order, add_in_order   queries and sums in that order, and back
+//   load, store              whole rows
 template <typename Codes>
 struct QuantisedRows {
   // Vectors of bytes in a group if they fill it exactly and few enough; 0: rows go through floats.
