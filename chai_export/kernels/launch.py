@@ -15,7 +15,6 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from chai_export.errors import ChaiError
 from chai_export.kernels.blocks import INTERPRETER, Blocks, choose
-from chai_export.kernels.device.decode import decode_merge_kernel
 from chai_export.kernels.formula import evaluate
 from chai_export.kernels.program import Program, build_program
 from chai_export.kernels.spec import Shape, Spec
@@ -184,6 +183,7 @@ def architecture_of(tensor: torch.Tensor) -> int | str:
     Raises:
         ChaiError: no GPU and no interpreter.
     """
+    from chai_export.kernels.device.decode import decode_merge_kernel
 
     interpreted = isinstance(decode_merge_kernel, InterpretedFunction)
     if tensor.device.type == "cuda" and not interpreted:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from chai_export.kernels import clustered_head_attention
-
 
 def kernels_available(device: torch.device) -> bool:
     """Whether tensors on this device can go through the kernels: CUDA, and Triton is installed."""
@@ -35,6 +33,7 @@ def fresh_prefill(
     Returns:
         Attended values [B, H, S, Dv] in the dtype of ``query``, and the head maps, int32 [B, H].
     """
+    from chai_export.kernels import clustered_head_attention
 
     batch, heads, tokens, head_dim = query.shape
     groups, value_dim = key.shape[1], value.shape[3]
