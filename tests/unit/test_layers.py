@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,3 +61,35 @@ def test_no_import_goes_up_or_across():
         and (floor(imported) > floor(room) or (floor(imported) == floor(room) and floor(room) > 1))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+WITHOUT_EXTRAS = """
+import importlib, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"triton", "tensorrt", "tensorrt_lean", "polygraphy", "sklearn", "lm_eval"}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+def test_every_room_opens_without_the_optional_packages():
+    """Those of pyproject.toml's extras; the kernels are Triton's, and one file is a class of lm-eval."""
+    modules = [
+        ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for file in sorted((ROOT / "chai_export").rglob("*.py"))
+        if "kernels" not in file.parts and file.name not in {"__init__.py", "__main__.py", "lm_eval_model.py"}
+    ]
+    assert len(modules) > 200
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS, *modules],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
