@@ -13,8 +13,8 @@ constexpr std::int64_t kMaxStreamTokens = 4;
 // A task is worth handing to another thread from about this many bytes of cache on; beyond the larger figure
 // tasks are cut even if every thread has some.
 constexpr std::int64_t kLeastTaskBytes = std::int64_t{1} << 18;
-constexpr std::int64_t kMostTaskBytes = std::int64_t{1} << 22;
-constexpr std::int64_t kTasksPerThread = 8;
+constexpr std::int64_t kMostTaskBytes = std::int64_t{1} << 20;
+constexpr std::int64_t kTasksPerThread = 32;
 constexpr std::int64_t kPartUnit = 64;        // part lengths are multiples of this, in positions
 constexpr std::int64_t kLeastTilePart = 512;  // positions
 constexpr std::int64_t kMostTileHeads = 32;   // accumulators of one task
