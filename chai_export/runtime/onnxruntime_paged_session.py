@@ -168,6 +168,18 @@ class OnnxRuntimePagedSession:
         """Take all pages from a row, whose text has ended."""
         self._pool.release(row)
 
+    def adopt(self, row: int, pages: Sequence[int], head_map: NDArray[np.int32]) -> None:
+        """Begin a row with pages of another one that hold its first tokens; see :class:`PagedSession`."""
+        self._pool.adopt(row, pages)
+        self._head_map[:, row] = head_map
+
+    def copy_page(self, page: int, row: int, tokens: int) -> None:
+        """Begin the last page of a row's first ``tokens`` with a copy of ``page``."""
+        self._extend(row, tokens)
+        target, used = self._pool.pages_of(row)[-1], (tokens - 1) % self.page_length + 1
+        for array in self.caches[0].arrays.values():
+            array[target, :, :used] = array[page, :, :used]
+
     def step(
         self,
         input_ids: NDArray[np.int64],
@@ -200,9 +212,7 @@ class OnnxRuntimePagedSession:
     ) -> NDArray[np.float32]:
         """Run the graph on active rows."""
         for row, tokens in zip(rows.tolist(), totals.tolist(), strict=True):
-            self._pool.extend(row, tokens)
-        if not self.in_place and self._pool.touched > self._allocated:
-            self._grow(min(self._pool.pages, max(self._pool.touched, 2 * self._allocated)))
+            self._extend(row, tokens)
         inputs = {**fed, PAGE_TABLE: self._pool.table(rows.tolist()), HEAD_MAP: self._head_map[:, rows]}
         binding = self._bindings[self._turn]
         for value in (*self._io.step, self._io.head_map):
@@ -215,6 +225,12 @@ class OnnxRuntimePagedSession:
         self._head_map[:, rows] = maps
         self._turn = (self._turn + 1) % len(self._bindings)
         return logits.astype(np.float32, copy=False)
+
+    def _extend(self, row: int, tokens: int) -> None:
+        """Take pages for a row, and memory for them where the buffers grow with what was touched."""
+        self._pool.extend(row, tokens)
+        if not self.in_place and self._pool.touched > self._allocated:
+            self._grow(min(self._pool.pages, max(self._pool.touched, 2 * self._allocated)))
 
     @property
     def _buffers(self) -> int:

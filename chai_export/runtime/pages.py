@@ -5,8 +5,9 @@ Only numbers; the memory is in :mod:`chai_export.runtime.paged_cache`. The rules
 * A row is *promised* all the pages that it can ever need, or none. So a row that has begun never waits for a
   page, and no two rows can wait for each other.
 * It *takes* a page when its text reaches it, and gives all of them back when its text has ended.
-* A page has as many *references* as rows that hold it, and is free when it has none. Rows share whole pages
-  of a common beginning only, to which none of them writes again.
+* A page has as many *references* as rows that hold it, and one more for each time that it is *retained* for
+  rows to come; it is free when it has none. Rows share whole pages of a common beginning only, to which none
+  of them writes again.
 * The page that was given back last is taken first: memory that was never touched stays untouched. Of a row
   that ends, its first page.
 
@@ -55,7 +56,7 @@ class PagePool:
 
     @property
     def held(self) -> int:
-        """Pages that rows hold, a shared one once."""
+        """Pages that rows hold or that are retained, a shared one once."""
         return self.pages - len(self._free)
 
     @property
@@ -69,15 +70,17 @@ class PagePool:
 
     def promise(self, row: int, tokens: int) -> bool:
         """Promise a row, new or not, pages for ``tokens`` in all; if they are not there nothing changes."""
+        if self.missing(row, tokens):
+            return False
+        found = self._rows.setdefault(row, _Row(0))
+        found.promised = max(found.promised, self.count(tokens))
+        return True
+
+    def missing(self, row: int, tokens: int) -> int:
+        """Pages that are lacking for a promise."""
         found = self._rows.get(row)
         wanted = self.count(tokens) - (found.promised if found else 0)
-        if wanted > len(self._free) - self.outstanding:
-            return False
-        if found is None:
-            self._rows[row] = _Row(self.count(tokens))
-        else:
-            found.promised += max(wanted, 0)
-        return True
+        return max(0, wanted - (len(self._free) - self.outstanding)) if wanted > 0 else 0
 
     def extend(self, row: int, tokens: int) -> None:
         """Take pages for a row until it holds ``tokens``, of what it was promised."""
@@ -99,12 +102,32 @@ class PagePool:
         self._rows[row] = _Row(len(shared), list(shared))
         return len(shared) * self.page_length
 
-    def release(self, row: int) -> None:
-        """Give back what a row holds and was promised."""
-        for page in reversed(self._rows.pop(row).pages):
+    def adopt(self, row: int, pages: Sequence[int]) -> None:
+        """Begin a new row with whole pages that are held or retained."""
+        assert row not in self._rows
+        self.retain(pages)
+        self._rows[row] = _Row(len(pages), list(pages))
+
+    def retain(self, pages: Sequence[int]) -> None:
+        """Keep pages that are not free when their rows end."""
+        for page in pages:
+            assert self._references[page], "a free page has nothing to keep"
+            self._references[page] += 1
+
+    def forget(self, pages: Sequence[int]) -> None:
+        """Keep pages no longer, once for each time that they were retained."""
+        for page in pages:
             self._references[page] -= 1
             if self._references[page] == 0:
                 self._free.append(page)
+
+    def references(self, page: int) -> int:
+        """Rows that hold a page, and the times that it is retained."""
+        return self._references[page]
+
+    def release(self, row: int) -> None:
+        """Give back what a row holds and was promised."""
+        self.forget(self._rows.pop(row).pages[::-1])
 
     def untouched_after(self, row: int, tokens: int) -> int:
         """Pages never touched so far that rows would hold at worst, if ``row`` were promised ``tokens``."""

@@ -12,6 +12,7 @@ from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.choices import Backend, Heads
 from chai_export.errors import ChaiError
 from chai_export.runtime.paged_cache import Budget
+from chai_export.runtime.pages import PagePool
 
 
 class Session(Protocol):
@@ -85,6 +86,11 @@ class PagedSession(Session, Protocol):
     page_length: int
 
     @property
+    def pool(self) -> PagePool:
+        """The pages of the rows since :meth:`start`."""
+        ...
+
+    @property
     def held_tokens(self) -> int:
         """Positions of the pages that rows held since :meth:`start`, when they held most."""
         ...
@@ -110,6 +116,17 @@ class PagedSession(Session, Protocol):
 
     def release(self, row: int) -> None:
         """Take all pages from a row, whose text has ended."""
+        ...
+
+    def adopt(self, row: int, pages: Sequence[int], head_map: NDArray[np.int32]) -> None:
+        """Begin a row with the first whole pages of another one, and its head map, int32 [L,H].
+
+        The pages hold at least the probe, and are held by a row or retained.
+        """
+        ...
+
+    def copy_page(self, page: int, row: int, tokens: int) -> None:
+        """Extend a row to its first ``tokens``, whose last page begins as a copy of ``page``."""
         ...
 
     def step(

@@ -3,106 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chai_export.errors import ChaiError
-from chai_export.runtime.paged_cache import Budget
 from chai_export.runtime.paged_scheduler import PagedScheduler
-from chai_export.runtime.pages import PagePool
 from chai_export.runtime.request import Limits, Request
 from chai_export.runtime.sampling import Sampler, SamplingSettings
 from chai_export.runtime.stopping import StopStrings
-
-VOCABULARY = 11
-END = 7
-PROBE = 3
-
-
-def next_token(ids: Sequence[int]) -> int:
-    """The model: depends on every token and their number."""
-    return (sum((i + 1) * token for i, token in enumerate(ids)) + len(ids)) % VOCABULARY
-
-
-def text_of(prompt: Sequence[int], new: int, positions: int) -> list[int]:
-    ids = list(prompt)
-    while len(ids) < len(prompt) + new and len(ids) <= positions:
-        ids.append(next_token(ids))
-        if ids[-1] == END:
-            break
-    return ids[len(prompt) :]
-
-
-class Books:
-    """A PagedSession that stores tokens in pages, and checks that each call reads what was stored."""
-
-    in_place = bounded_scratch = True
-    capacity = cache_bytes = 0
-
-    def __init__(self, pages: int, page_length: int) -> None:
-        self.most_pages = pages
-        self.page_length = page_length
-        self.calls: list[tuple[int, int]] = []
-        self.admitted: list[int] = []
-        self.withheld = 0
-
-    def budget(self) -> tuple[int, Budget]:
-        return self.most_pages * self.page_length, Budget(0, "raise --cache-memory")
-
-    def drop(self) -> None:
-        self.calls.clear()
-
-    def start(self, rows: int, pages: int) -> None:
-        self.pool = PagePool(pages, self.page_length)
-        self.memory = np.full((pages, self.page_length), -1)
-        self.head_map = np.zeros((1, rows, 1), np.int32)
-
-    def begin(self, batch: int, capacity: int) -> None:
-        raise NotImplementedError
-
-    @property
-    def held_tokens(self) -> int:
-        return self.pool.peak * self.page_length
-
-    def promise(self, row: int, tokens: int) -> bool:
-        if self.withheld and tokens > self.withheld:
-            return False
-        promised = self.pool.promise(row, tokens)
-        if promised:
-            self.admitted.append(tokens)
-        return promised
-
-    def release(self, row: int) -> None:
-        for page in self.pool.pages_of(row):
-            self.memory[page] = -1  # whoever reads it afterwards is found out
-        self.pool.release(row)
-
-    def step(
-        self, input_ids: Any, lengths: Any, past_lengths: Any, output_positions: Any, rope: Any, rows: Any
-    ) -> Any:
-        self.calls.append(input_ids.shape)
-        assert len(set(rows)) == len(rows)
-        assert input_ids.shape[1] == max(lengths)
-        logits = np.zeros((len(rows), 1, VOCABULARY), np.float32)
-        for line, row in enumerate(rows):
-            past, new = int(past_lengths[line]), int(lengths[line])
-            assert new > 0
-            assert past == 0 or past >= PROBE
-            assert past > 0 or new >= min(PROBE, rope[line])
-            assert output_positions[line] == [new - 1]
-            self.pool.extend(row, past + new)
-            pages = self.pool.pages_of(row)
-            for i in range(new):
-                page, offset = divmod(past + i, self.page_length)
-                self.memory[pages[page], offset] = input_ids[line, i]
-            ids = self.memory[list(pages)].ravel()[: past + new].tolist()
-            assert -1 not in ids
-            logits[line, 0, next_token(ids)] = 1
-        return logits
+from tests.helpers.page_books import END, PROBE, VOCABULARY, Books, text_of
 
 
 def requests_of(
