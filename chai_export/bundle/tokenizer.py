@@ -6,7 +6,7 @@ raises there, when a tokenizer is read, at its first text, or in its chat templa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +78,38 @@ def encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
         raise ChaiError(f"the tokenizer fails at a text ({reason(error)}); {_AGAIN}") from error
 
 
-def render_chat(tokenizer: Any, text: str) -> str:
-    """``text`` as a user's turn in the words of the tokenizer's chat template, ready for the answer.
+def render_chat(
+    tokenizer: Any,
+    turns: str | Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    otherwise: str = "leave out --chat",
+) -> str:
+    """A chat in the words of the tokenizer's chat template, ready for the answer.
+
+    Args:
+        tokenizer: the bundle's.
+        turns: messages with ``role`` and ``content``; a text is one turn of a user.
+        tools: functions that the answer may call, as the template wants them.
+        otherwise: ends a message: what the user can do without a template.
 
     Raises:
         ChaiError: there is no template; it is no template, asks for what transformers' sandbox refuses, or
             fails.
     """
     if not tokenizer.chat_template:
-        raise ChaiError("the bundle's tokenizer has no chat template; leave out --chat")
-    turn = [{"role": "user", "content": text}]
+        raise ChaiError(f"the bundle's tokenizer has no chat template; {otherwise}")
+    if isinstance(turns, str):
+        turns = [{"role": "user", "content": turns}]
+    given: dict[str, Any] = {} if tools is None else {"tools": list(tools)}
     try:
-        rendered = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        rendered = tokenizer.apply_chat_template(
+            list(turns), add_generation_prompt=True, tokenize=False, **given
+        )
     except Exception as error:  # a template can raise anything
         raise ChaiError(
             f"the tokenizer's chat template fails ({reason(error)}); mend it in the model "
-            f"(chat_template.jinja, or in {CONFIGURATION}) and export again, or leave out --chat"
+            f"(chat_template.jinja, or in {CONFIGURATION}) and export again, or {otherwise}"
         ) from error
     return str(rendered)
 

@@ -23,7 +23,7 @@ from chai_export.runtime.one_at_a_time import one_at_a_time
 from chai_export.runtime.paged_scheduler import PagedScheduler
 from chai_export.runtime.prompts import Prompt, encode_prompt, require_fits, require_stops_possible
 from chai_export.runtime.request import Limits, Request
-from chai_export.runtime.sampling import DEFAULT_TOP_K, Sampler, SamplingSettings
+from chai_export.runtime.sampling import Sampler, settings_for
 from chai_export.runtime.scheduler import Scheduler, chunk_length, first_capacity
 from chai_export.runtime.session import GrowingSession, PagedSession, Session, open_session
 from chai_export.runtime.stopping import StopReason, StopStrings
@@ -221,9 +221,9 @@ class Runner:
         whole(max_new_tokens, "--max-new-tokens")
         if on_text is not None and not callable(on_text):
             raise UsageError(f"on_text is {shown(on_text)}; give a function")
-        settings = self._sampling(temperature, top_k, top_p, repetition_penalty, seed)
-        positions, flag = self._position_limit(max_seq)
         manifest = self.bundle.manifest
+        settings = settings_for(manifest.generation, temperature, top_k, top_p, repetition_penalty, seed)
+        positions, flag = self._position_limit(max_seq)
         eos = frozenset() if ignore_eos else frozenset(manifest.generation.eos_token_ids)
         limits = Limits(max_new_tokens, positions, eos, manifest.switch_lengths)
         require_stops_possible(stop, tokenizer)
@@ -299,23 +299,6 @@ class Runner:
         scheduler.run(requests)
         return scheduler.peak_tokens
 
-    def _sampling(
-        self,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        repetition_penalty: float | None,
-        seed: int | None,
-    ) -> SamplingSettings:
-        model = self.bundle.manifest.generation
-        return SamplingSettings(
-            temperature,
-            _first(top_k, model.top_k, DEFAULT_TOP_K),
-            _first(top_p, model.top_p, 1.0),
-            _first(repetition_penalty, model.repetition_penalty, 1.0),
-            seed,
-        )
-
     def _position_limit(self, max_seq: int | None) -> tuple[int, str]:
         """The number of positions there are, and what a user can do about it."""
         require_at_least_one(max_seq=max_seq)
@@ -350,10 +333,6 @@ class Runner:
                 "give it at least as many"
             )
         return chunks
-
-
-def _first(*values: Any) -> Any:
-    return next(value for value in values if value is not None)
 
 
 def _generation(prompt: Prompt, request: Request) -> Generation:

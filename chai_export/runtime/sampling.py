@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.arguments import shown
+from chai_export.bundle.manifest import GenerationSettings
 from chai_export.bundle.sampling_rules import wanted_instead
 from chai_export.errors import ChaiError, UsageError
 
@@ -44,6 +45,32 @@ class SamplingSettings:
             # Numbers of other libraries would bring their own precision along.
             convert = int if field.name in ("top_k", "seed") else float
             object.__setattr__(self, field.name, convert(value))
+
+
+def settings_for(
+    model: GenerationSettings,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+) -> SamplingSettings:
+    """Settings whose gaps are filled with the model's own, and those with what transformers takes.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+    return SamplingSettings(
+        temperature,
+        _first(top_k, model.top_k, DEFAULT_TOP_K),
+        _first(top_p, model.top_p, 1.0),
+        _first(repetition_penalty, model.repetition_penalty, 1.0),
+        seed,
+    )
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
 
 
 class Sampler:

@@ -86,6 +86,11 @@ class PagedSession(Session, Protocol):
     page_length: int
 
     @property
+    def page_bytes(self) -> int:
+        """Bytes of a page over all layers."""
+        ...
+
+    @property
     def pool(self) -> PagePool:
         """The pages of the rows since :meth:`start`."""
         ...

@@ -33,7 +33,9 @@ class Engine:
         make: makes the batch, given what it is to call with each job that has ended; called on this thread.
         rows: of the batch.
         max_waiting: jobs beyond those that have a row.
-        ended: called with each job that has ended, on the engine's thread.
+
+    Attributes:
+        ended: called with each job that has ended, on the engine's thread; to be replaced.
     """
 
     def __init__(
@@ -42,11 +44,10 @@ class Engine:
         *,
         rows: int,
         max_waiting: int,
-        ended: Callable[[Job], None] = lambda job: None,
     ) -> None:
         self.rows = rows
         self.max_waiting = max_waiting
-        self._tell = ended
+        self.ended: Callable[[Job], None] = lambda job: None
         self._changed = Condition()
         self._new: list[Job] = []
         self._gone: list[Job] = []
@@ -130,4 +131,4 @@ class Engine:
             self._open -= 1
             if times:
                 self._seconds += 0.1 * (times[-1] - job.submitted - self._seconds)
-        self._tell(job)
+        self.ended(job)

@@ -1,0 +1,182 @@
+"""A bundle made ready to serve: what a text may be, and the engine that makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from chai_export.arguments import MOST, whole
+from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.choices import Backend, Heads
+from chai_export.errors import ChaiError
+from chai_export.runtime.detokenizer import Detokenizer
+from chai_export.runtime.prompts import require_fits
+from chai_export.runtime.request import Limits, Request
+from chai_export.runtime.sampling import Sampler, SamplingSettings
+from chai_export.runtime.session import PagedSession, open_session
+from chai_export.runtime.stopping import StopStrings
+from chai_export.serve.batch import Batch, Shape
+from chai_export.serve.engine import Engine
+from chai_export.serve.job import Event, Job
+
+DEFAULT_MAX_ROWS = 16
+DEFAULT_MAX_WAITING = 64
+
+
+class ServedModel:
+    """A bundle with its tokenizer and a running engine. Get one from :func:`open_model`.
+
+    Attributes:
+        name: what clients call it: the name of the bundle's directory.
+        positions: most tokens of a prompt with its text.
+        flag: what a client can do about a longer one.
+        engine: takes the jobs.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        session: PagedSession,
+        tokenizer: Any,
+        *,
+        max_rows: int,
+        max_waiting: int,
+        pages: int,
+        positions: int,
+        flag: str,
+        reuse: bool,
+    ) -> None:
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self.name = bundle.path.resolve().name
+        self.tokenizer = tokenizer
+        self.positions = positions
+        self.flag = flag
+        self.session = session
+        shape = Shape(
+            self.manifest.probe_tokens,
+            self.manifest.num_query_heads,
+            self.manifest.vocab_size,
+            self.manifest.switch_lengths,
+        )
+        self.engine = Engine(
+            lambda ended: Batch(session, shape, rows=max_rows, pages=pages, ended=ended, reuse=reuse),
+            rows=max_rows,
+            max_waiting=max_waiting,
+        )
+
+    def job(
+        self,
+        ids: list[int],
+        listen: Callable[[Event], None],
+        settings: SamplingSettings,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        **options: Any,
+    ) -> Job:
+        """A job for the engine, whose ``submit`` starts it.
+
+        Args:
+            ids: the prompt.
+            listen: see :class:`Job`, as are ``options``.
+            settings: how tokens are chosen.
+            max_new_tokens: of the text; None: as many as there are positions for.
+            stop: texts that end the text.
+            ignore_eos: go on after an end-of-sequence token.
+
+        Raises:
+            ChaiError: the prompt is too long.
+        """
+        require_fits(len(ids), self.positions, self.flag)
+        eos = frozenset() if ignore_eos else frozenset(self.manifest.generation.eos_token_ids)
+        limits = Limits(max_new_tokens or MOST, self.positions, eos, self.manifest.switch_lengths)
+        detokenizer = Detokenizer(self.tokenizer, ids)
+        request = Request(0, list(ids), limits, Sampler(settings), StopStrings(stop), detokenizer)
+        return Job(request, listen, **options)
+
+    def close(self) -> None:
+        """End all texts, and give the memory of the caches back."""
+        self.engine.close()
+        self.session.drop()
+
+
+def open_model(
+    path: str | Path,
+    *,
+    backend: Backend | str = Backend.ONNXRUNTIME,
+    heads: Heads | str = Heads.CHAI,
+    max_rows: int = DEFAULT_MAX_ROWS,
+    max_waiting: int = DEFAULT_MAX_WAITING,
+    max_seq: int | None = None,
+    cache_memory: int | None = None,
+    threads: int = 0,
+    reuse: bool = True,
+) -> ServedModel:
+    """Load a bundle and start its engine.
+
+    Args:
+        path: the bundle.
+        backend: that runs it.
+        heads: "chai", or "all" for plain multi-head attention.
+        max_rows: texts computed at one time.
+        max_waiting: texts that may wait for a row; beyond them clients are sent away.
+        max_seq: most tokens of a prompt with its text. Default: what the model has learned.
+        cache_memory: bytes that the pool of pages may take. Default: room for ``max_rows`` of the longest
+            texts, or half of the memory that is free where that is less.
+        threads: threads within an operator; 0 lets the backend decide.
+        reuse: keep beginnings of texts for others.
+
+    Raises:
+        UsageError: an argument is out of range.
+        ChaiError: the bundle cannot be served, or there is no memory for its cache.
+    """
+    whole(max_rows, "--max-rows", most=1024)
+    whole(max_waiting, "--max-waiting", least=0)
+    if max_seq is not None:
+        whole(max_seq, "--max-seq")
+    bundle = Bundle.load(path)
+    tokenizer = _tokenizer(bundle)  # before the weights are read
+    session = open_session(bundle, backend, heads, threads=threads, cache_memory=cache_memory)
+    if not hasattr(session, "promise"):
+        raise ChaiError(f"{path} has caches without pages, which cannot be served; export it again")
+    paged = cast(PagedSession, session)
+    length = paged.page_length
+    fitting, budget = paged.budget()
+    pages = fitting // length if cache_memory is not None else fitting // length // 2
+    bounds = [(MOST, "shorten it")]
+    if max_seq is not None:
+        bounds.append((max_seq, "shorten it, or start the server with a larger --max-seq"))
+    if bundle.manifest.max_positions is not None:
+        learned = "shorten it: the model has learned no more positions"
+        bounds.append((bundle.manifest.max_positions, learned))
+    longest, flag = min(bounds)
+    pages = min(pages, max_rows * -(-longest // length))
+    if not pages:
+        needed = f"a page of {length} tokens takes {paged.page_bytes} bytes"
+        raise ChaiError(f"the cache has no room for one page ({needed}); {budget.fix}")
+    if pages * length < longest:
+        longest, flag = pages * length, f"shorten it, or {budget.fix} of the server"
+    return ServedModel(
+        bundle,
+        paged,
+        tokenizer,
+        max_rows=max_rows,
+        max_waiting=max_waiting,
+        pages=pages,
+        positions=longest,
+        flag=flag,
+        reuse=reuse,
+    )
+
+
+def _tokenizer(bundle: Bundle) -> Any:
+    tokenizer = bundle.tokenizer()
+    if tokenizer is None:
+        raise ChaiError(
+            f"{bundle.path} has no tokenizer, and clients send text; export it from a model with one, or "
+            "make it again with --tokenizer (rewrite)"
+        )
+    return tokenizer
