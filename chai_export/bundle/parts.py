@@ -10,7 +10,14 @@ from chai_export.bundle.manifest import FILE_NAME, FORMAT
 from chai_export.bundle.targets import DirectoryKind, json_object, with_parents
 
 _FAMILY = FORMAT.split("/")[0] + "/"
-_ENGINE = ("engine.plan", "integer_weights.data", "kernels/index.json", "kernels/*.cubin")
+_ENGINE = (
+    "engine.plan",
+    "integer_weights.data",
+    "kernels/*/index.json",
+    "kernels/*/*.cubin",
+    "kernels/index.json",  # of engines of version 1 of the op
+    "kernels/*.cubin",
+)
 # What a build may have left: an engine that never came into the manifest, graphs for TensorRT's parser.
 _UNRECORDED = (
     "tensorrt.onnx",

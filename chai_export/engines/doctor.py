@@ -95,8 +95,7 @@ def _tensorrt() -> Finding:
     except ChaiError as problem:
         found, _, fix = str(problem).partition("; ")
         return Finding(name, False, reason(found), fix)
-    plugin = library.name if library is not None else "the function body"
-    return Finding(name, True, f"TensorRT {tensorrt.__version__} with {plugin} on {gpu.name}")
+    return Finding(name, True, f"TensorRT {tensorrt.__version__} with {library.name} on {gpu.name}")
 
 
 def _known_answer(library: Path | None) -> str:

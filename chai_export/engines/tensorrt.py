@@ -23,7 +23,7 @@ from chai_export.bundle.hashing import cache_path, sha256_file
 from chai_export.bundle.manifest import EngineRecord, FileRecord
 from chai_export.bundle.parts import ENGINE
 from chai_export.engines.tensorrt_lowering import lower_operators
-from chai_export.engines.tensorrt_network import plugin_network, portable_network, relocated
+from chai_export.engines.tensorrt_network import plugin_network, relocated, specs
 from chai_export.engines.tensorrt_parser import parse_network, require_known_domains, require_parsed
 from chai_export.engines.tensorrt_profiles import Range, profiles, trtexec_shapes
 from chai_export.engines.tensorrt_progress import BuildProgress, error_recorder
@@ -31,7 +31,7 @@ from chai_export.errors import ChaiError, reason
 from chai_export.files import MissingFileError, read_bytes, read_json
 from chai_export.kernels.ahead_of_time import INDEX_NAME
 from chai_export.kernels.ahead_of_time import compile as compile_kernels
-from chai_export.kernels.spec import Spec
+from chai_export.kernels.v2.spec import Spec
 from chai_export.op.schema import SHARED_OP_TYPE
 from chai_export.runtime.tensorrt_environment import (
     PLUGIN_NAMESPACE,
@@ -67,14 +67,13 @@ def build_tensorrt(
 ) -> EngineRecord:
     """Build an engine for this machine's GPU inside the bundle and return its record.
 
-    With ``CHAI_EXPORT_NATIVE=0`` the function body stands in for the plugin (slower, caches not in place).
-
     Args:
         bundle: what to build.
         max_batch: most rows of a step.
-        max_seq: most tokens of a row: the largest cache capacity.
+        max_seq: most tokens of a row.
         builder_memory: bytes of GPU memory that TensorRT may use as workspace. Default: what it likes.
-        kernels: directory of kernels that were compiled elsewhere; they are compiled here if not given.
+        kernels: directory of kernels that were compiled elsewhere, with one directory for each form of
+            storage where there are several; they are compiled here if not given.
         alias_caches: build with the preview feature in which TensorRT knows that the plugin appends to its
             caches in place.
 
@@ -93,6 +92,8 @@ def build_tensorrt(
         "gpu": gpu.name,
         "driver": gpu.driver,
         "strongly_typed": True,
+        "plugin_sha256": sha256_file(plugin),
+        "alias_caches": alias_caches,
     }
     if builder_memory is not None:
         settings["builder_memory"] = builder_memory
@@ -102,17 +103,13 @@ def build_tensorrt(
         atomic_directory(bundle.path / DIRECTORY, ENGINE) as directory,
         atomic_file(bundle.path / NETWORK_FILE) as network,
     ):
-        model = network_for_parser(bundle, directory / INTEGER_WEIGHTS, with_plugin=plugin is not None)
+        model = network_for_parser(bundle, directory / INTEGER_WEIGHTS)
         require_parsed(tensorrt, polygraphy, model, version_of(tensorrt))
         # Beside the weights it refers to, for as long as it is parsed.
         source = bundle.path / f".{Backend.TENSORRT}.onnx"
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(source.unlink, missing_ok=True)
-            if plugin is not None:
-                index = place_kernels(spec_of(bundle), gpu, kernels, directory / KERNELS)
-                settings["plugin_sha256"] = sha256_file(plugin)
-                settings["kernels_sha256"] = sha256_file(index)
-                settings["alias_caches"] = alias_caches
+            place_kernels(specs(bundle), gpu, kernels, directory / KERNELS)
             weights = os.path.relpath(directory.resolve(), bundle.path.resolve())
             save(relocated(model, DIRECTORY, str(directory.resolve()), weights), source)
             plan = build_plan(
@@ -120,20 +117,18 @@ def build_tensorrt(
                 polygraphy,
                 source,
                 shapes,
-                plugin_layers=bundle.manifest.num_layers if plugin is not None else 0,
+                plugin_layers=bundle.manifest.num_layers,
                 builder_memory=builder_memory,
-                alias_caches=alias_caches and plugin is not None,
+                alias_caches=alias_caches,
                 timing_cache=_timing_cache_path(tensorrt),
             )
         (directory / PLAN_FILE).write_bytes(plan)
-        _prove(tensorrt, bundle, plan, plugin is not None, max_batch)
+        _prove(tensorrt, bundle, plan, max_batch)
         # trtexec is run in the bundle's directory.
         save(model, network)
         files = {f"{DIRECTORY}/{name}": record for name, record in record_files(directory, directory).items()}
         files[NETWORK_FILE] = FileRecord(sha256=sha256_file(network), size=network.stat().st_size)
-    settings["trtexec"] = trtexec_line(
-        shapes, plugin, builder_memory, alias_caches=alias_caches and plugin is not None
-    )
+    settings["trtexec"] = trtexec_line(shapes, plugin, builder_memory, alias_caches=alias_caches)
     return EngineRecord(
         backend=Backend.TENSORRT,
         runtime_version=tensorrt.__version__,
@@ -142,7 +137,7 @@ def build_tensorrt(
         max_seq=max_seq,
         op_version=bundle.manifest.op_version,
         gpu_architecture=gpu.target,
-        plugin_version=PLUGIN_VERSION if plugin is not None else None,
+        plugin_version=PLUGIN_VERSION,
         files=files,
         settings=settings,
         created_with=CREATED_WITH,
@@ -153,7 +148,8 @@ def require_supported(bundle: Bundle) -> None:
     """Refuse what these engines cannot do, whatever the machine.
 
     Raises:
-        ChaiError: layers share KV caches, rotary factors follow the length of a row, or caches are in pages.
+        ChaiError: layers share KV caches, rotary factors follow the length of a row, or the bundle has
+            version 1 of the op.
     """
     if bundle.manifest.kv_source_layers is not None:
         raise ChaiError(
@@ -165,27 +161,29 @@ def require_supported(bundle: Bundle) -> None:
             f"{bundle.path} has rotary factors that follow the length of a row, which TensorRT engines "
             "cannot do yet; use --backend onnxruntime"
         )
-    if bundle.manifest.paged:
+    if not bundle.manifest.paged:
         raise ChaiError(
-            f"{bundle.path} has caches in pages (op version {bundle.manifest.op_version}), which TensorRT "
-            "engines do not have yet; export without --key-bits and --value-bits, or use onnxruntime"
+            f"{bundle.path} has version {bundle.manifest.op_version} of the op, which TensorRT engines have "
+            "no more; export or rewrite again"
         )
 
 
-def spec_of(bundle: Bundle) -> Spec:
-    """What the kernels of a bundle are compiled for."""
-    m = bundle.manifest
-    return Spec(m.num_query_heads, m.num_kv_heads, m.head_dim, m.value_head_dim, m.dtype, m.probe_tokens)
-
-
-def place_kernels(spec: Spec, gpu: Gpu, given: Path | None, directory: Path) -> Path:
-    """Compile the kernels into ``directory``, or copy ``given`` ones that fit; the path of their index.
+def place_kernels(wanted: Mapping[str, Spec], gpu: Gpu, given: Path | None, directory: Path) -> None:
+    """Compile the kernels of each form into a directory of its name, or copy ``given`` ones that fit.
 
     Raises:
         ChaiError: the given kernels are unreadable or for another GPU or model.
     """
-    if given is None:
-        return compile_kernels(spec, gpu.architecture, directory)
+    for form, spec in wanted.items():
+        target = directory / form
+        if given is None:
+            compile_kernels(spec, gpu.architecture, target)
+        else:
+            own = given / form
+            _copy_kernels(spec, gpu, own if own.is_dir() else given, target)
+
+
+def _copy_kernels(spec: Spec, gpu: Gpu, given: Path, directory: Path) -> None:
     again = "compile them for this machine or leave --kernels out"
     try:
         index = read_json(given / INDEX_NAME, fix=again)
@@ -202,26 +200,21 @@ def place_kernels(spec: Spec, gpu: Gpu, given: Path | None, directory: Path) -> 
     directory.mkdir(parents=True, exist_ok=True)
     for name in names:
         (directory / name).write_bytes(read_bytes(given / name, fix=again))
-    return directory / INDEX_NAME
 
 
-def network_for_parser(bundle: Bundle, weights: Path, *, with_plugin: bool) -> onnx.ModelProto:
-    """The graph for TensorRT's parser, with the plugin or with the function body.
+def network_for_parser(bundle: Bundle, weights: Path) -> onnx.ModelProto:
+    """The graph for TensorRT's parser, with the plugin.
 
     Its kernels and integer weights lie in the engine's directory of the bundle, where the model is saved.
 
     Args:
         bundle: whose graph.
         weights: file to write integer weights to, if there are any.
-        with_plugin: whether the plugin computes attention.
 
     Raises:
         ChaiError: it has operators that are not ONNX's and cannot be written as such.
     """
-    if with_plugin:
-        model = plugin_network(bundle, PLUGIN_VERSION, PLUGIN_NAMESPACE, f"{DIRECTORY}/{KERNELS}")
-    else:
-        model = portable_network(bundle)
+    model = plugin_network(bundle, PLUGIN_VERSION, PLUGIN_NAMESPACE, f"{DIRECTORY}/{KERNELS}")
     lower_operators(model, bundle.path, weights, f"{DIRECTORY}/{INTEGER_WEIGHTS}")
     require_known_domains(model)
     return model
@@ -322,7 +315,7 @@ def build_error(reports: Sequence[str], otherwise: str) -> ChaiError:
     return ChaiError(f"TensorRT could not build the engine ({cause}); see its messages above")
 
 
-def _prove(tensorrt: Any, bundle: Bundle, plan: Any, in_place: bool, max_batch: int) -> None:
+def _prove(tensorrt: Any, bundle: Bundle, plan: Any, max_batch: int) -> None:
     """One step of the engine at the largest batch, before it counts as built.
 
     Raises:
@@ -333,7 +326,7 @@ def _prove(tensorrt: Any, bundle: Bundle, plan: Any, in_place: bool, max_batch: 
     from chai_export.runtime.tensorrt_session import TensorRtSession, load_engine
 
     engine = load_engine(tensorrt, bytes(plan))
-    session = TensorRtSession(bundle.manifest, Heads.CHAI, engine, tensorrt=tensorrt, in_place=in_place)
+    session = TensorRtSession(bundle.manifest, Heads.CHAI, engine, tensorrt=tensorrt)
     tokens = 1
     session.begin(max_batch, tokens)
     logits = session.step(
@@ -358,7 +351,7 @@ def _timing_cache_path(tensorrt: Any) -> Path:
 
 def trtexec_line(
     shapes: tuple[Mapping[str, Range], ...],
-    plugin: Path | None,
+    plugin: Path,
     builder_memory: int | None,
     *,
     alias_caches: bool,
@@ -367,9 +360,7 @@ def trtexec_line(
 
     trtexec would multiply in TF32, and run the engine with caches of its own afterwards.
     """
-    words = ["trtexec", f"--onnx={NETWORK_FILE}"]
-    if plugin is not None:
-        words.append(f"--dynamicPlugins={plugin}")
+    words = ["trtexec", f"--onnx={NETWORK_FILE}", f"--dynamicPlugins={plugin}"]
     for index, profile in enumerate(shapes):
         words += [f"--profile={index}", *trtexec_shapes(profile)]
     if builder_memory is not None:

@@ -19,11 +19,13 @@ from chai_export.bundle.bundle import Bundle, check_files
 from chai_export.bundle.choices import Backend
 from chai_export.bundle.graph_io import (
     BATCH,
-    CAPACITY,
     INPUT_IDS,
     LENGTHS,
     OUTPUT_POSITIONS,
     OUTPUTS,
+    PAGE_LENGTH,
+    PAGES,
+    ROW_PAGES,
     TOKENS,
     kept_sizes,
 )
@@ -34,12 +36,12 @@ from chai_export.engines.tensorrt import (
     network_for_parser,
     with_aliases,
 )
-from chai_export.engines.tensorrt_network import portable_network, relocated
+from chai_export.engines.tensorrt_network import op_nodes, relocated
 from chai_export.engines.tensorrt_parser import parse_network
 from chai_export.errors import ChaiError
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
-from chai_export.op.schema import DOMAIN, OP_TYPE
 from chai_export.runtime.tensorrt_environment import (
+    HELD_AS,
     import_polygraphy,
     import_tensorrt,
     require_gpu,
@@ -71,13 +73,13 @@ def compare_layers(bundle: Bundle, *, tokens: int = DEFAULT_TOKENS, seed: int = 
         seed: of the tokens.
 
     Raises:
-        ChaiError: as :func:`chai_export.engines.tensorrt.build_tensorrt`; or the bundle has no engine, its
-            engine has no plugin, or it is bfloat16, which ONNX Runtime does not compute on a CPU.
+        ChaiError: as :func:`chai_export.engines.tensorrt.build_tensorrt`; or the bundle has no engine, or is
+            bfloat16, which ONNX Runtime does not compute on a CPU.
     """
     build = f"`chai-export build {bundle.path} --backend {Backend.TENSORRT}`"
     record = bundle.manifest.engines.get(Backend.TENSORRT)
-    if record is None or record.plugin_version is None:
-        raise ChaiError(f"{bundle.path} has no {Backend.TENSORRT} engine with the plugin; run {build} first")
+    if record is None:
+        raise ChaiError(f"{bundle.path} has no {Backend.TENSORRT} engine; run {build} first")
     if bundle.manifest.dtype == Dtype.BFLOAT16:
         raise ChaiError("ONNX Runtime computes no bfloat16 on a CPU; compare a bundle of --dtype float32")
     check_files(bundle.path, record.files, again=f"run {build} again")
@@ -87,9 +89,9 @@ def compare_layers(bundle: Bundle, *, tokens: int = DEFAULT_TOKENS, seed: int = 
     feeds = _feeds(bundle, tokens, seed)
     with tempfile.TemporaryDirectory() as scratch:
         # The engine's own integer weights are read; these are the same.
-        network = network_for_parser(bundle, Path(scratch, INTEGER_WEIGHTS), with_plugin=True)
+        network = network_for_parser(bundle, Path(scratch, INTEGER_WEIGHTS))
     watched = relocated(network, DIRECTORY, str((bundle.path / DIRECTORY).resolve()), DIRECTORY)
-    names = _watch(watched, bundle.manifest.dtype)
+    names = _watch(watched, bundle)
     expected = _run_onnxruntime(bundle, feeds, names)
     alias = bool(record.settings.get("alias_caches", False))
     with _beside_weights(bundle, watched) as path:
@@ -103,9 +105,10 @@ def compare_layers(bundle: Bundle, *, tokens: int = DEFAULT_TOKENS, seed: int = 
 
 
 def _feeds(bundle: Bundle, tokens: int, seed: int) -> dict[str, NDArray[Any]]:
-    """One fresh row of random tokens, caches of that capacity."""
+    """One fresh row of random tokens, in one page of that length: page 0."""
     manifest = bundle.manifest
-    sizes = {BATCH: 1, TOKENS: tokens, OUTPUTS: 1, CAPACITY: tokens, **kept_sizes(manifest.kept_heads)}
+    calls = {BATCH: 1, TOKENS: tokens, OUTPUTS: 1, PAGES: 1, ROW_PAGES: 1, PAGE_LENGTH: tokens}
+    sizes = calls | kept_sizes(manifest.kept_heads)
     feeds: dict[str, NDArray[Any]] = {
         value.name: np.zeros(value.shape(sizes), ELEMENT_TYPES[value.dtype].numpy)
         for value in manifest.io.inputs
@@ -116,11 +119,10 @@ def _feeds(bundle: Bundle, tokens: int, seed: int) -> dict[str, NDArray[Any]]:
     return feeds
 
 
-def _watch(model: onnx.ModelProto, dtype: str) -> list[str]:
+def _watch(model: onnx.ModelProto, bundle: Bundle) -> list[str]:
     """Make every attention's output an output of the graph; their names in the order of the graph."""
-    element = ELEMENT_TYPES[dtype].onnx
-    nodes = (n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, OP_TYPE))
-    names = [node.output[0] for node in nodes]
+    element = ELEMENT_TYPES[bundle.manifest.dtype].onnx
+    names = [node.output[0] for node in op_nodes(model, bundle)]
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, element, None) for name in names)
     return names
 
@@ -130,8 +132,8 @@ def _run_onnxruntime(
 ) -> list[NDArray[np.float32]]:
     import onnxruntime
 
-    model = portable_network(bundle)
-    _watch(model, bundle.manifest.dtype)
+    model = onnx.load(str(bundle.model_path), load_external_data=False)
+    _watch(model, bundle)
     with _beside_weights(bundle, model) as path:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         return [result.astype(np.float32) for result in session.run(names, feeds)]
@@ -154,10 +156,15 @@ def _run_tensorrt(
         try:
             engine = polygraphy.engine_from_network(network, config=config)
             with polygraphy.TrtRunner(engine) as runner:
-                results = runner.infer(feeds)
+                results = runner.infer({name: _as_held(array) for name, array in feeds.items()})
         except PolygraphyException as error:
             raise build_error([], str(error)) from error
     return {name: np.array(result, np.float32) for name, result in results.items()}
+
+
+def _as_held(array: NDArray[Any]) -> NDArray[Any]:
+    """The same bytes in the type that TensorRT has for them."""
+    return array.view(HELD_AS.get(array.dtype.name, array.dtype.name))
 
 
 @contextlib.contextmanager

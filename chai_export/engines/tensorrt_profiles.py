@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from chai_export.bundle.graph_io import BATCH, CAPACITY, OUTPUTS, TOKENS, kept_sizes
+from chai_export.bundle.graph_io import (
+    BATCH,
+    OUTPUTS,
+    PAGE_LENGTH,
+    PAGES,
+    ROW_PAGES,
+    TOKENS,
+    kept_sizes,
+)
 from chai_export.bundle.manifest import Manifest
+from chai_export.runtime import pages
 from chai_export.runtime.scheduler import LONGEST_CHUNK
 
 Shape = tuple[int, ...]
+Sizes = tuple[int, int, int]
+"""Smallest, likely and largest."""
 
 
 @dataclass(frozen=True)
@@ -21,37 +32,37 @@ class Range:
     most: Shape
 
 
-def profiles(manifest: Manifest, max_batch: int, max_seq: int) -> tuple[dict[str, Range], dict[str, Range]]:
+def profiles(
+    manifest: Manifest, max_batch: int, max_seq: int, page_length: int = pages.PAGE_LENGTH
+) -> tuple[dict[str, Range], dict[str, Range]]:
     """Shapes by input name for prefill (S up to a chunk, any output positions) and decode (S = N = 1).
 
-    The capacity goes up to ``max_seq``. The K cache of layer i has from kept_heads[i] KV heads, the likely
-    number, up to all of them, so that one engine also runs as plain attention.
+    A row has up to the pages that ``max_seq`` tokens take, a pool up to those of ``max_batch`` such rows; the
+    length of a page is fixed. The K cache of layer i has from kept_heads[i] KV heads, the likely number, up
+    to all of them, so that one engine also runs as plain attention.
     """
     chunk = longest_chunk(manifest, max_seq)
-    prefill = _profile(manifest, max_seq, (1, 1, max_batch), (1, chunk, chunk), (1, 1, chunk))
-    decode = _profile(manifest, max_seq, (1, max_batch, max_batch), (1, 1, 1), (1, 1, 1))
-    return prefill, decode
+    most = -(-max_seq // page_length)
+    row_pages, pool = (1, most, most), (1, max_batch * most, max_batch * most)
+
+    def profile(batch: Sizes, tokens: Sizes, outputs: Sizes) -> dict[str, Range]:
+        kept = (manifest.kept_heads, manifest.kept_heads, manifest.head_counts.all_kept)
+        sizes = [
+            {BATCH: b, TOKENS: s, OUTPUTS: n, ROW_PAGES: m, PAGES: p, PAGE_LENGTH: page_length}
+            | kept_sizes(r)
+            for b, s, n, m, p, r in zip(batch, tokens, outputs, row_pages, pool, kept, strict=True)
+        ]
+        return {value.name: Range(*map(value.shape, sizes)) for value in manifest.io.inputs}
+
+    return (
+        profile((1, 1, max_batch), (1, chunk, chunk), (1, 1, chunk)),
+        profile((1, max_batch, max_batch), (1, 1, 1), (1, 1, 1)),
+    )
 
 
 def longest_chunk(manifest: Manifest, max_seq: int) -> int:
     """Most new tokens of a row in one step."""
     return min(max(LONGEST_CHUNK, manifest.probe_tokens), max_seq)
-
-
-def _profile(
-    manifest: Manifest,
-    max_seq: int,
-    batch: tuple[int, int, int],
-    tokens: tuple[int, int, int],
-    outputs: tuple[int, int, int],
-) -> dict[str, Range]:
-    """Each tuple holds the smallest, likely and largest size."""
-    kept = (manifest.kept_heads, manifest.kept_heads, manifest.head_counts.all_kept)
-    sizes = [
-        {BATCH: b, TOKENS: s, OUTPUTS: n, CAPACITY: c, **kept_sizes(r)}
-        for b, s, n, c, r in zip(batch, tokens, outputs, (1, max_seq, max_seq), kept, strict=True)
-    ]
-    return {value.name: Range(*map(value.shape, sizes)) for value in manifest.io.inputs}
 
 
 def trtexec_shapes(profile: Mapping[str, Range]) -> list[str]:

@@ -21,13 +21,17 @@ from chai_export.engines.tensorrt import DIRECTORY, PLAN_FILE
 from chai_export.errors import ChaiError, UsageError
 from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.runtime.native import find_library
-from chai_export.runtime.tensorrt_environment import TENSORRT_LIBRARY
+from chai_export.runtime.tensorrt_environment import HELD_AS, TENSORRT_LIBRARY
 from chai_export.version import CREATED_WITH
 
 MODELS, PLUGINS, CLIENT = "models", "plugins", "client"
 START_FILE = "start.sh"
 RECORD_FILE, RECORD_FORMAT = "chai-repository.json", "chai-triton-repository/1"
-_DATA_TYPES = {element.onnx: element.triton_server for element in ELEMENT_TYPES.values()}
+_DATA_TYPES = {
+    element.onnx: ELEMENT_TYPES[HELD_AS.get(name, name)].triton_server
+    for name, element in ELEMENT_TYPES.items()
+}
+"""Of the engine's tensors, by the type that the graph has for them."""
 
 
 def write_model_repository(bundle: Bundle, directory: str | Path, *, name: str = "chai") -> Path:

@@ -63,13 +63,19 @@ class Budget:
     fix: str
 
     @staticmethod
-    def now(limit: int | None) -> Budget:
-        """``limit`` (``--cache-memory``), or most of the memory that is free where that is less."""
-        free = available_memory()
+    def now(limit: int | None, free: int | None = None, memory: str = "memory") -> Budget:
+        """``limit`` (``--cache-memory``), or most of the memory that is free where that is less.
+
+        Args:
+            limit: bytes, or None.
+            free: bytes of the memory that caches lie in. Default: the system's.
+            memory: what a user calls it.
+        """
+        free = available_memory() if free is None else free
         most = int(free * _SHARE)
         if limit is not None and limit <= most:
             return Budget(limit, f"raise --cache-memory ({bytes_text(limit)})")
-        return Budget(most, f"free memory ({bytes_text(free)} are free)")
+        return Budget(most, f"free {memory} ({bytes_text(free)} are free)")
 
 
 def available_memory() -> int:

@@ -158,12 +158,11 @@ def open_session(bundle: Bundle, backend: Backend | str, heads: Heads | str, **o
         ChaiError: the backend cannot run this bundle.
     """
     backend, heads = Backend(backend), Heads(heads)
+    if backend is Backend.TENSORRT:
+        from chai_export.runtime.tensorrt_session import open_tensorrt_session
+
+        return open_tensorrt_session(bundle, heads, cache_memory=options.get("cache_memory"))
     if bundle.manifest.paged:
-        if backend is not Backend.ONNXRUNTIME:
-            raise ChaiError(
-                f"{bundle.path} has version 2 of the op, which {backend} does not run; "
-                f"use --backend {Backend.ONNXRUNTIME}"
-            )
         from chai_export.runtime.onnxruntime_paged_session import OnnxRuntimePagedSession
 
         return OnnxRuntimePagedSession(bundle, heads, **options)
@@ -172,10 +171,6 @@ def open_session(bundle: Bundle, backend: Backend | str, heads: Heads | str, **o
             f"{bundle.path} has version 1 of the op, whose caches are no pool; leave --cache-memory out "
             "and limit rows with --max-seq"
         )
-    if backend is Backend.TENSORRT:
-        from chai_export.runtime.tensorrt_session import open_tensorrt_session
-
-        return open_tensorrt_session(bundle, heads)
     from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
     return OnnxRuntimeSession(bundle, heads, **options)

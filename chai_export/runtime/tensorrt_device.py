@@ -44,6 +44,15 @@ class CudaDevice:
                 f"{total / 2**30:.1f} GiB are free); lower --max-seq or give shorter or fewer prompts"
             ) from error
 
+    def pinned(self, size: int) -> torch.Tensor:
+        """uint8 [size] on the host, which copies to the device read without a detour."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def free_memory(self) -> int:
+        """Bytes that can be had on the device."""
+        torch.cuda.empty_cache()  # what torch keeps of tensors that are gone
+        return int(torch.cuda.mem_get_info()[0])
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record ``work``, which is not run, as a CUDA graph; call the result to run it.
 

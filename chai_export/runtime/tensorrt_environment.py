@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from chai_export.errors import ChaiError
-from chai_export.op.schema import DOMAIN, OP_TYPE, VERSION
+from chai_export.op.cache_storage import PAGED_VERSION
+from chai_export.op.schema import DOMAIN, OP_TYPE
 from chai_export.runtime.native import SWITCH, find_library, native_is_off
 
-TENSORRT_LIBRARY = "chai_tensorrt"
+TENSORRT_LIBRARY = "chai_tensorrt_v2"
 LEAST_TENSORRT = (10, 3)
-PLUGIN_VERSION = str(VERSION)
+PLUGIN_VERSION = str(PAGED_VERSION)
 PLUGIN_NAMESPACE = DOMAIN
+HELD_AS = {"uint8": "int8"}
+"""Types of caches that TensorRT has under another name: it passes UINT8 to casts alone, and to a plugin the
+bytes of INT8 as they are."""
 INSTALL = "pip install 'chai-export[tensorrt]'"
 
 
@@ -103,14 +107,18 @@ def _driver(device: int) -> str:
     return answer.stdout.strip() or "unknown"
 
 
-def require_plugin(tensorrt: Any) -> Path | None:
-    """Load the plugin library and return its path, or None when ``CHAI_EXPORT_NATIVE=0`` asks for none.
+def require_plugin(tensorrt: Any) -> Path:
+    """Load the plugin library and return its path.
 
     Raises:
-        ChaiError: it was not built, was built for another major version of TensorRT, or does not register.
+        ChaiError: ``CHAI_EXPORT_NATIVE=0`` forbids it, it was not built, was built for another major version
+            of TensorRT, or does not register.
     """
     if native_is_off():
-        return None
+        raise ChaiError(
+            f"{SWITCH}=0 leaves native code out, and TensorRT engines have no attention without the plugin; "
+            "unset it, or use --backend onnxruntime"
+        )
     major = version_of(tensorrt)[0]
     rebuild = (
         f"set TensorRT_ROOT to the headers of TensorRT {major}, then "
@@ -118,9 +126,7 @@ def require_plugin(tensorrt: Any) -> Path | None:
     )
     library = find_library(TENSORRT_LIBRARY)
     if library is None:
-        raise ChaiError(
-            f"lib{TENSORRT_LIBRARY}.so was not built; {rebuild} (or set {SWITCH}=0 to use the function body)"
-        )
+        raise ChaiError(f"lib{TENSORRT_LIBRARY}.so was not built; {rebuild}")
     try:
         compiled_for = int(ctypes.CDLL(str(library)).chai_tensorrt_major())
     except (OSError, AttributeError) as error:

@@ -1,14 +1,14 @@
-"""A bundle's TensorRT engine: two profiles, caches bound once and appended in place, decode in a CUDA graph.
+"""A bundle's TensorRT engine: rows in pages of pools on the GPU, appended to in place, decode in CUDA graphs.
 
-With the plugin each cache is one buffer, bound as past and as present. An engine of the function body reads
-the whole past while it writes the whole present, so its caches are two sets of buffers that swap roles. The
-head map always has two, and the new one is copied over the old one after the step.
+Each pool is one buffer, bound as past and as present. It is allocated when a batch begins, for all that its
+rows may need: TensorRT has no tensor that grows. Head maps are kept here by row and travel with each call.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -20,11 +20,15 @@ from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.choices import Backend, Heads
 from chai_export.bundle.engine_record import require_engine
 from chai_export.bundle.graph_io import (
-    BATCH,
-    CAPACITY,
     HEAD_MAP,
+    INPUT_IDS,
+    LENGTHS,
     LOGITS,
     OUTPUT_POSITIONS,
+    PAGE_LENGTH,
+    PAGE_TABLE,
+    PAGES,
+    PAST_LENGTHS,
     PRESENT_HEAD_MAP,
     kept_sizes,
 )
@@ -32,30 +36,40 @@ from chai_export.bundle.manifest import Manifest
 from chai_export.bundle.op_nodes import check_op_nodes
 from chai_export.errors import ChaiError
 from chai_export.op.dtypes import ELEMENT_TYPES
-from chai_export.runtime.native import SWITCH
+from chai_export.runtime.paged_cache import Budget, memory_error
+from chai_export.runtime.pages import PagePool
 from chai_export.runtime.tensorrt_device import CudaDevice
 from chai_export.runtime.tensorrt_environment import (
+    HELD_AS,
     PLUGIN_VERSION,
     import_tensorrt,
     require_gpu,
     require_plugin,
 )
+from chai_export.runtime.tensorrt_tensors import PackedTensors
 
 PREFILL, DECODE = 0, 1
 """Indices of an engine's profiles: any S and N, and S = N = 1."""
+MOST_GRAPHS = 16
+"""Shapes of decode steps that have a graph at one time; each has a context of TensorRT of its own."""
 _ELEMENT_TYPES = {element.tensorrt: name for name, element in ELEMENT_TYPES.items()}
+_LARGEST = 2
+"""Of the three shapes that a profile has for each input."""
 
 
 class TensorRtSession:
-    """The :class:`~chai_export.runtime.session.Session` of TensorRT.
+    """The :class:`~chai_export.runtime.session.PagedSession` of TensorRT.
 
     Args:
         manifest: of the bundle that the engine was built from.
         heads: "chai", or "all" for K caches with every KV head, which makes the same engine plain attention.
         engine: an ``ICudaEngine`` with profiles for prefill and decode.
         tensorrt: its module.
-        in_place: the engine has the plugin, which appends to the caches it is given.
+        cache_memory: bytes that the pools may take; None for what is free.
         device: where the tensors live; the current CUDA device if not given.
+
+    Attributes:
+        page_length: positions of a page, which the engine was built for.
 
     Raises:
         ChaiError: the engine's inputs and outputs are not the manifest's, or its memory cannot be had.
@@ -68,42 +82,45 @@ class TensorRtSession:
         engine: Any,
         *,
         tensorrt: Any,
-        in_place: bool,
+        cache_memory: int | None = None,
         device: CudaDevice | None = None,
     ) -> None:
         self._manifest = manifest
         self._heads = heads
-        self.in_place = in_place
+        self._cache_memory = cache_memory
         self._device = device or CudaDevice()
         self._engine = engine
+        self._strategy = tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED
         _check_engine(engine, manifest)
         self._io = manifest.io
         self._logits_type = getattr(torch, _ELEMENT_TYPES[engine.get_tensor_dtype(LOGITS).name])
-        self._contexts = self._make_contexts(tensorrt)
-        self._batch = 0
-        self._capacity = 0
-        self._caches: list[dict[str, torch.Tensor]] = []
-        self._decode: _Decode | None = None
-        self._bound: tuple[dict[str, torch.Tensor], ...] = ()
-
-    def _make_contexts(self, tensorrt: Any) -> list[Any]:
-        """One per profile, with scratch memory in common: they never run at one time."""
-        engine, profiles = self._engine, (PREFILL, DECODE)
-        size = max(engine.get_device_memory_size_for_profile_v2(profile) for profile in profiles)
+        largest = engine.get_tensor_profile_shape(self._io.caches[0].past.name, PREFILL)[_LARGEST]
+        self.page_length = int(largest[2])
+        self._most_row_pages = int(engine.get_tensor_profile_shape(PAGE_TABLE, PREFILL)[_LARGEST][1])
+        size = max(engine.get_device_memory_size_for_profile_v2(profile) for profile in (PREFILL, DECODE))
         with self._device.in_stream():
             self._scratch = self._device.empty((size,), torch.int8)
-        contexts = []
-        for profile in profiles:
-            context = engine.create_execution_context(
-                tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED
-            )
-            if context is None:
-                raise ChaiError("TensorRT could not make an execution context; see its message above")
-            if not context.set_optimization_profile_async(profile, self._device.stream_handle):
-                raise ChaiError(f"the engine has no profile {profile}; build it with `chai-export build`")
-            context.set_device_memory(self._scratch.data_ptr(), size)
-            contexts.append(context)
-        return contexts
+        self._prefill = self._make_context(PREFILL)
+        self._spare = [self._make_context(DECODE)]
+        self._caches: dict[str, torch.Tensor] = {}
+        self._decodes: OrderedDict[tuple[int, ...], _Decode] = OrderedDict()
+        self._longest = 0
+        self._set_rows(0, 0)
+
+    def _make_context(self, profile: int) -> Any:
+        """Of a profile; scratch memory is in common, since contexts never run at one time."""
+        context = self._engine.create_execution_context(self._strategy)
+        if context is None:
+            raise ChaiError("TensorRT could not make an execution context; see its message above")
+        if not context.set_optimization_profile_async(profile, self._device.stream_handle):
+            raise ChaiError(f"the engine has no profile {profile}; build it with `chai-export build`")
+        context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
+        return context
+
+    @property
+    def in_place(self) -> bool:
+        """The plugin appends to the caches it is given."""
+        return True
 
     @property
     def bounded_scratch(self) -> bool:
@@ -112,51 +129,87 @@ class TensorRtSession:
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit in each row of the caches; 0 before :meth:`begin`."""
-        return self._capacity
+        """Tokens that the row with the largest promise may have."""
+        return self._longest
+
+    @property
+    def pool(self) -> PagePool:
+        """The pages of the rows since :meth:`start`."""
+        return self._pool
+
+    @property
+    def held_tokens(self) -> int:
+        """Positions of the pages that rows held since :meth:`start`, when they held most."""
+        return self._pool.peak * self.page_length
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page over all layers: codes and scales of keys and values."""
+        return self._manifest.kv_bytes_per_token(self._heads) * self.page_length
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all cache buffers."""
-        per_token = self._manifest.kv_bytes_per_token(self._heads)
-        return len(self._caches) * self._batch * self._capacity * per_token
+        """Bytes of all pools."""
+        return sum(int(pool.nbytes) for pool in self._caches.values())
 
     @property
     def head_map(self) -> NDArray[np.int32]:
-        """int32 [L,B,H] after the last step (a copy)."""
-        result: NDArray[np.int32] = self._head_map.cpu().numpy().copy()
-        return result
+        """int32 [L,B,H] by row (a copy)."""
+        return self._head_map.copy()
+
+    def budget(self) -> tuple[int, Budget]:
+        """Tokens that fit in a pool now, and what bounds them; see :class:`PagedSession`."""
+        budget = Budget.now(self._cache_memory, self._device.free_memory(), "GPU memory")
+        return budget.size // self.page_bytes * self.page_length, budget
+
+    def start(self, rows: int, pages: int) -> None:
+        """Begin anew with ``rows`` empty rows, and allocate a pool of so many pages.
+
+        Raises:
+            ChaiError: there is not enough GPU memory.
+        """
+        self.drop()
+        self._set_rows(rows, pages)
+        kept = kept_sizes(self._manifest.heads(self._heads))
+        sizes = {PAGES: pages, PAGE_LENGTH: self.page_length, **kept}
+        with self._device.in_stream():
+            for cache in self._io.caches:
+                shape, dtype = cache.past.shape(sizes), getattr(torch, cache.past.dtype)
+                self._caches[cache.past.name] = self._device.empty(shape, dtype)
 
     def begin(self, batch: int, capacity: int) -> None:
-        """Allocate for ``batch`` empty rows of ``capacity`` tokens.
+        """Begin anew with ``batch`` rows, each with a promise of ``capacity`` tokens.
 
         Raises:
             ChaiError: there is not enough GPU memory.
         """
-        self._drop()
-        self._batch, self._capacity = batch, capacity
-        shape = (self._manifest.num_layers, batch, self._manifest.num_query_heads)
-        with self._device.in_stream():
-            self._caches = [self._new_cache() for _ in range(1 if self.in_place else 2)]
-            self._head_map = self._device.empty(shape, torch.int32).zero_()
-            self._present_head_map = self._device.empty(shape, torch.int32)
+        self.drop()
+        tokens, budget = self.budget()
+        pages = batch * self._pool.count(capacity)
+        if pages * self.page_length > tokens:
+            raise memory_error(batch, capacity, pages * self.page_bytes, budget)
+        self.start(batch, pages)
+        for row in range(batch):
+            promised = self.promise(row, capacity)
+            assert promised
 
-    def grow(self, capacity: int) -> None:
-        """Enlarge the caches to ``capacity`` tokens, keeping their content.
+    def drop(self) -> None:
+        """Give the memory of the caches back."""
+        self._spare += [decode.context for decode in self._decodes.values()]
+        self._decodes.clear()
+        self._caches.clear()
+        self._set_rows(0, 0)
 
-        Raises:
-            ChaiError: there is not enough GPU memory.
-        """
-        old = self._caches[0]
-        self._drop()
-        used, self._capacity = self._capacity, capacity
-        with self._device.in_stream():
-            larger = self._new_cache()
-            for name in list(old):
-                larger[name][:, :, :used].copy_(old.pop(name))
-            self._caches = [larger]
-            if not self.in_place:
-                self._caches.append(self._new_cache())
+    def promise(self, row: int, tokens: int) -> bool:
+        """Promise a row room for ``tokens`` in all, if pages for them are there."""
+        if not self._pool.promise(row, tokens):
+            return False
+        self._longest = max(self._longest, tokens)
+        return True
+
+    def release(self, row: int) -> None:
+        """Take all pages from a row, whose text has ended."""
+        self._pool.release(row)
 
     def step(
         self,
@@ -165,70 +218,100 @@ class TensorRtSession:
         past_lengths: NDArray[np.int32],
         output_positions: NDArray[np.int64],
         rope_lengths: NDArray[np.int32] | None = None,
+        rows: Sequence[int] | None = None,
     ) -> NDArray[np.float32]:
-        """Feed new tokens; see :meth:`chai_export.runtime.session.Session.step`.
+        """Feed new tokens; see :meth:`chai_export.runtime.session.PagedSession.step`.
 
         Raises:
             ChaiError: TensorRT refuses the shapes or the step.
         """
-        assert np.all((lengths == 0) | (past_lengths + lengths <= self.capacity))
-        given: tuple[NDArray[Any], ...] = (input_ids, lengths, past_lengths, output_positions)
-        arrays = {value.name: array for value, array in zip(self._io.step, given, strict=True)}
+        of = np.arange(len(lengths)) if rows is None else np.asarray(rows, np.int64)
+        fed: dict[str, NDArray[Any]] = {
+            INPUT_IDS: input_ids,
+            LENGTHS: lengths,
+            PAST_LENGTHS: past_lengths,
+            OUTPUT_POSITIONS: output_positions,
+        }
+        active = np.flatnonzero(lengths > 0)
+        if len(active) == len(lengths):
+            return self._call(fed, of)
+        logits = np.zeros((*output_positions.shape, self._manifest.vocab_size), np.float32)
+        if len(active):
+            logits[active] = self._call({name: array[active] for name, array in fed.items()}, of[active])
+        return logits
+
+    def _call(self, fed: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run the engine on active rows."""
+        totals = fed[PAST_LENGTHS] + fed[LENGTHS]
+        for row, tokens in zip(rows.tolist(), totals.tolist(), strict=True):
+            self._pool.extend(row, tokens)
+        arrays = {**fed, PAGE_TABLE: self._page_table(rows), HEAD_MAP: self._head_map[:, rows]}
         with self._device.in_stream():
-            if input_ids.shape[1] == 1 and output_positions.shape[1] == 1:
-                logits = self._decode_step(arrays)
+            if fed[INPUT_IDS].shape[1] == 1 and fed[OUTPUT_POSITIONS].shape[1] == 1:
+                outputs = self._decode_step(arrays)
             else:
-                logits = self._prefill_step(arrays)
-            result: NDArray[np.float32] = logits.float().cpu().numpy()
+                outputs = self._prefill_step(arrays)
+            result: NDArray[np.float32] = outputs[LOGITS].float().cpu().numpy()
+            if (fed[PAST_LENGTHS] == 0).any():  # maps of other rows stay what they were
+                self._head_map[:, rows] = outputs[PRESENT_HEAD_MAP].cpu().numpy()
         self._device.synchronize()
         return result
 
-    def _prefill_step(self, arrays: dict[str, NDArray[Any]]) -> torch.Tensor:
+    def _page_table(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """As wide as a power of two: decode steps change shape when a row doubles, not with each page."""
+        table = self._pool.table(rows.tolist())
+        width = min(1 << (table.shape[1] - 1).bit_length(), self._most_row_pages)
+        return np.pad(table, ((0, 0), (0, width - table.shape[1])), constant_values=-1)
+
+    def _prefill_step(self, arrays: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
         feeds = self._feeds(arrays)
-        logits = self._bind(PREFILL, feeds)
-        self._execute(PREFILL)
-        return logits
+        outputs = self._bind(self._prefill, feeds)
+        self._execute(self._prefill)
+        return outputs
 
-    def _decode_step(self, arrays: dict[str, NDArray[Any]]) -> torch.Tensor:
-        if self._decode is None:
+    def _decode_step(self, arrays: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+        shape = arrays[PAGE_TABLE].shape
+        decode = self._decodes.get(shape)
+        if decode is None:
+            context = self._decode_context()
             feeds = self._feeds(arrays)
-            self._decode = _Decode(feeds, self._bind(DECODE, feeds))
+            decode = self._decodes[shape] = _Decode(context, feeds, self._bind(context, feeds))
             # The first run is outside the graph: TensorRT prepares for the new shapes in it.
-            self._execute(DECODE)
-            return self._decode.logits
-        decode = self._decode
-        _fill(decode.feeds, arrays)
-        if not self.in_place:
-            decode.logits = self._bind(DECODE, decode.feeds)  # the caches have swapped roles
-            self._execute(DECODE)
-            return decode.logits
+            self._execute(context)
+            return decode.outputs
+        self._decodes.move_to_end(shape)
+        decode.feeds.fill(arrays)
         if decode.replay is None:
-            decode.replay = self._device.capture(lambda: self._execute(DECODE))
+            context = decode.context
+            decode.replay = self._device.capture(lambda: self._execute(context))
         decode.replay()
-        return decode.logits
+        return decode.outputs
 
-    def _feeds(self, arrays: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
-        feeds = {
-            value.name: self._device.empty(arrays[value.name].shape, getattr(torch, value.dtype))
-            for value in self._io.step
-        }
-        _fill(feeds, arrays)
+    def _decode_context(self) -> Any:
+        """One that no graph uses: a graph is good as long as its context stays as it was."""
+        if len(self._decodes) == MOST_GRAPHS:
+            _, oldest = self._decodes.popitem(last=False)
+            self._spare.append(oldest.context)
+        return self._spare.pop() if self._spare else self._make_context(DECODE)
+
+    def _feeds(self, arrays: dict[str, NDArray[Any]]) -> PackedTensors:
+        values = (*self._io.step, self._io.head_map)
+        shapes = {value.name: (arrays[value.name].shape, getattr(torch, value.dtype)) for value in values}
+        feeds = PackedTensors(self._device, shapes)
+        feeds.fill(arrays)
         return feeds
 
-    def _bind(self, profile: int, feeds: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Set every shape and address of a context; returns the tensor that receives the logits."""
-        context = self._contexts[profile]
-        past, present = self._caches[0], self._caches[-1]
-        caches = self._io.caches
-        logits = self._device.empty(
-            (*feeds[OUTPUT_POSITIONS].shape, self._manifest.vocab_size), self._logits_type
-        )
-        inputs = {**feeds, HEAD_MAP: self._head_map, **{c.past.name: past[c.past.name] for c in caches}}
-        outputs = {
-            LOGITS: logits,
-            PRESENT_HEAD_MAP: self._present_head_map,
-            **{c.present.name: present[c.past.name] for c in caches},
+    def _bind(self, context: Any, feeds: PackedTensors) -> dict[str, torch.Tensor]:
+        """Set every shape and address of a context; returns the tensors that receive logits and maps."""
+        fed = feeds.on_device
+        sizes = (*fed[OUTPUT_POSITIONS].shape, self._manifest.vocab_size)
+        made = {
+            LOGITS: self._device.empty(sizes, self._logits_type),
+            PRESENT_HEAD_MAP: self._device.empty(fed[HEAD_MAP].shape, torch.int32),
         }
+        caches = self._io.caches
+        inputs = {**fed, **self._caches}
+        outputs = {**made, **{c.present.name: self._caches[c.past.name] for c in caches}}
         for name, tensor in inputs.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise ChaiError(
@@ -238,62 +321,47 @@ class TensorRtSession:
         for name, tensor in chain(inputs.items(), outputs.items()):
             if not context.set_tensor_address(name, tensor.data_ptr()):
                 raise ChaiError(f"TensorRT refuses the address of {name}; build the engine again")
-        self._bound = (inputs, outputs)  # keeps the tensors alive
-        return logits
+        return made
 
-    def _execute(self, profile: int) -> None:
-        if not self._contexts[profile].execute_async_v3(self._device.stream_handle):
+    def _execute(self, context: Any) -> None:
+        if not context.execute_async_v3(self._device.stream_handle):
             raise ChaiError("TensorRT could not run the step; see its message above")
-        self._head_map.copy_(self._present_head_map)
-        if not self.in_place:
-            self._caches.reverse()
 
-    def _new_cache(self) -> dict[str, torch.Tensor]:
-        """K and V caches by the name of their input."""
-        kept = kept_sizes(self._manifest.heads(self._heads))
-        sizes = {BATCH: self._batch, CAPACITY: self._capacity, **kept}
-        pasts = [cache.past for cache in self._io.caches]
-        return {p.name: self._device.empty(p.shape(sizes), getattr(torch, p.dtype)) for p in pasts}
-
-    def _drop(self) -> None:
-        self._decode, self._bound, self._caches = None, (), []
+    def _set_rows(self, rows: int, pages: int) -> None:
+        manifest = self._manifest
+        self._pool = PagePool(pages, self.page_length)
+        self._longest = 0
+        self._head_map = np.zeros((manifest.num_layers, rows, manifest.num_query_heads), np.int32)
 
 
 class _Decode:
-    """Fixed tensors of decode steps, and their graph once there is one."""
+    """Fixed tensors of decode steps of one shape, their context, and their graph once there is one."""
 
-    def __init__(self, feeds: dict[str, torch.Tensor], logits: torch.Tensor) -> None:
+    def __init__(self, context: Any, feeds: PackedTensors, outputs: dict[str, torch.Tensor]) -> None:
+        self.context = context
         self.feeds = feeds
-        self.logits = logits
+        self.outputs = outputs
         self.replay: Callable[[], None] | None = None
 
 
-def _fill(feeds: dict[str, torch.Tensor], arrays: dict[str, NDArray[Any]]) -> None:
-    for name, tensor in feeds.items():
-        tensor.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
-
-
-def open_tensorrt_session(bundle: Bundle, heads: Heads) -> TensorRtSession:
-    """The session of a bundle's TensorRT engine.
+def open_tensorrt_session(
+    bundle: Bundle, heads: Heads, *, cache_memory: int | None = None
+) -> TensorRtSession:
+    """The session of a bundle's TensorRT engine; ``cache_memory`` as :class:`TensorRtSession`.
 
     Raises:
         ChaiError: there is no engine, it does not fit this machine, or something it needs is missing.
     """
     tensorrt = import_tensorrt()
     gpu = require_gpu()
-    known = bundle.manifest.engines.get(Backend.TENSORRT)
-    needs_plugin = known is not None and known.plugin_version is not None
-    if needs_plugin and require_plugin(tensorrt) is None:
-        raise ChaiError(
-            f"the {Backend.TENSORRT} engine of {bundle.path} needs the plugin; leave {SWITCH} unset"
-        )
+    require_plugin(tensorrt)
     record = require_engine(
         bundle,
         Backend.TENSORRT,
         runtime="TensorRT",
         runtime_version=tensorrt.__version__,
         gpu_architecture=gpu.target,
-        plugin_version=PLUGIN_VERSION if needs_plugin else None,
+        plugin_version=PLUGIN_VERSION,
     )
     check_op_nodes(bundle)
     plan = next((name for name in record.files if name.endswith(".plan")), None)
@@ -303,7 +371,7 @@ def open_tensorrt_session(bundle: Bundle, heads: Heads) -> TensorRtSession:
             f"{bundle.path} --backend {Backend.TENSORRT}` again"
         )
     engine = load_engine(tensorrt, (bundle.path / plan).read_bytes())
-    return TensorRtSession(bundle.manifest, heads, engine, tensorrt=tensorrt, in_place=needs_plugin)
+    return TensorRtSession(bundle.manifest, heads, engine, tensorrt=tensorrt, cache_memory=cache_memory)
 
 
 def load_engine(tensorrt: Any, plan: bytes) -> Any:
@@ -348,8 +416,11 @@ def _check_engine(engine: Any, manifest: Manifest) -> None:
     types = {name: engine.get_tensor_dtype(name).name for name in names}
     # TensorRT has -1 for a size that a call decides.
     dims = {name: [dim if dim >= 0 else None for dim in engine.get_tensor_shape(name)] for name in names}
-    difference = manifest.io.difference(
-        {name: (_ELEMENT_TYPES.get(types[name], types[name]), dims[name]) for name in names}
+    io = manifest.io
+    wanted = {value.name: {HELD_AS.get(d, d): d for d in value.dtypes} for value in (*io.inputs, *io.outputs)}
+    found = {name: _ELEMENT_TYPES.get(types[name], types[name]) for name in names}
+    difference = io.difference(
+        {name: (wanted.get(name, {}).get(found[name], found[name]), dims[name]) for name in names}
     )
     if difference is not None:
         raise ChaiError(f"the engine is of another model: {difference}; build it again")

@@ -77,7 +77,7 @@ def _bundle_of(name: str, opset: int, attention: str) -> Bundle:
     return rewrite(path, Clusters(kept_of(name)), path.parent / "bundle")
 
 
-def bundle_in(name: str, dtype: str, place: Path) -> Bundle:
+def bundle_in(name: str, dtype: str, place: Path, **options: Any) -> Bundle:
     """A tiny model below ``place`` as `export --dtype` makes a bundle of it."""
     model_of(name).save_pretrained(place / "model")
-    return export(place / "model", Clusters(kept_of(name)), place / "bundle", dtype=dtype)
+    return export(place / "model", Clusters(kept_of(name)), place / "bundle", dtype=dtype, **options)

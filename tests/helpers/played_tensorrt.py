@@ -13,14 +13,14 @@ import pytest
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.engines import tensorrt as engine_module
-from chai_export.kernels.spec import Spec
+from chai_export.kernels.v2.spec import Spec
 from chai_export.op.schema import DOMAIN, OP_TYPE
 from chai_export.runtime import tensorrt_session as session_module
 from chai_export.runtime.tensorrt_environment import Gpu
 from tests.helpers.fake_tensorrt import TENSORRT, FakeEngine, HostDevice
 from tests.helpers.tiny_graph import TinyModel
 
-MODEL = TinyModel(positions=96)
+MODEL = TinyModel(positions=96, bits=(0, 0))
 GPU = Gpu("Played GPU", 90, "999.1")
 
 

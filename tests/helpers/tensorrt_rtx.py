@@ -71,7 +71,7 @@ def write_cut(bundle: Bundle, max_batch: int, max_seq: int) -> tuple[Path, Shape
     """The network beside the bundle's weights, cut at its attentions, and its profiles."""
     weights = bundle.path / DIRECTORY / INTEGER_WEIGHTS
     weights.parent.mkdir(parents=True, exist_ok=True)
-    model = network_for_parser(bundle, weights, with_plugin=True)
+    model = network_for_parser(bundle, weights)
     fed = cut_at_attention(model, bundle)
     path = bundle.path / "cut.onnx"
     save(model, path)
@@ -100,7 +100,7 @@ def cut_at_attention(model: onnx.ModelProto, bundle: Bundle) -> dict[str, tuple[
     fed: dict[str, tuple[int, int]] = {}
     for node in attentions:
         kinds = {node.output[0]: (2, manifest.num_query_heads * manifest.value_head_dim, float_type)}
-        kinds[node.output[3]] = (1, manifest.num_query_heads, onnx.TensorProto.INT32)
+        kinds[node.output[-1]] = (1, manifest.num_query_heads, onnx.TensorProto.INT32)
         for name, (leading, size, element) in kinds.items():
             if name in read:
                 fed[name] = (leading, size)

@@ -11,7 +11,8 @@ import pytest
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.clustering.clusters import Clusters
-from chai_export.engines.tensorrt import DIRECTORY, INTEGER_WEIGHTS, network_for_parser, save
+from chai_export.engines.tensorrt import save
+from chai_export.engines.tensorrt_lowering import lower_operators
 from chai_export.graph.stage import rewrite
 from tests.helpers.graph_runner import GraphRunner
 from tests.helpers.onnx_fixtures import REWRITTEN
@@ -27,10 +28,10 @@ EXACT = 1
 
 
 def lowered(bundle: Bundle) -> Path:
-    weights = bundle.path / DIRECTORY / INTEGER_WEIGHTS
-    weights.parent.mkdir(parents=True)
+    model = onnx.load(str(bundle.model_path), load_external_data=False)
+    lower_operators(model, bundle.path, bundle.path / "integers.data", "integers.data")
     path = bundle.path / "lowered.onnx"
-    save(network_for_parser(bundle, weights, with_plugin=False), path)
+    save(model, path)
     return path
 
 

@@ -40,6 +40,7 @@ FIXTURES_AT_ONCE = {
 }
 FAMILIES_AT_ONCE = {("qwen3-gqa", "bfloat16"), ("mixtral-gqa", "float16"), ("gpt_neox", "float16")}
 """An export takes seconds, what is built of it less than one."""
+PAGED: dict[str, Any] = {"key_bits": 16, "value_bits": 16}
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -48,7 +49,8 @@ def slow_but(at_once: bool) -> Any:
 
 
 def fixture_bundle(fixture: Fixture, place: Path) -> Bundle:
-    return rewrite(fixture.path, Clusters([max(1, fixture.kv_heads // 2)] * fixture.layers), place)
+    clusters = Clusters([max(1, fixture.kv_heads // 2)] * fixture.layers)
+    return rewrite(fixture.path, clusters, place, **PAGED)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_a_graph_of_another_exporter_is_built(fixture: Fixture, tmp_path: Path) 
     ],
 )
 def test_a_family_is_built(family: str, dtype: str, tmp_path: Path) -> None:
-    built = build_cut(bundle_in(family, dtype, tmp_path))
+    built = build_cut(bundle_in(family, dtype, tmp_path, **PAGED))
     assert built.refused == ""
     # What it takes in pieces, such as a rotary embedding through casts, shows as layers.
     assert 50 < built.layers < 450
@@ -89,7 +91,7 @@ def test_what_quantize_dynamic_makes_of_a_graph_is_built(options: dict[str, Any]
     fixture = next(fixture for fixture in REWRITTEN if fixture.name in FIXTURES_AT_ONCE)
     quantize_dynamic(fixture.path / "model.onnx", tmp_path / "model.onnx", **options)
     clusters = Clusters([fixture.kv_heads] * fixture.layers)
-    assert build_cut(rewrite(tmp_path / "model.onnx", clusters, tmp_path / "bundle")).refused == ""
+    assert build_cut(rewrite(tmp_path / "model.onnx", clusters, tmp_path / "bundle", **PAGED)).refused == ""
 
 
 def one_node(

@@ -1,4 +1,4 @@
-"""The TensorRT session on an engine that ONNX Runtime plays: bindings, profiles, growth and graphs.
+"""The TensorRT session on an engine that ONNX Runtime plays: bindings, profiles, pages and graphs.
 
 What this cannot show is that TensorRT and a GPU do the same; no GPU has run the session yet.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,19 +16,23 @@ import torch
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.errors import ChaiError
+from chai_export.runtime import tensorrt_session
 from chai_export.runtime.runner import Runner
 from chai_export.runtime.tensorrt_device import CudaDevice
-from chai_export.runtime.tensorrt_session import DECODE, PREFILL, TensorRtSession
+from chai_export.runtime.tensorrt_session import TensorRtSession
 from tests.helpers.fake_tensorrt import TENSORRT, FakeEngine, HostDevice
 from tests.helpers.tiny_graph import TinyModel
 
+GROUPED: dict[str, Any] = {"heads": 6, "kv_heads": 3, "kept": (1, 2), "head_dim": 4, "value_dim": 8}
 MODELS = {
-    "mha": TinyModel(positions=400),
-    "gqa": TinyModel(heads=6, kv_heads=3, kept=(1, 2), head_dim=4, value_dim=8, positions=400),
+    "mha": TinyModel(positions=400, bits=(0, 0)),
+    "gqa": TinyModel(positions=400, bits=(0, 0), **GROUPED),
+    "8/4": TinyModel(positions=400, bits=(8, 4)),
+    "mixed": TinyModel(positions=400, bits=((4, 16), (0, 8)), **GROUPED),
 }
 PROMPTS = [[5, 9], [7, 8, 20, 21, 6, 30], list(range(4, 33))]
 TOLERANCE = 1e-4
-MAX_BATCH, MAX_SEQ = 3, 300
+MAX_BATCH, MAX_SEQ, PAGE = 3, 300, 8
 
 
 @pytest.fixture(scope="module")
@@ -39,76 +44,109 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
 class Opened:
     """A runner on the fake engine, and what it is made of."""
 
-    def __init__(self, bundle: Bundle, heads: str = "chai", in_place: bool = True) -> None:
-        self.engine = FakeEngine(bundle, MAX_BATCH, MAX_SEQ)
-        self.device = HostDevice()
+    def __init__(self, bundle: Bundle, heads: str = "chai", memory: int = 1 << 30, **options: Any) -> None:
+        self.engine = FakeEngine(bundle, MAX_BATCH, MAX_SEQ, PAGE)
+        self.device = HostDevice(memory)
         self.session = TensorRtSession(
             bundle.manifest,
             heads,
             self.engine,
             tensorrt=TENSORRT,
-            in_place=in_place,
             device=self.device,  # type: ignore[arg-type]
+            **options,
         )
         self.runner = Runner(bundle, self.session, "tensorrt", heads, max_batch=MAX_BATCH)
 
 
-@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("heads", ["chai", "all"])
 @pytest.mark.parametrize("name", list(MODELS))
-def test_logits_and_head_maps_are_those_of_the_reference(bundles, name, heads, in_place):
-    opened = Opened(bundles[name], heads, in_place)
+def test_logits_and_head_maps_are_those_of_the_reference(bundles, name, heads):
+    opened = Opened(bundles[name], heads)
     for prompt in PROMPTS:
         logits, maps = MODELS[name].reference(prompt, heads)
         np.testing.assert_allclose(opened.runner.logits(prompt), logits, atol=TOLERANCE)
         np.testing.assert_array_equal(opened.runner.head_maps, maps)
 
 
-@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("heads", ["chai", "all"])
 @pytest.mark.parametrize("name", list(MODELS))
-def test_a_batch_generates_what_each_prompt_generates_alone(bundles, name, heads, in_place):
-    opened = Opened(bundles[name], heads, in_place)
+def test_a_batch_generates_what_each_prompt_generates_alone(bundles, name, heads):
+    opened = Opened(bundles[name], heads)
     results = opened.runner.generate(PROMPTS, max_new_tokens=20, ignore_eos=True)
     for prompt, result in zip(PROMPTS, results, strict=True):
         assert result.token_ids == MODELS[name].greedy(prompt, 20, heads)
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-def test_chunks_and_single_tokens_give_the_logits_of_one_prefill(bundles, in_place):
-    opened = Opened(bundles["mha"], in_place=in_place)
+def test_chunks_and_single_tokens_give_the_logits_of_one_prefill(bundles):
+    opened = Opened(bundles["mha"])
     prompt = PROMPTS[2]
     whole = opened.runner.logits(prompt)
     for chunks in ([5, 24], [6, 1, 1, 21], [5, *[1] * 24]):
         np.testing.assert_allclose(opened.runner.logits(prompt, chunks=chunks), whole, atol=TOLERANCE)
 
 
-def test_decode_runs_in_one_graph_until_the_caches_grow(bundles):
+def test_decode_runs_in_one_graph_until_the_page_table_doubles(bundles):
     opened = Opened(bundles["mha"])
-    opened.runner.generate([PROMPTS[1]], max_new_tokens=10, ignore_eos=True)
-    prefill, decode = (opened.engine.contexts[i] for i in (PREFILL, DECODE))
+    # 6 to 16 tokens: one page, then two.
+    opened.runner.generate([PROMPTS[1]], max_new_tokens=11, ignore_eos=True)
+    prefill, first, second = opened.engine.contexts
     assert prefill.executed == 1
-    assert opened.device.captured == 1
-    assert opened.device.replayed == 8  # 10 tokens: one from prefill, one outside the graph
+    assert (first.executed, second.executed) == (2, 8)
+    assert opened.device.captured == 2
+    assert opened.device.replayed == 10 - 2  # the first step of either is outside its graph
     tensors = opened.engine.num_io_tensors
-    assert decode.bound == tensors
-    wanted = MODELS["mha"].greedy(PROMPTS[1], 130)
-    result = opened.runner.generate([PROMPTS[1]], max_new_tokens=130, ignore_eos=True)
-    assert result[0].token_ids == wanted
-    assert opened.session.capacity > 128
-    assert opened.device.captured == 1 + 2  # a graph for each capacity
-    assert decode.bound == 3 * tensors
+    assert first.bound == second.bound == tensors
+    wanted = MODELS["mha"].greedy(PROMPTS[1], 40)
+    assert opened.runner.generate([PROMPTS[1]], max_new_tokens=40, ignore_eos=True)[0].token_ids == wanted
+    assert opened.session.pool.touched == 6
+    # 1, 2, 4 and 8 pages; contexts of the batch before are used again, their graphs are not.
+    assert len(opened.engine.contexts) == 1 + 4
+    assert opened.device.captured == 2 + 4
 
 
-def test_caches_are_one_buffer_with_the_plugin_and_two_without(bundles):
-    for in_place, buffers in ((True, 1), (False, 2)):
-        session = Opened(bundles["gqa"], in_place=in_place).session
-        session.begin(2, 64)
-        assert session.cache_bytes == buffers * 2 * 64 * bundles["gqa"].manifest.kv_bytes_per_token("chai")
+def test_a_call_has_the_rows_that_have_work(bundles):
+    opened = Opened(bundles["8/4"])
+    opened.runner.generate([PROMPTS[1], PROMPTS[2]], max_new_tokens=3, ignore_eos=True)
+    # Prompts of unlike lengths are calls of their own; then both decode.
+    assert opened.engine.calls == [(1, 6), (1, 29), (2, 1), (2, 1)]
+
+
+def test_the_graphs_that_were_used_last_stay(bundles, monkeypatch):
+    monkeypatch.setattr(tensorrt_session, "MOST_GRAPHS", 2)
+    opened = Opened(bundles["mha"])
+    wanted = MODELS["mha"].greedy(PROMPTS[1], 40)
+    assert opened.runner.generate([PROMPTS[1]], max_new_tokens=40, ignore_eos=True)[0].token_ids == wanted
+    assert len(opened.engine.contexts) == 1 + 2
+
+
+def test_rows_that_find_no_pages_wait(bundles):
+    per_token = bundles["8/4"].manifest.kv_bytes_per_token("chai")
+    opened = Opened(bundles["8/4"], cache_memory=6 * PAGE * per_token)
+    results = opened.runner.generate(PROMPTS, max_new_tokens=12, ignore_eos=True)
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        assert result.token_ids == MODELS["8/4"].greedy(prompt, 12)
+    assert opened.session.pool.pages == 6
+    assert opened.session.cache_bytes == 6 * PAGE * per_token
+    with pytest.raises(ChaiError, match=r"49 tokens and 48 fit; shorten it or raise --cache-memory"):
+        opened.runner.generate([[4] * 49])
+
+
+def test_free_gpu_memory_bounds_the_pool(bundles):
+    opened = Opened(bundles["mha"], memory=4000)
+    with pytest.raises(ChaiError, match=r"shorten it or free GPU memory \(3.9 KiB are free\)"):
+        opened.runner.generate([PROMPTS[2] * 3])
+
+
+def test_a_pool_is_one_buffer_that_a_batch_keeps(bundles):
+    session = Opened(bundles["gqa"]).session
+    session.start(2, 11)
+    assert session.cache_bytes == 11 * PAGE * bundles["gqa"].manifest.kv_bytes_per_token("chai")
+    session.drop()
+    assert session.cache_bytes == 0
 
 
 def test_half_precision_logits_come_back_as_float32(tmp_path: Path):
-    model = TinyModel(dtype="float16")
+    model = TinyModel(dtype="float16", bits=(0, 0))
     opened = Opened(model.write(tmp_path / "half"))
     logits = opened.runner.logits(PROMPTS[1])
     assert logits.dtype == np.float32
@@ -117,8 +155,8 @@ def test_half_precision_logits_come_back_as_float32(tmp_path: Path):
 
 def test_a_shape_outside_the_profile_says_what_to_build(bundles):
     session = Opened(bundles["mha"]).session
-    session.begin(MAX_BATCH + 1, 64)
     rows = MAX_BATCH + 1
+    session.begin(rows, 64)
     with pytest.raises(ChaiError, match="build it with a higher --max-batch"):
         session.step(
             np.zeros((rows, 2), np.int64),
@@ -129,12 +167,12 @@ def test_a_shape_outside_the_profile_says_what_to_build(bundles):
 
 
 def test_an_engine_of_another_model_is_refused(bundles, tmp_path: Path):
-    engine = FakeEngine(bundles["mha"], MAX_BATCH, MAX_SEQ)
+    engine = FakeEngine(bundles["mha"], MAX_BATCH, MAX_SEQ, PAGE)
     for number, (model, difference) in enumerate(
         (
-            (TinyModel(kept=(2, 3, 1)), r"it lacks past_key\.2"),
-            (TinyModel(dtype="float16"), r"past_key\.0 is float32 .* should be float16"),
-            (TinyModel(vocab=41), r"logits is float32 \[None, None, 40\] and should be float32"),
+            (TinyModel(kept=(2, 3, 1), bits=(0, 0)), r"it lacks past_key\.2"),
+            (TinyModel(dtype="float16", bits=(0, 0)), r"past_key\.0 is float32 .* should be float16"),
+            (TinyModel(vocab=41, bits=(0, 0)), r"logits is float32 \[None, None, 40\] and should be float32"),
         )
     ):
         other = model.write(tmp_path / f"other{number}").manifest
@@ -144,7 +182,6 @@ def test_an_engine_of_another_model_is_refused(bundles, tmp_path: Path):
                 "chai",
                 engine,
                 tensorrt=TENSORRT,
-                in_place=True,
                 device=HostDevice(),  # type: ignore[arg-type]
             )
 

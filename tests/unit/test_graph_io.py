@@ -69,7 +69,7 @@ def test_caches_in_pages_have_their_storage_and_scales():
 
 
 def test_layers_that_read_another_cache_have_none():
-    manifest = SHARED.manifest()
+    manifest = replace(SHARED, bits=(0, 0)).manifest()
     names = [cache.past.name for cache in manifest.io.caches]
     assert names == ["past_key.0", "past_value.0", "past_key.2", "past_value.2"]
     for profile in profiles(manifest, 4, 64):

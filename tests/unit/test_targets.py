@@ -105,6 +105,7 @@ def test_a_bundle_of_another_version_is_replaced(tmp_path, version):
 
 def test_what_a_killed_build_leaves_does_not_stand_in_the_way(bundle):
     for name in (
+        "engines/tensorrt/kernels/k8v4/other.cubin",
         "engines/tensorrt/kernels/other.cubin",
         "engines/.tensorrt.chai-partial/lock",
         ".tensorrt.onnx",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 import chai_export as ce
@@ -16,12 +15,12 @@ from chai_export.bundle.bundle import Bundle
 from chai_export.engines import tensorrt as engine_module
 from chai_export.engines.build import build
 from chai_export.engines.tensorrt import NETWORK_FILE
-from chai_export.engines.tensorrt_network import portable_network
+from chai_export.engines.tensorrt_network import specs
 from chai_export.engines.tensorrt_profiles import profiles
 from chai_export.errors import ChaiError
-from chai_export.runtime import tensorrt_environment as environment
+from chai_export.op.schema import signature
+from chai_export.op.v2.attributes import Attributes
 from chai_export.runtime import tensorrt_session as session_module
-from chai_export.runtime.native import SWITCH
 from chai_export.runtime.tensorrt_environment import Gpu
 from tests.helpers.played_tensorrt import GPU, MODEL, Played, attributes, make_played, op_nodes
 from tests.helpers.tiny_graph import TinyModel
@@ -55,9 +54,10 @@ def test_the_network_names_the_plugin_and_its_kernels(bundle: Bundle, played: Pl
         assert len(op_nodes(model)) == len(MODEL.kept)
         for node in op_nodes(model):
             given = attributes(node)
-            assert (given["plugin_version"], given["plugin_namespace"]) == (b"1", b"chai")
-            assert {"scale", "probe_tokens", "online"} <= given.keys()
-    assert attributes(op_nodes(saved)[0])["kernel_directory"] == b"engines/tensorrt/kernels"
+            assert (given["plugin_version"], given["plugin_namespace"]) == (b"2", b"chai")
+            assert Attributes().as_onnx().keys() <= given.keys()
+            assert node.overload == ""
+    assert attributes(op_nodes(saved)[0])["kernel_directory"] == b"engines/tensorrt/kernels/k0v0"
     assert attributes(op_nodes(played.parsed)[0])["kernel_directory"].startswith(b"/")
 
 
@@ -69,13 +69,74 @@ def test_profiles_span_every_batch_length_and_number_of_kept_heads(bundle: Bundl
     assert prefill["input_ids"] == ((1, 1), (1, 64), (4, 64))
     assert decode["input_ids"] == ((1, 1), (4, 1), (4, 1))
     assert decode["output_positions"][2] == (4, 1)
-    for layer, kept in enumerate(MODEL.kept):
-        assert prefill[f"past_key.{layer}"] == ((1, kept, 1, 8), (1, kept, 64, 8), (4, 4, 64, 8))
-        assert decode[f"past_value.{layer}"] == ((1, 4, 1, 4), (4, 4, 64, 4), (4, 4, 64, 4))
+    for profile in (prefill, decode):
+        rows = profile["input_ids"][1][0]
+        # 64 tokens take a page; a pool has those of every row.
+        assert profile["page_table"] == ((1, 1), (rows, 1), (4, 1))
+        for layer, kept in enumerate(MODEL.kept):
+            assert profile[f"past_key.{layer}"] == ((1, kept, 128, 8), (4, kept, 128, 8), (4, 4, 128, 8))
+            assert profile[f"past_value.{layer}"] == ((1, 4, 128, 4), (4, 4, 128, 4), (4, 4, 128, 4))
+
+
+def test_rows_and_pools_grow_by_pages() -> None:
+    prefill, decode = profiles(TinyModel(bits=(8, 4)).manifest(), 3, 1000)
+    assert prefill["page_table"].most == decode["page_table"].most == (3, 8)
+    assert prefill["past_value.0"].most == (24, 4, 128, 2)
+    assert prefill["past_value_scales.0"].most == (24, 4, 128, 2)
+
+
+def test_layers_that_store_differently_have_kernels_and_inputs_of_their_own(
+    library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = TinyModel(kept=(2, 3, 1), bits=((4, 16), (0, 8), (4, 16)))
+    bundle = model.write(tmp_path / "mixed")
+    played = make_played(bundle, library, monkeypatch, tmp_path)
+    record = build(bundle, "tensorrt", 4, 64)
+    for form, key_bits, value_bits in (("k4v16", 4, 16), ("k0v8", 0, 8)):
+        index = json.loads((bundle.path / f"engines/tensorrt/kernels/{form}/index.json").read_text())
+        assert (index["spec"]["key_bits"], index["spec"]["value_bits"]) == (key_bits, value_bits)
+        assert index["spec"]["group_size"] == model.scale_group
+    assert sum(name.endswith("index.json") for name in record.files) == 2
+    assert played.parsed is not None
+    nodes = op_nodes(played.parsed)
+    folders = [attributes(node)["kernel_directory"].rpartition(b"/")[2] for node in nodes]
+    assert folders == [b"k4v16", b"k0v8", b"k4v16"]
+    # A layer of TensorRT has no absent inputs.
+    assert all(all(node.input) and all(node.output) for node in nodes)
+    assert [name for name in nodes[0].input if "past" in name][:3] == [
+        "past_key.0",
+        "past_value.0",
+        "past_key_scales.0",
+    ]
+    assert "past_value_scales.1" in nodes[1].input
+    types = {
+        v.name: v.type.tensor_type.elem_type
+        for v in (*played.parsed.graph.input, *played.parsed.graph.output)
+    }
+    # TensorRT hands a plugin bytes as INT8 only.
+    assert types["past_key.0"] == types["present_key.0"] == onnx.TensorProto.INT8
+    assert types["past_value.0"] == onnx.TensorProto.FLOAT16
+    runner = ce.load(bundle.path, backend="tensorrt")
+    prompt = [7, 8, 20, 21, 6, 30]
+    assert runner.generate([prompt], 8, ignore_eos=True)[0].token_ids == model.greedy(prompt, 8)
+
+
+def test_terms_of_the_scores_make_a_form_of_their_own(bundle: Bundle) -> None:
+    model = onnx.load(str(bundle.model_path))
+    node = op_nodes(model)[0]
+    next(a for a in node.attribute if a.name == "softcap").f = 30.0
+    names = signature("ClusteredHeadAttention", 2).input_names
+    node.input.extend([""] * (len(names) - len(node.input)))
+    node.input[names.index("alibi_slopes")] = "slopes"
+    onnx.save(model, str(bundle.model_path))
+    found = specs(bundle)
+    assert list(found) == ["k0v0_slopes_softcap", "k0v0"]
+    first = found["k0v0_slopes_softcap"]
+    assert (first.slopes, first.softcap, first.sinks) == (True, True, False)
 
 
 def test_a_long_prompt_is_fed_in_chunks_that_cover_the_probe() -> None:
-    manifest = TinyModel(probe=600).manifest()
+    manifest = TinyModel(probe=600, bits=(0, 0)).manifest()
     prefill, _ = profiles(manifest, 2, 4096)
     assert prefill["input_ids"].most == (2, 600)
 
@@ -86,16 +147,16 @@ def test_the_record_says_what_was_built_with_what(bundle: Bundle, played: Played
     assert (record.runtime_version, record.gpu_architecture, record.plugin_version) == (
         "11.4.0.106",
         "sm_90",
-        "1",
+        "2",
     )
     assert {
         "engines/tensorrt/engine.plan",
-        "engines/tensorrt/kernels/index.json",
+        "engines/tensorrt/kernels/k0v0/index.json",
         NETWORK_FILE,
     } <= record.files.keys()
     assert record.settings["gpu"] == "Played GPU"
     assert record.settings["driver"] == "999.1"
-    assert len(str(record.settings["plugin_sha256"])) == len(str(record.settings["kernels_sha256"])) == 64
+    assert len(str(record.settings["plugin_sha256"])) == 64
     words = shlex.split(str(record.settings["trtexec"]))
     assert words[:3] == ["trtexec", f"--onnx={NETWORK_FILE}", f"--dynamicPlugins={library}"]
     assert any(w.startswith("--maxShapes=input_ids:4x64,lengths:4,") for w in words)
@@ -151,22 +212,10 @@ def test_integer_weights_lie_beside_the_engine(bundle: Bundle, played: Played) -
         assert "packed" not in {tensor.name for tensor in parsed.graph.initializer}
 
 
-def test_without_native_code_the_function_body_is_built(
-    bundle: Bundle, played: Played, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in (engine_module, session_module):
-        monkeypatch.setattr(module, "require_plugin", environment.require_plugin)
-    monkeypatch.setenv(SWITCH, "0")
-    record = build(bundle, "tensorrt", 4, 64)
-    assert played.parsed is not None
-    assert len(played.parsed.functions) == 1
-    assert record.plugin_version is None
-    assert not played.features
-    assert "--preview" not in str(record.settings["trtexec"])
-    assert set(record.files) == {"engines/tensorrt/engine.plan", NETWORK_FILE}
-    monkeypatch.delenv(SWITCH)
-    runner = ce.load(bundle.path, backend="tensorrt")
-    assert runner.generate([[5, 9]], 4, ignore_eos=True)[0].token_ids == MODEL.greedy([5, 9], 4)
+def test_a_bundle_of_version_1_is_to_be_exported_again(tmp_path: Path) -> None:
+    bundle = TinyModel().write(tmp_path / "old")
+    with pytest.raises(ChaiError, match="version 1 of the op, which TensorRT engines have no more"):
+        engine_module.require_supported(bundle)
 
 
 def test_an_engine_for_another_gpu_or_version_says_to_build_again(
@@ -187,52 +236,3 @@ def test_an_engine_for_another_gpu_or_version_says_to_build_again(
 def test_a_bundle_without_engine_says_to_build_one(bundle: Bundle, played: Played) -> None:
     with pytest.raises(ChaiError, match="has no tensorrt engine; run `chai-export build"):
         ce.load(bundle.path, backend="tensorrt")
-
-
-PARSED_OPERATORS = """
-Abs Add And Cast CastLike Concat Constant Div Equal Expand Gather GatherElements GatherND Greater
-GreaterOrEqual Identity If Less LessOrEqual Loop MatMul Max Min Mul Neg Range ReduceMax ReduceMin ReduceSum
-Reshape Round Shape Slice Softmax Sqrt Squeeze Sub Transpose Unsqueeze Where
-"""
-"""Documented as supported, for the types in use, by TensorRT's ONNX parser (operators.md of release 10.1)."""
-
-
-def operators(nodes: Any) -> set[str]:
-    found = set()
-    for node in nodes:
-        found.add(node.op_type)
-        for attribute in node.attribute:
-            found |= operators(attribute.g.node)
-    return found
-
-
-def test_the_portable_network_uses_documented_operators_only(bundle: Bundle) -> None:
-    function = portable_network(bundle).functions[0]
-    assert operators(function.node) - {"CumSum"} <= set(PARSED_OPERATORS.split())
-    produced = {name: node for node in function.node for name in node.output}
-    sums = [node for node in function.node if node.op_type == "CumSum"]
-    assert sums
-    for node in sums:
-        cast = produced[node.input[0]]
-        assert (cast.op_type, attributes(cast)) == ("Cast", {"to": onnx.TensorProto.FLOAT})
-
-
-def test_the_portable_network_computes_the_same(bundle: Bundle, tmp_path: Path) -> None:
-    feeds = {
-        "input_ids": np.arange(12, dtype=np.int64).reshape(2, 6),
-        "lengths": np.array([6, 4], np.int32),
-        "past_lengths": np.zeros(2, np.int32),
-        "output_positions": np.array([[5], [3]]),
-        "head_map": np.zeros((2, 2, 4), np.int32),
-    }
-    for layer, kept in enumerate(MODEL.kept):
-        feeds[f"past_key.{layer}"] = np.zeros((2, kept, 8, 8), np.float32)
-        feeds[f"past_value.{layer}"] = np.zeros((2, 4, 8, 4), np.float32)
-    rewritten = tmp_path / "portable.onnx"
-    onnx.save(portable_network(bundle), rewritten)
-    results = [
-        onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)
-        for path in (bundle.model_path, rewritten)
-    ]
-    for one, other in zip(*results, strict=True):
-        np.testing.assert_array_equal(one, other)

@@ -14,12 +14,14 @@ from chai_export.bundle.bundle import Bundle
 from chai_export.engines import tensorrt as engine_module
 from chai_export.engines.build import build
 from chai_export.engines.doctor import diagnose
-from chai_export.engines.tensorrt import place_kernels, spec_of
+from chai_export.engines.tensorrt import place_kernels
+from chai_export.engines.tensorrt_network import specs
 from chai_export.errors import ChaiError, UsageError
-from chai_export.kernels.spec import Spec
+from chai_export.kernels.v2.spec import Spec
 from chai_export.runtime import tensorrt_environment as environment
 from chai_export.runtime.native import SWITCH
 from tests.helpers.played_tensorrt import GPU, MODEL, Played, make_played, write_kernels
+from tests.helpers.tiny_graph import TinyModel
 
 polygraphy_exception = pytest.importorskip(
     "polygraphy.exception", reason="polygraphy is not installed: pip install 'chai-export[dev]'"
@@ -124,19 +126,30 @@ def report(played: Played, message: str) -> bool:
 
 
 def test_kernels_for_another_gpu_or_model_are_refused(bundle: Bundle, tmp_path: Path) -> None:
-    spec = spec_of(bundle)
+    wanted = specs(bundle)
+    (spec,) = wanted.values()
     target = tmp_path / "target"
     write_kernels(spec, 80, tmp_path / "old")
     with pytest.raises(ChaiError, match="are for sm_80 and this GPU is sm_90; compile them for this machine"):
-        place_kernels(spec, GPU, tmp_path / "old", target)
+        place_kernels(wanted, GPU, tmp_path / "old", target)
     write_kernels(Spec(4, 2, 16, 16, "float16"), 90, tmp_path / "other")
     with pytest.raises(ChaiError, match="and the model needs"):
-        place_kernels(spec, GPU, tmp_path / "other", target)
+        place_kernels(wanted, GPU, tmp_path / "other", target)
     with pytest.raises(ChaiError, match="holds no kernels"):
-        place_kernels(spec, GPU, tmp_path / "nowhere", target)
+        place_kernels(wanted, GPU, tmp_path / "nowhere", target)
     write_kernels(spec, 90, tmp_path / "good")
-    assert place_kernels(spec, GPU, tmp_path / "good", target).parent == target
-    assert (target / "one.cubin").read_bytes() == b"code"
+    place_kernels(wanted, GPU, tmp_path / "good", target)
+    assert (target / "k0v0" / "one.cubin").read_bytes() == b"code"
+
+
+def test_kernels_of_several_forms_lie_in_folders_of_their_names(tmp_path: Path) -> None:
+    wanted = specs(TinyModel(bits=((8, 4), (4, 4))).write(tmp_path / "bundle"))
+    for form, spec in wanted.items():
+        write_kernels(spec, 90, tmp_path / "given" / form)
+    place_kernels(wanted, GPU, tmp_path / "given", tmp_path / "target")
+    assert {path.parent.name for path in (tmp_path / "target").glob("*/index.json")} == {"k8v4", "k4v4"}
+    with pytest.raises(ChaiError, match=r"k8v4 are for .* and the model needs"):
+        place_kernels({"k4v4": wanted["k4v4"]}, GPU, tmp_path / "given" / "k8v4", tmp_path / "target")
 
 
 def test_no_tensorrt_no_polygraphy_and_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +186,10 @@ def test_no_plugin_library_and_one_for_another_version(
 ) -> None:
     registry = SimpleNamespace(get_creator=lambda *names: None, load_library=lambda path: None)
     tensorrt = SimpleNamespace(__version__="11.4.0", get_plugin_registry=lambda: registry)
-    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setenv(SWITCH, "0")
+    with pytest.raises(ChaiError, match=f"{SWITCH}=0 leaves native code out.*unset it, or use --backend"):
+        environment.require_plugin(tensorrt)
+    monkeypatch.delenv(SWITCH)
     monkeypatch.setattr(environment, "find_library", lambda name: None)
     with pytest.raises(ChaiError, match="was not built; set TensorRT_ROOT to the headers of TensorRT 11"):
         environment.require_plugin(tensorrt)

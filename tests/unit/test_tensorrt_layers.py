@@ -15,16 +15,17 @@ from chai_export.engines import tensorrt as engine_module
 from chai_export.engines import tensorrt_layers as layers_module
 from chai_export.engines.build import build
 from chai_export.engines.tensorrt_layers import compare_layers
-from chai_export.engines.tensorrt_network import portable_network
 from chai_export.errors import ChaiError
-from tests.helpers.played_tensorrt import MODEL, Played, make_played
+from tests.helpers.fake_tensorrt import NUMPY_TYPES
+from tests.helpers.played_tensorrt import Played, make_played
+from tests.helpers.tiny_graph import TinyModel
 
 pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install 'chai-export[dev]'")
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    return MODEL.write(tmp_path / "bundle")
+    return TinyModel(bits=((4, 8), (0, 16))).write(tmp_path / "bundle")
 
 
 @pytest.fixture
@@ -40,11 +41,11 @@ def played(bundle: Bundle, library: Path, monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def play_runner(played: Played, bundle: Bundle, error: float) -> None:
-    """An engine that computes what the portable graph does, but for ``error`` in the second layer."""
+    """An engine that computes what the graph does, but for ``error`` in the second layer."""
 
     class Runner:
         def __init__(self, path: str) -> None:
-            model = portable_network(bundle)
+            model = onnx.load(str(bundle.model_path))
             model.graph.output.extend(onnx.load(path).graph.output[len(model.graph.output) :])
             self.session = onnxruntime.InferenceSession(model.SerializeToString())
             self.watched = [o.name for o in self.session.get_outputs()]
@@ -56,6 +57,9 @@ def play_runner(played: Played, bundle: Bundle, error: float) -> None:
             """Nothing is held."""
 
         def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
+            assert feeds["past_key.0"].dtype == np.int8  # as TensorRT has it
+            types = {node.name: NUMPY_TYPES[node.type] for node in self.session.get_inputs()}
+            feeds = {name: array.view(types[name]) for name, array in feeds.items()}
             results = dict(zip(self.watched, self.session.run(None, feeds), strict=True))
             results[self.watched[-1]] = results[self.watched[-1]] + np.float32(error)
             return results

@@ -24,7 +24,7 @@ from tests.helpers.tiny_graph import TinyModel, letters_tokenizer
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     """A bundle with an engine that is only bytes, and a library that is only bytes."""
-    made = TinyModel(dtype="float16").write(tmp_path / "bundle", tokenizer=letters_tokenizer())
+    made = TinyModel(dtype="float16", bits=(4, 0)).write(tmp_path / "bundle", tokenizer=letters_tokenizer())
     directory = made.path / "engines" / "tensorrt"
     directory.mkdir(parents=True)
     (directory / "engine.plan").write_bytes(b"a plan")
@@ -37,9 +37,9 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
         model_sha256=made.manifest.files[MODEL_FILE].sha256,
         max_batch=2,
         max_seq=64,
-        op_version=1,
+        op_version=2,
         gpu_architecture="sm_90",
-        plugin_version="1",
+        plugin_version="2",
         files=record_files(directory, made.path),
         created_with="test",
     )
@@ -61,7 +61,9 @@ def test_the_config_lists_every_tensor_of_the_graph(bundle: Bundle, tmp_path: Pa
     graph = onnx.load(str(bundle.model_path)).graph
     for kind, values in (("input", graph.input), ("output", graph.output)):
         assert re.findall(rf'^{kind} \[{{ name: "([^"]+)"', config, re.MULTILINE) == [v.name for v in values]
-    assert 'name: "past_key.0", data_type: TYPE_FP16, dims: [ -1, -1, -1, 8 ]' in config
+    assert 'name: "past_value.0", data_type: TYPE_FP16, dims: [ -1, 4, -1, 4 ]' in config
+    # As the engine has it.
+    assert 'name: "past_key.0", data_type: TYPE_INT8, dims: [ -1, -1, -1, 4 ]' in config
     assert 'name: "head_map", data_type: TYPE_INT32, dims: [ 2, -1, 4 ]' in config
     assert "max_batch_size: 0" in config
 
@@ -77,7 +79,7 @@ def test_the_start_script_loads_the_plugin_before_the_models(bundle: Bundle, tmp
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     words = done.stdout.split("\n")
     assert words[0] == f"--model-repository={root}/models"
-    assert words[1] == f"--backend-config=tensorrt,plugins={root}/plugins/libchai_tensorrt.so"
+    assert words[1] == f"--backend-config=tensorrt,plugins={root}/plugins/libchai_tensorrt_v2.so"
     assert words[2] == "--http-port=1"
     assert "TensorRT 11.4.0.106 and a GPU of sm_90" in (root / "start.sh").read_text()
 
@@ -94,7 +96,7 @@ def test_it_is_written_again_but_nothing_of_others_is_replaced(bundle: Bundle, t
 def test_what_is_missing_is_named(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_server, "find_library", lambda name: None)
     with pytest.raises(
-        ChaiError, match=r"libchai_tensorrt\.so is not installed here and the engine needs it"
+        ChaiError, match=r"libchai_tensorrt_v2\.so is not installed here and the engine needs it"
     ):
         write_model_repository(bundle, tmp_path / "out")
     (bundle.path / "engines/tensorrt/engine.plan").write_bytes(b"changed")
