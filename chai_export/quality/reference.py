@@ -45,8 +45,8 @@ def load_reference(
 
     if isinstance(reference, (str, Path)) and Path(reference).suffix == ".onnx":
         raise ChaiError(
-            f"{reference} is an ONNX file, and a reference is a Hugging Face model; a bundle of an "
-            "ONNX file was proven against it by `chai-export rewrite`, as `chai-export inspect` shows"
+            f"{reference} is an ONNX file, which only `chai-export verify` takes as a reference; "
+            "give a Hugging Face model"
         )
     model = load_model(reference, dtype=manifest.dtype, trust_remote_code=trust_remote_code)
     if manifest.dtype != "float32":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,25 @@ from chai_export.quality.truth import Expected
 LEAST_MAP_AGREEMENT = {"float32": 0.95, "float16": 0.0, "bfloat16": 0.0}
 """Head maps are integers of rounded probabilities: a correct engine may differ in single heads of a deep
 model, a wrong one differs in most. In lower precision rounding alone moves many, so nothing is demanded."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One comparison of a bundle with the ONNX file it was made from.
+
+    Attributes:
+        name: "exact", "as written" or "chai"; docs/verification.md says what each compares.
+        heads: "all" or "chai".
+        max_abs_logit_diff: largest difference of a logit.
+        tolerance_used: that in units of what is allowed at its position; right up to 1.
+        tolerance: what is allowed at the position that is allowed most.
+    """
+
+    name: str
+    heads: str
+    max_abs_logit_diff: float
+    tolerance_used: float
+    tolerance: float
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,8 @@ class VerifyResult:
             as a match.
         first_mismatch: {"all"|"chai": {"prompt", "token"}} where greedy tokens first differ.
         boundaries: lengths at which rotary embedding changes, crossed or not, and why not.
+        gates: the single comparisons where the reference is an ONNX file; none for a Hugging Face model.
+        not_compared: gates that were left out, and why.
     """
 
     ok: bool
@@ -54,6 +75,8 @@ class VerifyResult:
     first_mismatch: dict[str, dict[str, int]]
     boundaries: tuple[Boundary, ...] = ()
     distance_to_exact: dict[str, dict[str, float]] | None = None
+    gates: tuple[Gate, ...] = ()
+    not_compared: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As printed by ``verify --json``."""
@@ -72,6 +95,8 @@ class VerifyResult:
             "greedy_ties": self.greedy_ties,
             "first_mismatch": self.first_mismatch,
             "boundaries": [asdict(boundary) for boundary in self.boundaries],
+            "gates": [{k: _number(v) for k, v in asdict(gate).items()} for gate in self.gates],
+            "not_compared": dict(self.not_compared),
         }
 
 
@@ -164,4 +189,8 @@ class Verdict:
 
 def _finite(figures: Mapping[str, float | None]) -> dict[str, float | None]:
     """JSON has no infinity, which stands for logits that are not finite."""
-    return {key: None if value is None else min(value, sys.float_info.max) for key, value in figures.items()}
+    return {key: None if value is None else _number(value) for key, value in figures.items()}
+
+
+def _number(value: Any) -> Any:
+    return min(value, sys.float_info.max) if isinstance(value, float) else value

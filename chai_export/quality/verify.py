@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 
 from chai_export.arguments import as_real, shown, whole
 from chai_export.bundle.choices import Backend
-from chai_export.errors import ChaiError, UsageError
+from chai_export.errors import UsageError
 from chai_export.models.rope import rope_of
-from chai_export.models.text import Text, leading_special_tokens, read_tokens
+from chai_export.models.text import Text
 from chai_export.progress import track
 from chai_export.quality.boundaries import (
     Boundary,
@@ -40,6 +40,7 @@ from chai_export.quality.boundaries import (
     stretches,
 )
 from chai_export.quality.limits import position_limit
+from chai_export.quality.prompts import SEED, room_after, verify_prompts
 from chai_export.quality.reference import load_reference
 from chai_export.quality.truth import Expected, TorchTruth, Truth
 from chai_export.quality.verdict import LEAST_MAP_AGREEMENT, Verdict, VerifyResult
@@ -47,11 +48,7 @@ from chai_export.quality.verdict import LEAST_MAP_AGREEMENT, Verdict, VerifyResu
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from chai_export.bundle.manifest import Manifest
     from chai_export.runtime.runner import Runner
-
-_LONGEST_PROMPT = 24
-_SEED = 20240312
 
 
 def verify(
@@ -64,13 +61,14 @@ def verify(
     new_tokens: int = 64,
     trust_remote_code: bool = False,
 ) -> VerifyResult:
-    """Compare a bundle on one backend with the Hugging Face model it came from.
+    """Compare a bundle on one backend with the Hugging Face model or the ONNX file it came from.
 
-    The reference has the bundle's rounded weights and computes in float32.
+    A model has the bundle's rounded weights and computes in float32; a file runs in ONNX Runtime, see
+    :mod:`chai_export.quality.verify_source`.
 
     Args:
         bundle: directory of the bundle.
-        reference: directory, hub id or model.
+        reference: directory, hub id or model; or an ONNX file, or a directory with one.
         text: where the four prompts come from; random tokens otherwise.
         backend: the engine to verify.
         tolerance: largest absolute logit difference, everywhere; unless given, each position is allowed what
@@ -79,32 +77,42 @@ def verify(
         trust_remote_code: run code that the model brings along.
 
     Raises:
-        UsageError: the bundle's weights are quantised.
+        UsageError: the bundle's weights are quantised and the reference is a Hugging Face model.
         ChaiError: bundle, model or text cannot be used, or the two have different sizes.
     """
+    from chai_export.quality.verify_source import is_onnx, verify_source
     from chai_export.runtime.runner import load
 
     whole(new_tokens, "--new-tokens")
     bound = 0.0 if tolerance is None else as_real(tolerance)
     if bound is None or not bound >= 0.0:
         raise UsageError(f"--tolerance is {shown(tolerance)}; give a number from 0")
+    if isinstance(reference, (str, Path)) and is_onnx(reference):
+        return verify_source(
+            bundle,
+            reference,
+            text=text,
+            backend=Backend(backend),
+            tolerance=bound if tolerance is not None else None,
+            new_tokens=new_tokens,
+        )
     runners = {"chai": load(bundle, backend=backend, heads="chai")}
     manifest = runners["chai"].bundle.manifest
     if manifest.weights is not None:
         raise UsageError(
             f"{bundle} has {manifest.weights} weights, which no Hugging Face model has, so the two differ; "
-            "`chai-export inspect` shows how its rewrite was proven against the file it was made from"
+            "give the ONNX file that it was made from: --reference FILE.onnx"
         )
     if manifest.static is None:
         runners = {"all": load(bundle, backend=backend, heads="all"), **runners}
     model = load_reference(reference, manifest, trust_remote_code=trust_remote_code)
     truth = TorchTruth(model, runners["chai"].bundle)
-    prompts = _prompts(runners["chai"], text, manifest)
+    prompts = verify_prompts(runners["chai"], text, position_limit(runners["chai"]))
     # Fixed maps are constants of the graph: nothing may round them.
     least_agreement = LEAST_MAP_AGREEMENT[manifest.dtype] if manifest.static is None else 1.0
     verdict = Verdict(tuple(runners), least_agreement, tolerance)
     for heads in track(tuple(runners), "verifying", total=len(runners)):
-        count = _new_tokens(runners[heads], max(map(len, prompts)), new_tokens)
+        count = room_after(max(map(len, prompts)), new_tokens, position_limit(runners[heads]))
         made = runners[heads].generate(prompts, max_new_tokens=count, repetition_penalty=1.0, ignore_eos=True)
         generated_maps = runners[heads].head_maps.copy()
         for index, generation in enumerate(made):
@@ -176,7 +184,7 @@ def _cross(
     """Compare texts below and above a boundary in chunks, and one that crosses it beside a short one."""
     manifest = runner.bundle.manifest
     longest = lengths_around(boundary)[-1]
-    tokens = np.random.default_rng(_SEED + index).integers(0, manifest.vocab_size, longest).tolist()
+    tokens = np.random.default_rng(SEED + index).integers(0, manifest.vocab_size, longest).tolist()
     for length in lengths_around(boundary):
         engine = runner.logits(tokens[:length], chunks=pieces(length, manifest.probe_tokens))
         maps = runner.head_maps[:, 0]
@@ -188,36 +196,3 @@ def _cross(
     for row, (prompt, generation) in enumerate(zip(prompts, made, strict=True)):
         case = _Case(index, prompt, list(generation.token_ids), generated_maps[:, row])
         _compare(verdict, heads, case, runner, truth)
-
-
-def _new_tokens(runner: Runner, longest_prompt: int, wanted: int) -> int:
-    limit = position_limit(runner)
-    room = wanted if limit is None else min(wanted, limit - longest_prompt)
-    if room < 1:
-        raise ChaiError(
-            f"the bundle has {limit} positions, too few to verify prompts of {longest_prompt} tokens; "
-            "build the engine with a larger --max-seq"
-        )
-    return room
-
-
-def _prompts(runner: Runner, text: Text | None, manifest: Manifest) -> list[list[int]]:
-    """Four prompts of different lengths, one shorter than the probe, one just past it."""
-    probe = manifest.probe_tokens
-    lengths = [max(1, probe - 2), probe + 1, _LONGEST_PROMPT // 2 + probe, _LONGEST_PROMPT + probe]
-    limit = position_limit(runner)
-    if limit is not None:
-        lengths = [max(1, min(length, limit // 2)) for length in lengths]
-    leading = leading_special_tokens(runner.tokenizer)
-    needed = sum(lengths)
-    if text is None:
-        tokens = np.random.default_rng(_SEED).integers(0, manifest.vocab_size, needed).astype(np.int32)
-    else:
-        tokens = read_tokens(text, runner.tokenizer, needed)
-        if len(tokens) < needed:
-            raise ChaiError(f"the text has {len(tokens)} tokens, the prompts need {needed}; give more text")
-    prompts = []
-    for length in lengths:
-        prompts.append((leading + tokens[:length].tolist())[:length])
-        tokens = tokens[length:]
-    return prompts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,31 @@ _COMPUTED = (Dtype.FLOAT32, Dtype.FLOAT16)
 """What ONNX Runtime's CPU provider has operators for."""
 _ELEMENT_TYPES = {element.onnxruntime: name for name, element in ELEMENT_TYPES.items()}
 _QUIET = 4  # what it would log as an error is raised as well
+_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
-def open_model(bundle: Bundle, library: Path | None, threads: int, spin_after: bool) -> Any:
+@dataclass(frozen=True)
+class GraphInMemory:
+    """A graph that is in no file: its bytes, and the weights that are not among them.
+
+    ``directory`` is where names of weight files count from, ``weights`` are OrtValues by name.
+    """
+
+    data: bytes
+    directory: str
+    weights: Mapping[str, Any]
+
+    def open(self, options: Any) -> Any:
+        """An InferenceSession of the graph; ``weights`` must live as long as it does."""
+        if self.directory:
+            options.add_session_config_entry(_FOLDER, self.directory)
+        options.add_external_initializers(list(self.weights), list(self.weights.values()))
+        return ort.InferenceSession(self.data, options, providers=["CPUExecutionProvider"])
+
+
+def open_model(
+    bundle: Bundle, library: Path | None, threads: int, spin_after: bool, graph: GraphInMemory | None = None
+) -> Any:
     """An InferenceSession of the bundle's graph, which fits its manifest.
 
     Args:
@@ -30,6 +54,7 @@ def open_model(bundle: Bundle, library: Path | None, threads: int, spin_after: b
         library: custom ops to register; None runs the function bodies.
         threads: threads within an operator; 0 lets ONNX Runtime decide.
         spin_after: whether idle threads go on spinning after a step, for the sake of the next one soon.
+        graph: in place of the bundle's; it must fit the manifest as that does.
 
     Raises:
         ChaiError: the bundle is bfloat16, or its graph does not fit its manifest or ONNX Runtime.
@@ -54,13 +79,18 @@ def open_model(bundle: Bundle, library: Path | None, threads: int, spin_after: b
                 f"build it again, or set {SWITCH}=0 to run without it"
             ) from error
     try:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        if graph is not None:
+            session = graph.open(options)
+        else:
+            session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         hint = f" or set {SWITCH}=0" if library is not None else ""
         raise ChaiError(
             f"ONNX Runtime {ort.__version__} cannot load {model} ({reason(error)}); export again{hint}"
         ) from error
     _check_graph(session, bundle)
+    if graph is None:
+        check_op_nodes(bundle)
     return session
 
 
@@ -86,4 +116,3 @@ def _check_graph(session: Any, bundle: Bundle) -> None:
         raise ChaiError(
             f"{bundle.model_path} does not fit its manifest: {difference}; export or rewrite again"
         )
-    check_op_nodes(bundle)

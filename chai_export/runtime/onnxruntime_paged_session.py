@@ -28,7 +28,7 @@ from chai_export.bundle.graph_io import (
     ROPE_LENGTHS,
 )
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY_V2, find_library
-from chai_export.runtime.onnxruntime_model import open_model, output_type, shared_value
+from chai_export.runtime.onnxruntime_model import GraphInMemory, open_model, output_type, shared_value
 from chai_export.runtime.paged_cache import Budget, PagedCache, available_memory, memory_error
 from chai_export.runtime.pages import PAGE_LENGTH, PagePool
 
@@ -43,6 +43,8 @@ class OnnxRuntimePagedSession:
         spin_after: whether idle threads go on spinning after a step, for the sake of the next one soon.
         cache_memory: bytes that the pools may take; None for what is free.
         page_length: positions of a page.
+        native: whether the compiled op is used where there is one; if not, the function body.
+        graph: in place of the bundle's, see :func:`open_model`.
 
     Raises:
         ChaiError: the bundle is bfloat16, or its graph does not fit its manifest or ONNX Runtime.
@@ -57,13 +59,16 @@ class OnnxRuntimePagedSession:
         spin_after: bool = True,
         cache_memory: int | None = None,
         page_length: int = PAGE_LENGTH,
+        native: bool = True,
+        graph: GraphInMemory | None = None,
     ) -> None:
         self._manifest = bundle.manifest
         self._heads = heads
         self._cache_memory = cache_memory
         self.page_length = page_length
-        self.library = find_library(ONNXRUNTIME_LIBRARY_V2)
-        self._session = open_model(bundle, self.library, threads, spin_after)
+        self.library = find_library(ONNXRUNTIME_LIBRARY_V2) if native else None
+        self._graph = graph  # its weights are the session's
+        self._session = open_model(bundle, self.library, threads, spin_after, graph)
         self._io = bundle.manifest.io
         self._logits_type = output_type(self._session, LOGITS)
         self._caches: list[PagedCache] = []

@@ -17,7 +17,7 @@ from chai_export.bundle.choices import Heads
 from chai_export.bundle.graph_io import HEAD_MAP, LOGITS, PRESENT_HEAD_MAP
 from chai_export.runtime.cache import KvCache
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
-from chai_export.runtime.onnxruntime_model import open_model, output_type, shared_value
+from chai_export.runtime.onnxruntime_model import GraphInMemory, open_model, output_type, shared_value
 
 
 class OnnxRuntimeSession:
@@ -28,18 +28,28 @@ class OnnxRuntimeSession:
         heads: "chai", or "all" for K caches with every KV head, which makes the same graph plain attention.
         threads: threads within an operator; 0 lets ONNX Runtime decide.
         spin_after: whether idle threads go on spinning after a step, for the sake of the next one soon.
+        native: whether the compiled op is used where there is one; if not, the function body.
+        graph: in place of the bundle's, see :func:`open_model`.
 
     Raises:
         ChaiError: the bundle is bfloat16, or its graph does not fit its manifest or ONNX Runtime.
     """
 
     def __init__(
-        self, bundle: Bundle, heads: Heads | str = Heads.CHAI, *, threads: int = 0, spin_after: bool = True
+        self,
+        bundle: Bundle,
+        heads: Heads | str = Heads.CHAI,
+        *,
+        threads: int = 0,
+        spin_after: bool = True,
+        native: bool = True,
+        graph: GraphInMemory | None = None,
     ) -> None:
         self._manifest = bundle.manifest
         self._heads = heads
-        self.library = find_library(ONNXRUNTIME_LIBRARY)
-        self._session = open_model(bundle, self.library, threads, spin_after)
+        self.library = find_library(ONNXRUNTIME_LIBRARY) if native else None
+        self._graph = graph  # its weights are the session's
+        self._session = open_model(bundle, self.library, threads, spin_after, graph)
         self._io = bundle.manifest.io
         self._logits_type = output_type(self._session, LOGITS)
         self._caches: list[KvCache] = []

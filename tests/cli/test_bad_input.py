@@ -267,7 +267,10 @@ def test_recipe_with_a_typo_names_the_setting(command: Command, tmp_path):
     assert fails(command("make", tmp_path / "none.yaml"), "none.yaml")
 
 
-def test_an_onnx_file_is_no_reference(command: Command, tmp_path, bundle):
+def test_an_onnx_file_as_reference_is_looked_at(command: Command, tmp_path, bundle, text):
     source = tmp_path / "model.onnx"
     source.write_bytes(b"")
-    assert fails(command("verify", bundle, "--reference", source), "is an ONNX file", "chai-export inspect")
+    assert fails(command("verify", bundle, "--reference", source), "model.onnx", "export")
+    assert fails(
+        command("eval", bundle, "--text", text, "--reference", source), "only `chai-export verify` takes"
+    )

@@ -16,8 +16,8 @@ FLOORS = (
     {"bundle", "kernels"},
     {"models", "runtime"},
     {"clustering"},
-    {"graph", "quality", "engines", "bench", "report"},
-    {"exporter"},
+    {"graph", "engines", "bench", "report"},
+    {"quality", "exporter"},
     {"recipe", "serve"},
     {"cli"},
 )

@@ -12,14 +12,12 @@ from numpy.typing import NDArray
 
 from chai_export.graph.prove.evaluate import EvaluationError, forget_shapes
 from chai_export.graph.prove.float32 import float32_bytes, to_float32
-from chai_export.graph.read.external_data import external_tensors
+from chai_export.graph.prove.in_memory import in_memory
 
 Array = NDArray[Any]
 
 SEGMENT_BYTES = 384 * 2**20
 """Of weights as float32, in a piece."""
-_HANDED_OVER = 2**16
-"""Bytes from which on a weight is given to ONNX Runtime beside the model's bytes."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,6 @@ def run_in_segments(
     Raises:
         EvaluationError: ONNX Runtime cannot load or run a piece.
     """
-    import onnxruntime as ort
-
     live: list[dict[str, Array]] = [dict(case) for case in cases]
     segments = list(_split(model.graph, SEGMENT_BYTES if limit is None else limit))
     for index, segment in enumerate(segments):
@@ -65,12 +61,9 @@ def run_in_segments(
                 dtype = ir.DataType.from_numpy(live[0][str(value.name)].dtype)
                 value.type = ir.TensorType(dtype)
         to_float32(part)
-        directory = _data_directory(part)
-        options = _options(directory)
-        weights = _hand_over(part.graph, directory, options)
-        data = ir.serde.serialize_model(part).SerializeToString()
+        graph = in_memory(part)
         try:
-            session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            session = graph.open(_options())
         except Exception as error:  # onnxruntime raises types of its own that it does not export
             raise EvaluationError(str(error).strip().splitlines()[0][:300]) from error
         names = [str(value.name) for value in segment.outputs]
@@ -85,59 +78,21 @@ def run_in_segments(
             values.update(zip(names, results, strict=True))
             for name in [name for name in values if name not in later]:
                 del values[name]
-        del session, weights, options, part, data  # before the next piece is converted
+        del session, graph, part  # before the next piece is converted
     wanted = [str(value.name) for value in model.graph.outputs]
     return [{name: np.asarray(values[name]) for name in wanted} for values in live]
 
 
-def _data_directory(model: ir.Model) -> str:
-    """The one directory that ONNX Runtime may map weights from."""
-    return next((str(tensor.base_dir) for tensor in external_tensors(model)), "")
-
-
-def _options(directory: str) -> Any:
+def _options() -> Any:
     """Session options that copy no weights: no prepacking, no arena."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    if directory:
-        folder = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(folder, directory)
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 4
     return options
-
-
-def _hand_over(graph: ir.Graph, directory: str, options: Any) -> list[Any]:
-    """Give ONNX Runtime the weights that it cannot map; in the model's bytes they would be copied once more.
-
-    These are weights that were converted, and those in another directory than the first.
-
-    Returns:
-        What must stay alive as long as the session.
-    """
-    import onnxruntime as ort
-
-    values: dict[str, Any] = {}
-    for name, value in graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None:
-            continue
-        if isinstance(tensor, ir.ExternalTensor):
-            if str(tensor.base_dir) == directory:
-                continue
-        elif tensor.nbytes < _HANDED_OVER or tensor.dtype != ir.DataType.FLOAT:
-            continue
-        array = np.ascontiguousarray(tensor.numpy())
-        values[name] = ort.OrtValue.ortvalue_from_numpy(array)
-        shape = ir.Shape(array.shape)
-        value.const_value = ir.ExternalTensor(
-            "handed over", 0, array.nbytes, tensor.dtype, shape=shape, name=name
-        )
-    options.add_external_initializers(list(values), list(values.values()))
-    return list(values.values())
 
 
 def _split(graph: ir.Graph, limit: int) -> Iterator[_Segment]:
