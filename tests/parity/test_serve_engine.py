@@ -93,8 +93,8 @@ class Client:
         return None
 
 
-def alone(path: Path, client: Client) -> tuple[list[int], str | None, str]:
-    (made,) = ce.load(path).generate([client.prompt], max_new_tokens=client.new, **client.sampling)
+def alone(runner: ce.Runner, client: Client) -> tuple[list[int], str | None, str]:
+    (made,) = runner.generate([client.prompt], max_new_tokens=client.new, **client.sampling)
     return made.token_ids, made.text, made.stop_reason
 
 
@@ -113,12 +113,11 @@ def test_many_texts_at_once_are_those_made_alone(implementation, bundles, name):
     """Greedy and seeded, with leavers, in a pool that is far too small for all."""
     random = Random(7)
     page = Bundle.load(bundles[name]).manifest.kv_bytes_per_token() * LENGTH
-    buffers = 1 if implementation == "library" else 2
-    model = open_model(
-        bundles[name], max_rows=5, max_waiting=40, max_seq=88, cache_memory=14 * page * buffers
-    )
+    buffers, texts = (1, 24) if implementation == "library" else (2, 12)
+    memory = 14 * page * buffers
+    model = open_model(bundles[name], max_rows=5, max_waiting=40, max_seq=88, cache_memory=memory)
     clients = []
-    for number, prompt in enumerate(prompts(random, 24)):
+    for number, prompt in enumerate(prompts(random, texts)):
         sampling = {"temperature": 1.0, "seed": number} if number % 3 else {}
         clients.append(Client(model, prompt, random.randrange(1, 40), **sampling))
 
@@ -136,8 +135,9 @@ def test_many_texts_at_once_are_those_made_alone(implementation, bundles, name):
         thread.start()
     for thread in threads:
         thread.join()
+    runner = ce.load(bundles[name])
     for number, client in enumerate(clients):
-        tokens, text, reason = alone(bundles[name], client)
+        tokens, text, reason = alone(runner, client)
         if number % 4 == 3:
             assert tokens[: len(client.tokens)] == client.tokens
             continue
