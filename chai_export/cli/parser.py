@@ -19,6 +19,7 @@ from chai_export.cli import (
     report,
     rewrite,
     run,
+    serve,
     verify,
 )
 from chai_export.cli import build as build_command
@@ -32,6 +33,7 @@ _COMMANDS = (
     rewrite,
     build_command,
     run,
+    serve,
     verify,
     evaluate,
     compare,
