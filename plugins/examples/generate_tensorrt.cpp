@@ -41,7 +41,7 @@ std::vector<float> feed(chai::TensorRtSession& session, const std::vector<std::i
     const std::int64_t count = std::min(end - start, session.max_tokens());
     const std::vector<std::int64_t> chunk(text.begin() + start, text.begin() + start + count);
     logits = session.step(
-        {chunk, {static_cast<std::int32_t>(count)}, {static_cast<std::int32_t>(start)}, {count - 1}});
+        {chunk, {static_cast<std::int32_t>(count)}, {static_cast<std::int32_t>(start)}, {count - 1}}, {0});
     start += count;
   }
   return logits;
@@ -51,7 +51,9 @@ void generate(const std::string& plan, const std::string& plugin, std::int64_t p
               std::int64_t new_tokens, const std::vector<std::int64_t>& prompt) {
   chai::TensorRtSession session(plan, plugin);
   const auto prompt_tokens = static_cast<std::int64_t>(prompt.size());
-  session.begin(1, std::min(prompt_tokens + new_tokens, session.max_capacity()));
+  const std::int64_t most = std::min(prompt_tokens + new_tokens, session.max_capacity());
+  session.start(1, (most + session.page_length() - 1) / session.page_length());
+  session.promise(0, most);
 
   std::vector<std::int64_t> text = prompt;
   std::int64_t past = 0;  // tokens of the text that are in the caches
@@ -59,7 +61,7 @@ void generate(const std::string& plan, const std::string& plugin, std::int64_t p
     const std::int64_t token = most_likely(feed(session, text, past, probe_tokens));
     past = static_cast<std::int64_t>(text.size());
     std::cout << token << (i + 1 < new_tokens ? ' ' : '\n') << std::flush;
-    if (past >= session.max_capacity()) break;
+    if (past >= most) break;
     text.push_back(token);
   }
 }

@@ -17,6 +17,10 @@
 namespace chai {
 namespace {
 
+#ifdef CHAI_WITH_TENSORRT
+constexpr const char* kTensorRtLibrary = "libchai_tensorrt_v2.so";
+#endif
+
 // The directory of this library.
 std::filesystem::path own_directory() {
   Dl_info info{};
@@ -82,26 +86,26 @@ std::unique_ptr<Session> open_session(const std::string& bundle, const Manifest&
       bundle +
           " has version 1 of the op, whose caches are no pool; leave cache_memory out and limit rows with "
           "max_seq");
+  require(options.backend == Backend::kOnnxRuntime,
+          bundle + " has version 1 of the op, which TensorRT engines have no more; export or rewrite again");
+  return open_onnxruntime<OnnxRuntimeSession>(bundle, manifest, options, "libchai_onnxruntime.so");
+}
+
+std::unique_ptr<PagedSession> open_paged_session(const std::string& bundle, const Manifest& manifest,
+                                                 const Options& options) {
+  refuse_switching_rope(bundle, manifest);
   if (options.backend == Backend::kOnnxRuntime)
-    return open_onnxruntime<OnnxRuntimeSession>(bundle, manifest, options, "libchai_onnxruntime.so");
+    return open_onnxruntime<OnnxRuntimePagedSession>(bundle, manifest, options, "libchai_onnxruntime_v2.so");
 #ifdef CHAI_WITH_TENSORRT
-  const std::string plugin = find_op_library(options.op_library, "libchai_tensorrt.so");
-  require(!plugin.empty(), "libchai_tensorrt.so was not found; set Options::op_library to its path");
+  const std::string plugin = find_op_library(options.op_library, kTensorRtLibrary);
+  require(!plugin.empty(),
+          std::string(kTensorRtLibrary) + " was not found; set Options::op_library to its path");
   check_op_nodes(bundle + "/model.onnx", manifest);
   return open_tensorrt_session(bundle, manifest, options, plugin);
 #else
   throw std::runtime_error(
       "this libchai_runtime.so was built without the tensorrt back end; build it with TensorRT_ROOT set");
 #endif
-}
-
-std::unique_ptr<PagedSession> open_paged_session(const std::string& bundle, const Manifest& manifest,
-                                                 const Options& options) {
-  refuse_switching_rope(bundle, manifest);
-  require(options.backend == Backend::kOnnxRuntime, bundle + " has version 2 of the op, which " +
-                                                        name(options.backend) +
-                                                        " does not run; use Backend::kOnnxRuntime");
-  return open_onnxruntime<OnnxRuntimePagedSession>(bundle, manifest, options, "libchai_onnxruntime_v2.so");
 }
 
 }  // namespace chai

@@ -39,10 +39,10 @@ std::string bytes_text(std::int64_t count) {
   return text;
 }
 
-Budget budget_of(std::int64_t limit, std::int64_t available) {
+Budget budget_of(std::int64_t limit, std::int64_t available, const std::string& memory) {
   const auto most = static_cast<std::int64_t>(static_cast<double>(available) * kShare);
   if (limit > 0 && limit <= most) return {limit, "raise cache_memory (" + bytes_text(limit) + ")"};
-  return {most, "free memory (" + bytes_text(available) + " are free)"};
+  return {most, "free " + memory + " (" + bytes_text(available) + " are free)"};
 }
 
 ReservedMemory::ReservedMemory(std::size_t bytes) : bytes_(bytes) {

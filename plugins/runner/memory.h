@@ -20,8 +20,9 @@ struct Budget {
   std::string fix;
 };
 
-// `limit`, Options::cache_memory, or most of what is available where that is less; 0 is no limit.
-Budget budget_of(std::int64_t limit, std::int64_t available);
+// `limit`, Options::cache_memory, or most of what is available where that is less; 0 is no limit. `memory` is
+// what a caller calls it.
+Budget budget_of(std::int64_t limit, std::int64_t available, const std::string& memory = "memory");
 
 // Addresses that the system gives memory to, a few KiB at a time, when something is written there. So a pool
 // can be as large as its rows can ever need, and growing is writing further.

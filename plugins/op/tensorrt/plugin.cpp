@@ -87,8 +87,7 @@ ClusteredHeadAttention::ClusteredHeadAttention(Attributes attributes) : attribut
                              std::to_string(attributes_.probe_tokens) +
                              "; build again with `chai-export build --backend tensorrt`");
   }
-  identity_ = std::string(kPluginName) + " " + kPluginVersion +
-              " scale=" + std::to_string(attributes_.scale) +
+  identity_ = std::string(kPluginName) + " 1" + " scale=" + std::to_string(attributes_.scale) +
               " probe_tokens=" + std::to_string(attributes_.probe_tokens) +
               " online=" + std::to_string(attributes_.online) + " kernels=" + attributes_.kernels->hash();
 }

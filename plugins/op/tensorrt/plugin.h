@@ -54,7 +54,7 @@ class ClusteredHeadAttention final : public nvinfer1::IPluginV3,
 
   // Core
   const char* getPluginName() const noexcept override { return kPluginName; }
-  const char* getPluginVersion() const noexcept override { return kPluginVersion; }
+  const char* getPluginVersion() const noexcept override { return "1"; }
   const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
   // Build

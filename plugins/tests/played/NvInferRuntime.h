@@ -12,7 +12,7 @@
 
 namespace nvinfer1 {
 
-enum class DataType : std::int32_t { kFLOAT = 0, kHALF = 1, kINT32 = 3, kBF16 = 7, kINT64 = 8 };
+enum class DataType : std::int32_t { kFLOAT = 0, kHALF = 1, kINT8 = 2, kINT32 = 3, kBF16 = 7, kINT64 = 8 };
 enum class OptProfileSelector : std::int32_t { kMIN = 0, kOPT = 1, kMAX = 2 };
 enum class ExecutionContextAllocationStrategy : std::int32_t {
   kSTATIC = 0,
@@ -48,6 +48,7 @@ class IExecutionContext {
   std::int64_t memory_size = 0;
   std::map<std::string, Dims> shapes;
   std::map<std::string, void*> addresses;
+  int bound = 0;  // how often a shape or an address was set
 };
 
 class ICudaEngine {
@@ -55,6 +56,8 @@ class ICudaEngine {
   ICudaEngine();
   ~ICudaEngine();
   Dims getProfileShape(const char* name, std::int32_t profile, OptProfileSelector selector) const noexcept;
+  std::int32_t getNbIOTensors() const noexcept;
+  const char* getIOTensorName(std::int32_t index) const noexcept;
   Dims getTensorShape(const char* name) const noexcept;
   DataType getTensorDataType(const char* name) const noexcept;
   std::int64_t getDeviceMemorySizeForProfileV2(std::int32_t profile) const noexcept;

@@ -75,8 +75,23 @@ cudaError_t cudaFree(void* memory) {
   return cudaSuccess;
 }
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
+cudaError_t cudaMallocHost(void** memory, std::size_t bytes) {
+  return cudaMalloc(memory, bytes);
+}
+
+cudaError_t cudaFreeHost(void* memory) {
+  return cudaFree(memory);
+}
+
+cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
+  *free = played().free_memory;
+  *total = 2 * *free;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream) {
+  if (kind == cudaMemcpyHostToDevice) ++played().copies;
   submit(stream, [=] { std::memcpy(to, from, bytes); });
   return cudaSuccess;
 }
@@ -196,6 +211,20 @@ namespace {
 
 constexpr std::int64_t kVocab = 50;
 
+// Those of a pool have heads and columns.
+struct Tensor {
+  const char* name;
+  std::int64_t heads;
+  std::int64_t columns;
+};
+
+const std::vector<Tensor> tensors = {
+    {"input_ids", 0, 0},        {"lengths", 0, 0},         {"past_lengths", 0, 0},
+    {"output_positions", 0, 0}, {"page_table", 0, 0},      {"head_map", 0, 0},
+    {"past_key.0", -1, 8},      {"past_value.0", 2, 4},    {"past_key_scales.0", -1, 2},
+    {"past_key.1", -1, 8},      {"past_value.1", 2, 4},    {"past_key_scales.1", -1, 2},
+    {"logits", 0, 0},           {"present_head_map", 0, 0}};
+
 Dims dims(std::initializer_list<std::int64_t> sizes) {
   Dims result{};
   for (const std::int64_t size : sizes) result.d[result.nbDims++] = size;
@@ -207,25 +236,46 @@ Item* address(const std::map<std::string, void*>& addresses, const char* name) {
   return static_cast<Item*>(addresses.at(name));
 }
 
-// One step of the played model.
+// One step of the played model. Every token is kept as the first code of its slot in the keys of layer 0.
 void step(const std::map<std::string, void*>& addresses, const std::map<std::string, Dims>& shapes) {
   const Dims ids = shapes.at("input_ids");
   const Dims positions = shapes.at("output_positions");
+  const Dims table = shapes.at("page_table");
+  const Dims pool = shapes.at("past_key.0");
   const auto* tokens = address<std::int64_t>(addresses, "input_ids");
   const auto* wanted = address<std::int64_t>(addresses, "output_positions");
+  const auto* pages = address<std::int32_t>(addresses, "page_table");
+  const auto* pasts = address<std::int32_t>(addresses, "past_lengths");
+  const auto* lengths = address<std::int32_t>(addresses, "lengths");
+  const auto* old_maps = address<std::int32_t>(addresses, "head_map");
+  auto* maps = address<std::int32_t>(addresses, "present_head_map");
+  auto* keys = address<std::int8_t>(addresses, "present_key.0");
   auto* logits = address<std::uint16_t>(addresses, "logits");
+  const Dims map = shapes.at("head_map");
   for (std::int64_t row = 0; row < ids.d[0]; ++row) {
+    const auto slot = [&](std::int64_t position) {
+      const std::int64_t page = pages[row * table.d[1] + position / pool.d[2]];
+      return keys + ((page * pool.d[1]) * pool.d[2] + position % pool.d[2]) * pool.d[3];
+    };
+    // The text counts up, so what is kept tells whether pages are the row's.
+    bool kept = true;
+    for (std::int64_t i = 0; i < lengths[row]; ++i)
+      *slot(pasts[row] + i) = static_cast<std::int8_t>(tokens[row * ids.d[1] + i]);
+    for (std::int64_t i = 1; i < pasts[row] + lengths[row]; ++i) kept = kept && *slot(i) == *slot(i - 1) + 1;
     for (std::int64_t n = 0; n < positions.d[1]; ++n) {
       const std::int64_t last = tokens[row * ids.d[1] + wanted[row * positions.d[1] + n]];
       for (std::int64_t token = 0; token < kVocab; ++token)
-        *logits++ = chai::half_from_float(token == (last + 1) % kVocab ? 2.5f : -1.0f);
+        *logits++ = chai::half_from_float(kept && token == (last + 1) % kVocab ? 2.5f : 0.0f);
+    }
+    for (std::int64_t layer = 0; layer < map.d[0]; ++layer) {
+      for (std::int64_t head = 0; head < map.d[2]; ++head) {
+        const std::int64_t place = (layer * map.d[1] + row) * map.d[2] + head;
+        maps[place] = pasts[row] == 0 ? static_cast<std::int32_t>(tokens[row * ids.d[1]]) : old_maps[place];
+      }
     }
   }
-  const Dims maps = shapes.at("head_map");
-  for (std::int64_t i = 0; i < maps.d[0] * maps.d[1] * maps.d[2]; ++i)
-    address<std::int32_t>(addresses, "present_head_map")[i] =
-        address<std::int32_t>(addresses, "head_map")[i] + 1;
   ++played().steps;
+  played().calls.emplace_back(ids.d[0], ids.d[1]);
 }
 
 }  // namespace
@@ -245,11 +295,13 @@ bool IExecutionContext::setOptimizationProfileAsync(std::int32_t profile_in, cud
 }
 
 bool IExecutionContext::setInputShape(const char* name, const Dims& shape) noexcept {
+  ++bound;
   shapes[name] = shape;
   return true;
 }
 
 bool IExecutionContext::setTensorAddress(const char* name, void* address) noexcept {
+  ++bound;
   addresses[name] = address;
   return address != nullptr;
 }
@@ -262,7 +314,10 @@ void IExecutionContext::setDeviceMemoryV2(void* memory_in, std::int64_t size) no
 bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
   if (played().no_step) return false;
   if (stream->capture != nullptr) ++played().captured_steps;
-  submit(stream, [bound = addresses, sizes = shapes] { step(bound, sizes); });
+  submit(stream, [this, as_bound = bound] {
+    // A graph is good as long as its context stays as it was.
+    if (bound == as_bound) step(addresses, shapes);
+  });
   return true;
 }
 
@@ -280,20 +335,35 @@ Dims ICudaEngine::getProfileShape(const char* name, std::int32_t,
   const bool most = selector == OptProfileSelector::kMAX;
   if (tensor == "head_map") return dims({2, most ? 3 : 1, 4});
   if (tensor == "input_ids") return dims({most ? 3 : 1, most ? 16 : 1});
-  if (tensor.rfind("past_key.", 0) == 0) return dims({most ? 3 : 1, most ? 2 : 1, most ? 64 : 1, 8});
-  if (tensor.rfind("past_value.", 0) == 0) return dims({most ? 3 : 1, 2, most ? 64 : 1, 4});
-  return dims({});
+  if (tensor == "page_table") return dims({most ? 3 : 1, most ? 8 : 1});
+  Dims pool = getTensorShape(name);
+  if (pool.nbDims != 4) return dims({});
+  pool.d[0] = most ? 24 : 1;
+  if (pool.d[1] < 0) pool.d[1] = most ? 2 : 1;
+  pool.d[2] = 4;
+  return pool;
+}
+
+std::int32_t ICudaEngine::getNbIOTensors() const noexcept {
+  return static_cast<std::int32_t>(tensors.size());
+}
+
+const char* ICudaEngine::getIOTensorName(std::int32_t index) const noexcept {
+  return tensors[static_cast<std::size_t>(index)].name;
 }
 
 Dims ICudaEngine::getTensorShape(const char* name) const noexcept {
   const std::string tensor = name;
-  if (tensor == "logits") return dims({-1, -1, kVocab});
-  return dims(
-      {-1, tensor.rfind("past_key.", 0) == 0 ? -1 : 2, -1, tensor.rfind("past_key.", 0) == 0 ? 8 : 4});
+  for (const Tensor& known : tensors) {
+    if (tensor != known.name) continue;
+    if (known.columns > 0) return dims({-1, known.heads, -1, known.columns});
+  }
+  return tensor == "logits" ? dims({-1, -1, kVocab}) : dims({-1});
 }
 
-DataType ICudaEngine::getTensorDataType(const char*) const noexcept {
-  return DataType::kHALF;
+DataType ICudaEngine::getTensorDataType(const char* name) const noexcept {
+  const std::string tensor = name;
+  return tensor.rfind("past_key.", 0) == 0 ? DataType::kINT8 : DataType::kHALF;
 }
 
 std::int64_t ICudaEngine::getDeviceMemorySizeForProfileV2(std::int32_t profile) const noexcept {
@@ -308,7 +378,7 @@ IExecutionContext* ICudaEngine::createExecutionContext(ExecutionContextAllocatio
 IPluginCreatorInterface* IPluginRegistry::getCreator(const char* name, const char* version,
                                                      const char* space) noexcept {
   static IPluginCreatorInterface creator;
-  const bool ours = std::string(name) + version + space == "ClusteredHeadAttention1chai";
+  const bool ours = std::string(name) + version + space == "ClusteredHeadAttention2chai";
   return ours && played().plugin_is_registered ? &creator : nullptr;
 }
 

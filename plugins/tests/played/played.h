@@ -11,8 +11,10 @@
 namespace chai::test {
 
 // The engine of a model whose next token is the last one plus one: two layers of one KV head of two, four
-// query heads, head dim 8, value head dim 4, float16 logits over 50 tokens, up to 3 rows of 16 new tokens and
-// 64 in all. A step's new head map counts the steps.
+// query heads, keys in 8 bits (head dim 8, 2 scales), values in float16 (head dim 4), float16 logits over 50
+// tokens, up to 3 rows of 16 new tokens and of 8 pages of 4 positions. It keeps a row's tokens in its pages,
+// in the pool past_key.0, and gives logits of 0 where they are not those that it was fed before. The new head
+// map of a fresh row is its first token.
 struct Played {
   // Faults to play.
   bool no_stream = false;
@@ -21,12 +23,13 @@ struct Played {
   int contexts_before_fault = -1;
   bool no_memory = false;
   bool no_step = false;
+  std::size_t free_memory = 1 << 20;
   // Whether something registered the plugin before.
   bool plugin_is_registered = false;
 
   // What is alive.
   int streams = 0;
-  int allocations = 0;
+  int allocations = 0;  // on the device or pinned
   int graphs = 0;
   int objects = 0;  // of TensorRT
   int libraries = 0;
@@ -34,9 +37,11 @@ struct Played {
   std::vector<nvinfer1::IExecutionContext*> contexts;
   std::vector<std::string> loaded_libraries;
   std::vector<cudaStreamCaptureMode> captures;
-  int steps = 0;  // run, replayed ones included
+  int steps = 0;                                             // run, replayed ones included
+  std::vector<std::pair<std::int64_t, std::int64_t>> calls;  // rows and tokens of each
   int captured_steps = 0;
   int replays = 0;
+  int copies = 0;  // from the host to the device
 
   // Cubins given to the driver: content and where it began.
   struct Code {

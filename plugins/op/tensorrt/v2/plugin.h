@@ -28,9 +28,6 @@ namespace chai::tensorrt::v2 {
 
 namespace op = schema::clustered_head_attention_v2;
 
-constexpr const char* kPluginVersion = "2";
-static_assert(op::kVersion == 2, "the plugin's version is the op's");
-
 class ClusteredHeadAttention final : public nvinfer1::IPluginV3,
                                      public nvinfer1::IPluginV3OneCore,
                                      public nvinfer1::IPluginV3OneBuildV2,

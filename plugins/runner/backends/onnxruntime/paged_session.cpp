@@ -28,15 +28,14 @@ void OnnxRuntimePagedSession::drop() {
   bindings_.clear();
   caches_.clear();
   pool_ = PagePool(0, settings_.page_length);
-  rows_ = longest_ = allocated_ = 0;
-  head_map_.clear();
+  longest_ = allocated_ = 0;
+  maps_ = RowMaps();
 }
 
 void OnnxRuntimePagedSession::start(std::int64_t rows, std::int64_t pages) {
   drop();
   pool_ = PagePool(pages, settings_.page_length);
-  rows_ = rows;
-  head_map_.assign(static_cast<std::size_t>(geometry_.num_layers * rows * geometry_.num_query_heads), 0);
+  maps_ = RowMaps(geometry_.num_layers, rows, geometry_.num_query_heads);
   allocate(in_place_ ? pages : std::min(pages, rows));
 }
 
@@ -101,7 +100,7 @@ void OnnxRuntimePagedSession::run(const Step& step, const std::vector<std::int64
   const auto batch = static_cast<std::int64_t>(rows.size());
   const std::int64_t tokens = static_cast<std::int64_t>(step.input_ids.size()) / batch;
   const std::vector<std::int32_t> table = pool_.table(rows);
-  const std::vector<std::int32_t> past_maps = maps_of(rows);
+  const std::vector<std::int32_t> past_maps = maps_.of(rows);
   std::vector<std::int32_t> maps(past_maps.size());
   const std::vector<std::int64_t> map_shape{geometry_.num_layers, batch, geometry_.num_query_heads};
   Ort::IoBinding& binding = bindings_[turn_];
@@ -114,30 +113,7 @@ void OnnxRuntimePagedSession::run(const Step& step, const std::vector<std::int64
   binding.BindOutput("present_head_map", model_.value(maps, map_shape));
   logits_.bind(binding, model_, batch, geometry_.vocab_size);
   model_.session().Run(Ort::RunOptions(), binding);
-  keep_maps(rows, maps);
-}
-
-std::vector<std::int32_t> OnnxRuntimePagedSession::maps_of(const std::vector<std::int64_t>& rows) const {
-  std::vector<std::int32_t> maps;
-  for (std::int64_t layer = 0; layer < geometry_.num_layers; ++layer) {
-    for (const std::int64_t row : rows) {
-      const auto first = head_map_.begin() + (layer * rows_ + row) * geometry_.num_query_heads;
-      maps.insert(maps.end(), first, first + geometry_.num_query_heads);
-    }
-  }
-  return maps;
-}
-
-void OnnxRuntimePagedSession::keep_maps(const std::vector<std::int64_t>& rows,
-                                        const std::vector<std::int32_t>& maps) {
-  auto next = maps.begin();
-  for (std::int64_t layer = 0; layer < geometry_.num_layers; ++layer) {
-    for (const std::int64_t row : rows) {
-      std::copy_n(next, geometry_.num_query_heads,
-                  head_map_.begin() + (layer * rows_ + row) * geometry_.num_query_heads);
-      next += geometry_.num_query_heads;
-    }
-  }
+  maps_.keep(rows, maps.data());
 }
 
 }  // namespace chai

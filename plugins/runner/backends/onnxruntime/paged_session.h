@@ -14,6 +14,7 @@
 #include "runner/manifest.h"
 #include "runner/paged_session.h"
 #include "runner/pages.h"
+#include "runner/row_maps.h"
 
 namespace chai {
 
@@ -47,7 +48,7 @@ class OnnxRuntimePagedSession final : public PagedSession {
   // Of a page, over all layers: codes and scales of keys and values.
   std::int64_t page_bytes() const { return bytes_per_token(tensors_) * settings_.page_length; }
   // [layers][rows][heads]: query head to representative, after the last step of each row.
-  const std::vector<std::int32_t>& head_map() const { return head_map_; }
+  const std::vector<std::int32_t>& head_map() const { return maps_.all(); }
   // The buffers of the pools that hold the past of the next step, in the order of cache_tensors().
   const std::vector<ReservedMemory>& buffers() const { return caches_[turn_]; }
 
@@ -58,8 +59,6 @@ class OnnxRuntimePagedSession final : public PagedSession {
   void allocate(std::int64_t pages);
   void grow(std::int64_t pages);
   void run(const Step& step, const std::vector<std::int64_t>& rows);
-  std::vector<std::int32_t> maps_of(const std::vector<std::int64_t>& rows) const;
-  void keep_maps(const std::vector<std::int64_t>& rows, const std::vector<std::int32_t>& maps);
 
   Settings settings_;
   std::int64_t cache_memory_;
@@ -68,10 +67,9 @@ class OnnxRuntimePagedSession final : public PagedSession {
   bool in_place_;
   OnnxRuntimeModel model_;
   PagePool pool_;
-  std::int64_t rows_ = 0;
   std::int64_t longest_ = 0;    // promise
   std::int64_t allocated_ = 0;  // pages
-  std::vector<std::int32_t> head_map_;
+  RowMaps maps_;
   std::vector<Caches> caches_;            // one set, or two; caches_[turn_] holds the past of the next step
   std::vector<Ort::IoBinding> bindings_;  // one per turn
   std::size_t turn_ = 0;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "runner/backends/tensorrt/session.h"
+#include "runner/caches.h"
 #include "support/error.h"
 
 namespace chai {
@@ -17,15 +18,14 @@ bool ends_with(const std::string& text, const std::string& end) {
 // Whether an engine is one of this model. It does not tell its probe tokens.
 bool fits(const Geometry& engine, const Geometry& model) {
   return engine.num_layers == model.num_layers && engine.num_query_heads == model.num_query_heads &&
-         engine.num_kv_heads == model.num_kv_heads && engine.head_dim == model.head_dim &&
-         engine.value_head_dim == model.value_head_dim && engine.vocab_size == model.vocab_size &&
+         engine.num_kv_heads == model.num_kv_heads && engine.vocab_size == model.vocab_size &&
          engine.kept_heads == model.kept_heads;
 }
 
 }  // namespace
 
-std::unique_ptr<Session> open_tensorrt_session(const std::string& bundle, const Manifest& manifest,
-                                               const Options& options, const std::string& plugin) {
+std::unique_ptr<PagedSession> open_tensorrt_session(const std::string& bundle, const Manifest& manifest,
+                                                    const Options& options, const std::string& plugin) {
   require(manifest.geometry.num_caches() == manifest.geometry.kept_heads.size(),
           bundle +
               " has layers that read another layer's KV cache, which TensorRT engines do not have; use "
@@ -42,8 +42,11 @@ std::unique_ptr<Session> open_tensorrt_session(const std::string& bundle, const 
       std::find_if(files.begin(), files.end(), [](const auto& file) { return ends_with(file.first, kPlan); });
   require(plan != files.end(), "the tensorrt engine of " + bundle + " has no .plan file" + again + " again");
   check_files(bundle, files, again + " again");
-  auto session = std::make_unique<TensorRtSession>(bundle + "/" + plan->first, plugin, options.heads);
-  require(fits(session->geometry(), manifest.geometry),
+  auto session = std::make_unique<TensorRtSession>(bundle + "/" + plan->first, plugin, options.heads,
+                                                   options.cache_memory);
+  const std::int64_t page_bytes =
+      bytes_per_token(cache_tensors(manifest, options.heads)) * session->page_length();
+  require(fits(session->geometry(), manifest.geometry) && session->page_bytes() == page_bytes,
           "the tensorrt engine does not fit the bundle's manifest" + again + " again");
   return session;
 }
