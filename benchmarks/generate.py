@@ -2,8 +2,8 @@
 
 Writes benchmarks/results/generate-<name>.json. The model has 24 layers of 16 heads (multi-head attention) in
 float32; speed does not depend on what the weights are. onnxruntime-genai takes part where it is installed.
-Caches are exact (version 1 of the op) or have bits of keys and values (version 2); those are measured beside
-the exact cache with all heads, and beside onnxruntime-genai's int8 cache.
+Caches are exact or have bits of keys and values; those are measured beside the exact cache with all heads,
+and beside onnxruntime-genai's int8 cache.
 
 Run it on a machine that does nothing else: python benchmarks/generate.py NAME [--work DIR]
 It takes an hour and a half; what the result file has already is not measured again, so that it may be

@@ -24,7 +24,7 @@ from chai_export.bench import machine
 from chai_export.bench.timing import interleaved
 from chai_export.bundle.bundle import Bundle
 from chai_export.runtime.calls import plan_calls
-from chai_export.runtime.onnxruntime_paged_session import OnnxRuntimePagedSession
+from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
 DECODING = 7
 PATTERN = "paper_7b"
@@ -36,7 +36,7 @@ class Rows:
 
     def __init__(self, bundle: Path, context: int, chunk: int, threads: int) -> None:
         loaded = Bundle.load(bundle)
-        self._session = OnnxRuntimePagedSession(loaded, threads=threads)
+        self._session = OnnxRuntimeSession(loaded, threads=threads)
         self._session.begin(DECODING + 1, max(context + 1, chunk))
         random = np.random.default_rng(0)
         texts = random.integers(0, loaded.manifest.vocab_size, (DECODING, context))

@@ -50,7 +50,7 @@ def attention_table(cases: list[Row]) -> str:
 
 
 def bits_of(case: Row) -> str:
-    """Storage of CHAI's keys and values; results of version 1 of the op have none but the dtype's."""
+    """Storage of CHAI's keys and values; older results have none but the dtype's."""
     own = int(case["dtype"].removeprefix("float"))
     return "/".join(str(case.get(name) or own) for name in ("key_bits", "value_bits"))
 

@@ -17,7 +17,7 @@ import psutil
 
 from chai_export.arguments import require_at_least_one
 from chai_export.bench import machine
-from chai_export.bench.paged import paged
+from chai_export.bench.clustered import clustered_head_attention
 from chai_export.bench.peers import PEERS, Run, SkippedError
 from chai_export.bench.phase import Phase
 from chai_export.bench.problem import Problem, Shape
@@ -25,7 +25,7 @@ from chai_export.bench.quantised_peers import half_group_query_attention, quanti
 from chai_export.bench.timing import Timing, interleaved
 from chai_export.errors import ChaiError, reason
 from chai_export.progress import track
-from chai_export.runtime.native import ONNXRUNTIME_LIBRARY_V2, find_library
+from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
 
 ALL_HEADS = "chai_all_heads"
 
@@ -77,7 +77,7 @@ def bench_attention(
         ChaiError: the native library is not installed, or an implementation disagrees with the op.
     """
     require_at_least_one(threads=threads)
-    if find_library(ONNXRUNTIME_LIBRARY_V2) is None:
+    if find_library(ONNXRUNTIME_LIBRARY) is None:
         raise ChaiError("the native library is not installed; run `chai-export doctor` for what to install")
     machine.let_idle_threads_sleep()
     cores = threads or len(os.sched_getaffinity(0))
@@ -105,14 +105,16 @@ def _measure(case: Shape, threads: int, min_seconds: float) -> dict[str, Any]:
 def _implementations(problem: Problem, threads: int) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """All that can run the problem, checked against each other, and why the rest cannot."""
     case = problem.case
-    exact = paged(problem, case.kv_heads, (0, 0), threads)
+    exact = clustered_head_attention(problem, case.kv_heads, (0, 0), threads)
     expected = np.array(exact(), np.float32)
     largest = float(np.abs(expected).max())
-    own: dict[str, Callable[[], Any]] = {"chai": paged(problem, case.kept, case.bits, threads)}
+    own: dict[str, Callable[[], Any]] = {
+        "chai": clustered_head_attention(problem, case.kept, case.bits, threads)
+    }
     if case.bits != (0, 0):
         own[f"chai_{case.dtype}_all_heads"] = exact
         if case.kept < case.kv_heads:
-            own[ALL_HEADS] = paged(problem, case.kv_heads, case.bits, threads)
+            own[ALL_HEADS] = clustered_head_attention(problem, case.kv_heads, case.bits, threads)
     elif case.kept < case.kv_heads:
         own[ALL_HEADS] = exact
     skipped: dict[str, str] = {}

@@ -10,19 +10,18 @@ from chai_export.bundle.manifest import Manifest
 def cache_facts(manifest: Manifest) -> dict[str, Any]:
     """Bytes of cache per token, as stored, with all heads, and with all heads in float16; bits by layer.
 
-    ``key_bits`` and ``value_bits`` are there for version 2 of the op; 0 is the bundle's dtype.
+    Of ``key_bits`` and ``value_bits`` 0 is the bundle's dtype.
     """
-    facts: dict[str, Any] = {
+    return {
         "op_version": manifest.op_version,
         "kv_bytes_per_token": manifest.kv_bytes_per_token("chai"),
         "kv_bytes_per_token_all_heads": manifest.kv_bytes_per_token("all"),
         "kv_bytes_per_token_float16": manifest.kv_bytes_per_token_float16,
+        "key_bits": manifest.key_bits,
+        "value_bits": manifest.value_bits,
     }
-    if manifest.paged:
-        facts |= {"key_bits": manifest.key_bits, "value_bits": manifest.value_bits}
-    return facts
 
 
 def is_quantised(manifest: Manifest) -> bool:
     """Whether keys or values of a layer are stored in 8 or 4 bits."""
-    return any(bits in (8, 4) for bits in (*(manifest.key_bits or ()), *(manifest.value_bits or ())))
+    return manifest.storage.quantises

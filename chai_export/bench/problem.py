@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.bench.phase import Phase
+from chai_export.op.attributes import DEFAULT_GROUP
 from chai_export.op.dtypes import ELEMENT_TYPES
-from chai_export.op.v2.attributes import DEFAULT_GROUP
-from chai_export.op.v2.storage import Storage
+from chai_export.op.storage import Storage
 
 Tensor = NDArray[Any]
 
@@ -105,17 +105,19 @@ class Problem:
             part[:] = np.roll(self._pattern, start + 104729 * (begin // self._pattern.size))[: part.size]
         return array.reshape(shape)
 
-    def op_inputs(self, kept: int) -> dict[str, Tensor]:
-        """Inputs of the op with ``kept`` KV heads; its K cache is the front of the shared one."""
+    def compact_keys(self, kept: int) -> Tensor:
+        """Keys [B, kept, T, D] of a K cache with so many KV heads: the front of the problem's own."""
         case = self.case
         size = case.batch * kept * case.length * case.head_dim
-        compact = self.key_cache.reshape(-1)[:size].reshape(case.batch, kept, case.length, case.head_dim)
+        return self.key_cache.reshape(-1)[:size].reshape(case.batch, kept, case.length, case.head_dim)
+
+    def op_inputs(self, kept: int) -> dict[str, Tensor]:
+        """Inputs of the op with ``kept`` KV heads, but for the caches and their table."""
+        case = self.case
         return {
             "query": self.query,
             "key": self.key,
             "value": self.value,
-            "past_key": compact,
-            "past_value": self.value_cache,
             "past_head_map": np.tile(head_map(case.heads, case.kv_heads, kept), (case.batch, 1)),
             "past_lengths": np.full(case.batch, case.past, np.int32),
             "lengths": np.full(case.batch, case.tokens, np.int32),

@@ -12,7 +12,6 @@ from chai_export.bundle.hashing import has_sha256, sha256_file
 from chai_export.bundle.manifest import FILE_NAME, FileRecord, Manifest, read_manifest, write_manifest
 from chai_export.bundle.tokenizer import load_tokenizer
 from chai_export.errors import ChaiError
-from chai_export.op.cache_storage import PAGED_VERSION
 
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
@@ -79,15 +78,8 @@ class Bundle:
 
 
 def _check(directory: Path, manifest: Manifest) -> None:
-    """Raise unless this version can run the bundle and its files are those of the manifest."""
-    from chai_export.op.schema import VERSION
-
+    """Raise unless the files are those of the manifest."""
     again = "run `chai-export export` (or `rewrite`) again"
-    if manifest.op_version not in (VERSION, PAGED_VERSION):
-        raise ChaiError(
-            f"{directory} uses version {manifest.op_version} of ClusteredHeadAttention and this version "
-            f"of chai_export has {VERSION} and {PAGED_VERSION}; {again}"
-        )
     if MODEL_FILE not in manifest.files:
         raise ChaiError(f"{directory / FILE_NAME} lists no {MODEL_FILE}; {again}")
     check_files(directory, manifest.files, again=again)

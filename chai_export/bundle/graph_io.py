@@ -20,11 +20,12 @@ HEAD_MAP = "head_map"
 LOGITS = "logits"
 PRESENT_HEAD_MAP = "present_head_map"
 
-BATCH, TOKENS, OUTPUTS, CAPACITY = "batch", "tokens", "outputs", "capacity"
-"""Sizes that a call decides: B, S, N and C. The R of a K cache is a fourth, see :func:`kept_heads`."""
+BATCH, TOKENS, OUTPUTS = "batch", "tokens", "outputs"
+"""Sizes that a call decides: B, S, and the number of logits per row. So is the R of a K cache, see
+:func:`kept_heads`."""
 
 PAGES, ROW_PAGES, PAGE_LENGTH = "pages", "row_pages", "page_length"
-"""Those of caches in pages, which the runner chooses instead of C: the N, M and L of docs/op-v2.md."""
+"""Sizes that the runner chooses: the N, M and L of docs/op.md."""
 
 _SCALES = "_scales"
 
@@ -135,16 +136,13 @@ class GraphIO:
         return None
 
 
-def graph_io(
-    storage: CacheStorage, vocab_size: int, *, rope_lengths: bool = False, paged: bool = False
-) -> GraphIO:
+def graph_io(storage: CacheStorage, vocab_size: int, *, rope_lengths: bool = False) -> GraphIO:
     """Inputs and outputs of a graph with these heads and caches; its logits may be float32.
 
     Args:
         storage: heads, and what their caches hold.
         vocab_size: columns of the logits.
         rope_lengths: rows choose their rotary factors by an input of this name.
-        paged: the caches are pools of pages (version 2 of the op), and page_table is the last of ``step``.
     """
     dtype, heads = str(storage.dtype), storage.heads
     maps = (heads.num_layers, BATCH, heads.num_query_heads)
@@ -155,24 +153,23 @@ def graph_io(
             GraphValue(PAST_LENGTHS, ("int32",), (BATCH,)),
             GraphValue(OUTPUT_POSITIONS, ("int64",), (BATCH, OUTPUTS)),
             *([GraphValue(ROPE_LENGTHS, ("int32",), (BATCH,))] if rope_lengths else []),
-            *([GraphValue(PAGE_TABLE, ("int32",), (BATCH, ROW_PAGES))] if paged else []),
+            GraphValue(PAGE_TABLE, ("int32",), (BATCH, ROW_PAGES)),
         ),
         head_map=GraphValue(HEAD_MAP, ("int32",), maps),
         logits=GraphValue(LOGITS, tuple(dict.fromkeys((dtype, "float32"))), (BATCH, OUTPUTS, vocab_size)),
         present_head_map=GraphValue(PRESENT_HEAD_MAP, ("int32",), maps),
-        caches=tuple(cache for layer in heads.cache_layers for cache in _caches(storage, layer, paged)),
+        caches=tuple(cache for layer in heads.cache_layers for cache in _caches(storage, layer)),
     )
 
 
-def _caches(storage: CacheStorage, layer: int, paged: bool) -> list[CacheIO]:
+def _caches(storage: CacheStorage, layer: int) -> list[CacheIO]:
     """Of one layer."""
-    rows, positions = (PAGES, PAGE_LENGTH) if paged else (BATCH, CAPACITY)
     found, of_scales = [], []
     for past, present, heads, held in (
         (past_key(layer), present_key(layer), kept_heads(layer), storage.key(layer)),
         (past_value(layer), present_value(layer), storage.heads.num_kv_heads, storage.value(layer)),
     ):
-        sizes = (rows, heads, positions)
+        sizes = (PAGES, heads, PAGE_LENGTH)
         found.append(_cache(layer, past, present, storage.element(held), (*sizes, held.columns)))
         if held.quantised:
             names = scales(past), scales(present)

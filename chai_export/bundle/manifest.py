@@ -26,12 +26,13 @@ from chai_export.bundle.sampling_rules import wanted_instead
 from chai_export.bundle.work_directory import recover
 from chai_export.errors import ChaiError
 from chai_export.files import MissingFileError, read_json
-from chai_export.op.cache_storage import PAGED_VERSION, CacheBytes, CacheStorage
+from chai_export.op.attributes import DEFAULT_GROUP
+from chai_export.op.cache_storage import CacheBytes, CacheStorage
 from chai_export.op.dtypes import Dtype
 from chai_export.op.heads import DecoderHeads
 from chai_export.op.kv_sharing import check_same_kept, check_sources
-from chai_export.op.v2.attributes import DEFAULT_GROUP
-from chai_export.op.v2.storage import BITS
+from chai_export.op.signature import VERSION
+from chai_export.op.storage import BITS
 
 FORMAT: Final = "chai-bundle/1"
 FILE_NAME = "manifest.json"
@@ -163,7 +164,7 @@ class Manifest(_Strict):
     the model was trained for. ``kv_source_layers``, absent unless layers share caches, names for each layer
     the one whose K and V cache it reads: itself, or an earlier one (:mod:`chai_export.op.kv_sharing`).
     ``key_bits``, ``value_bits`` (one number per layer, 0 for the model's dtype) and ``group`` (elements that
-    share a scale) are what the caches of op version 2 are stored in; op version 1 has none of them.
+    share a scale) are what the caches are stored in.
     ``rope`` is absent where every rotary factor is a constant that the graph holds.
     ``weights``, absent unless most weights are integers, is their type; ``dtype`` is that of the caches.
     ``files`` maps paths relative to the bundle to their hash and size.
@@ -182,9 +183,9 @@ class Manifest(_Strict):
     context_length: Count | None = None
     kept_heads: list[Count]
     kv_source_layers: list[int] | None = Field(default=None, exclude_if=lambda layers: layers is None)
-    key_bits: list[Bits] | None = Field(default=None, exclude_if=lambda bits: bits is None)
-    value_bits: list[Bits] | None = Field(default=None, exclude_if=lambda bits: bits is None)
-    group: Count | None = Field(default=None, exclude_if=lambda group: group is None)
+    key_bits: list[Bits]
+    value_bits: list[Bits]
+    group: Count = DEFAULT_GROUP
     rope: RopeRecord | None = Field(default=None, exclude_if=lambda rope: rope is None)
     probe_tokens: Count
     opset: Count
@@ -209,7 +210,7 @@ class Manifest(_Strict):
         if self.kv_source_layers is not None:
             check_sources(self.kv_source_layers, self.num_layers)
             check_same_kept(self.kept_heads, self.kv_source_layers)
-        self._check_storage()
+        _ = self.storage  # raises where the bits do not fit the heads
         if self.static is not None:
             self._check_head_maps(self.static.head_maps)
         for backend, record in self.engines.items():
@@ -217,29 +218,10 @@ class Manifest(_Strict):
                 raise ValueError(f"the engine of {backend} says that it is one of {record.backend}")
         return self
 
-    def _check_storage(self) -> None:
-        given = {"key_bits": self.key_bits, "value_bits": self.value_bits, "group": self.group}
-        for name, value in given.items():
-            if value is not None and not self.paged:
-                raise ValueError(
-                    f"{name} is given, and op_version is {self.op_version}, whose caches are in the dtype"
-                )
-            if value is None and self.paged and name != "group":
-                raise ValueError(f"{name} is missing, and op_version is {self.op_version}")
-        _ = self.storage  # raises where the bits do not fit the heads
-
-    @property
-    def paged(self) -> bool:
-        """Whether the caches are pools of pages, with a storage of their own: op version 2."""
-        return self.op_version == PAGED_VERSION
-
     @property
     def storage(self) -> CacheStorage:
         """What the caches hold."""
-        if self.key_bits is None or self.value_bits is None:
-            return CacheStorage.exact(self.head_counts, self.dtype)
-        group = self.group or DEFAULT_GROUP
-        return CacheStorage(self.head_counts, self.dtype, self.key_bits, self.value_bits, group)
+        return CacheStorage(self.head_counts, self.dtype, self.key_bits, self.value_bits, self.group)
 
     @property
     def weight_type(self) -> str:
@@ -273,9 +255,7 @@ class Manifest(_Strict):
     @property
     def io(self) -> GraphIO:
         """Inputs and outputs of the bundle's graph."""
-        return graph_io(
-            self.storage, self.vocab_size, rope_lengths=bool(self.switch_lengths), paged=self.paged
-        )
+        return graph_io(self.storage, self.vocab_size, rope_lengths=bool(self.switch_lengths))
 
     @property
     def switch_lengths(self) -> list[int]:
@@ -309,7 +289,7 @@ def read_manifest(directory: Path) -> Manifest:
     """Read and validate ``directory/manifest.json``.
 
     Raises:
-        ChaiError: it is missing, is not JSON, has another format version, or a field is wrong.
+        ChaiError: it is missing, is not JSON, has another format or op version, or a field is wrong.
     """
     path = directory / FILE_NAME
     again = "run `chai-export export` (or `rewrite`) again"
@@ -326,6 +306,12 @@ def read_manifest(directory: Path) -> Manifest:
         raise ChaiError(
             f"{path} has format {shown(content.get('format'))} and this version of chai_export reads "
             f"{FORMAT!r}; {again} with it"
+        )
+    version = content.get("op_version", VERSION)
+    if isinstance(version, int) and version != VERSION:
+        raise ChaiError(
+            f"{directory} has version {version} of the op and this version of chai_export runs version "
+            f"{VERSION}; {again} with it"
         )
     try:
         # As JSON and strictly: 4.0, true and "4" are no counts, in the C++ runner neither.

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import onnx
 
 from chai_export.errors import ChaiError, reason
+from chai_export.op.attributes import DEFAULT_GROUP
 from chai_export.op.probe import PAPER_PROBE_TOKENS
 from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE, signature
-from chai_export.op.v2.attributes import DEFAULT_GROUP
 
 if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle
@@ -60,19 +60,15 @@ def check_op_nodes(bundle: Bundle) -> None:
 
 def _wanted(manifest: Manifest, node: onnx.NodeProto) -> list[tuple[str, int, int]]:
     """Name, default and what the manifest says of the attributes of a node."""
-    attributes = [
+    storage = manifest.storage
+    layer = _layer(manifest, node)
+    return [
         ("probe_tokens", PAPER_PROBE_TOKENS, manifest.probe_tokens),
         ("online", 1, int(manifest.static is None)),
+        ("key_bits", 0, storage.key_bits[layer]),
+        ("value_bits", 0, storage.value_bits[layer]),
+        ("group", DEFAULT_GROUP, storage.group),
     ]
-    if manifest.paged:
-        storage = manifest.storage
-        layer = _layer(manifest, node)
-        attributes += [
-            ("key_bits", 0, storage.key_bits[layer]),
-            ("value_bits", 0, storage.value_bits[layer]),
-            ("group", DEFAULT_GROUP, storage.group),
-        ]
-    return attributes
 
 
 def _layer(manifest: Manifest, node: onnx.NodeProto) -> int:
@@ -84,7 +80,7 @@ def _layer(manifest: Manifest, node: onnx.NodeProto) -> int:
     names = {
         name: cache.layer for cache in manifest.io.caches for name in (cache.past.name, cache.present.name)
     }
-    place = signature(node.op_type, manifest.op_version).input_names.index("key_cache")
+    place = signature(node.op_type).input_names.index("key_cache")
     name = node.input[place] if place < len(node.input) else ""
     if name not in names:
         raise ChaiError(

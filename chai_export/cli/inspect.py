@@ -117,9 +117,7 @@ def print_bundle(bundle: Bundle, *, as_json: bool) -> None:
 
 
 def _storage(manifest: Manifest) -> list[tuple[str, str]]:
-    """Rows that say what the caches hold; none where that is the model's dtype, in arrays."""
-    if not manifest.paged:
-        return []
+    """Rows that say what the caches hold."""
     storage, parts = manifest.storage, manifest.kv_bytes_by_part("chai")
     named = [
         f"{what} in {_bits(bits, manifest.dtype)}"
@@ -131,7 +129,7 @@ def _storage(manifest: Manifest) -> list[tuple[str, str]]:
     float16 = manifest.kv_bytes_per_token_float16
     share = manifest.kv_bytes_per_token("chai") / float16
     return [
-        ("cache", f"in pages: {', '.join(named)}{shared}"),
+        ("cache", f"{', '.join(named)}{shared}"),
         ("of that", sizes + scales),
         ("all heads in float16", f"{bytes_text(float16)}; this bundle takes {share:.1%} of that"),
     ]

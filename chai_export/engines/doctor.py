@@ -6,18 +6,15 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from chai_export.errors import ChaiError, reason
-from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, ONNXRUNTIME_LIBRARY_V2, find_library
+from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
 
-KNOWN_ANSWER_CASE = "mixed_phases"
-"""Fresh, continuing, padded and inactive rows in one call of the op."""
-PAGED_CASE = "mixed_phases_k8v4"
-"""The same with pages, keys in 8 and values in 4 bits."""
+KNOWN_ANSWER_CASE = "mixed_phases_k8v4"
+"""Fresh, continuing, padded and inactive rows in one call of the op, keys in 8 and values in 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,7 @@ def diagnose() -> list[Finding]:
     """All checks, the backends first."""
     return [
         _function_body(),
-        _native_library("onnxruntime, native library", ONNXRUNTIME_LIBRARY, _known_answer),
-        _native_library("onnxruntime, native library for pages", ONNXRUNTIME_LIBRARY_V2, _paged_answer),
+        _native_library(),
         _tensorrt(),
         _gpu(),
         *(_package(name, fix) for name, fix in _PACKAGES.items()),
@@ -65,13 +61,16 @@ def _function_body() -> Finding:
     return Finding(name, True, answer, is_backend=True)
 
 
-def _native_library(name: str, stem: str, known_answer: Callable[[Path], str]) -> Finding:
+def _native_library() -> Finding:
+    name = "onnxruntime, native library"
     fix = "install g++ and ONNX Runtime's headers, then pip install --force-reinstall --no-deps chai-export"
-    library = find_library(stem)
+    library = find_library(ONNXRUNTIME_LIBRARY)
     if library is None:
-        return Finding(name, False, f"lib{stem}.so was not built; the function body is used", fix)
+        return Finding(
+            name, False, f"lib{ONNXRUNTIME_LIBRARY}.so was not built; the function body is used", fix
+        )
     try:
-        answer = known_answer(library)
+        answer = _known_answer(library)
     except Exception as error:
         return Finding(name, False, reason(error), fix, is_backend=True)
     return Finding(name, True, answer, is_backend=True)
@@ -106,36 +105,15 @@ def _known_answer(library: Path | None) -> str:
     """
     import onnxruntime
 
-    from chai_export.op.cases import CASES, check
+    from chai_export.op.cases import CACHES, CASES, check
     from chai_export.op.model import node_model
     from chai_export.op.reference import AttentionResult
-    from chai_export.op.schema import signature
 
     case = next(case for case in CASES if case.name == KNOWN_ANSWER_CASE)
     options = onnxruntime.SessionOptions()
     if library is not None:
         options.register_custom_ops_library(str(library))
-    model = node_model(case.attributes(), "float32", with_function=library is None)
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    inputs = case.inputs()
-    check(case, inputs, AttentionResult(*session.run(list(signature().output_names), inputs)))
-    return f"onnxruntime {onnxruntime.__version__} gives the known answer"
-
-
-def _paged_answer(library: Path) -> str:
-    """The same for version 2 of the op."""
-    import onnxruntime
-
-    from chai_export.op.v2.cases import CACHES, CASES, check
-    from chai_export.op.v2.model import node_model
-    from chai_export.op.v2.reference import AttentionResult
-
-    case = next(case for case in CASES if case.name == PAGED_CASE)
-    options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(str(library))
-    model = node_model(case.attributes, "float32", with_function=False)
+    model = node_model(case.attributes, "float32", with_function=library is None)
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

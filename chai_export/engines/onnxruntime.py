@@ -16,7 +16,6 @@ from chai_export.bundle.bundle import MODEL_FILE, Bundle
 from chai_export.bundle.choices import Backend, Heads
 from chai_export.bundle.manifest import EngineRecord
 from chai_export.errors import ChaiError
-from chai_export.runtime.cache import require_memory
 from chai_export.runtime.session import open_session
 from chai_export.version import CREATED_WITH
 
@@ -30,10 +29,8 @@ def build_onnxruntime(bundle: Bundle, max_batch: int, max_seq: int) -> EngineRec
     """
     manifest = bundle.manifest
     session = open_session(bundle, Backend.ONNXRUNTIME, Heads.CHAI)
-    buffers = 1 if session.in_place else 2
-    require_memory(buffers * max_batch * max_seq * manifest.kv_bytes_per_token(), max_batch, max_seq)
+    session.begin(max_batch, max_seq)
     tokens = min(manifest.probe_tokens + 1, max_seq)
-    session.begin(max_batch, tokens)
     logits = session.step(
         np.zeros((max_batch, tokens), np.int64),
         np.full(max_batch, tokens, np.int32),

@@ -161,11 +161,6 @@ def require_supported(bundle: Bundle) -> None:
             f"{bundle.path} has rotary factors that follow the length of a row, which TensorRT engines "
             "cannot do yet; use --backend onnxruntime"
         )
-    if not bundle.manifest.paged:
-        raise ChaiError(
-            f"{bundle.path} has version {bundle.manifest.op_version} of the op, which TensorRT engines have "
-            "no more; export or rewrite again"
-        )
 
 
 def place_kernels(wanted: Mapping[str, Spec], gpu: Gpu, given: Path | None, directory: Path) -> None:

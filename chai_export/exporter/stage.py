@@ -57,8 +57,7 @@ def export(
         dtype: "float32", "float16" or "bfloat16", of weights and caches.
         probe_tokens: P, the tokens that decide the head map of a request; unless given, what ``clusters`` was
             calibrated with (the paper's 5 where it does not say).
-        key_bits: keys are cached in 16 (float16), 8 or 4 bits, in pages (version 2 of the op). Unless given,
-            in the model's dtype.
+        key_bits: keys are cached in 16 (float16), 8 or 4 bits. Unless given, in the model's dtype.
         value_bits: likewise for values.
         membership: "online", head maps from each sequence's first tokens, or "static", maps fixed now on
             ``text`` and the projections of unused heads cut away.

@@ -24,7 +24,6 @@ from chai_export.errors import ChaiError
 from chai_export.models.geometry import describe
 from chai_export.models.oracle import Oracle
 from chai_export.models.text import leading_special_tokens, read_tokens
-from chai_export.op.cache_storage import PAGED_VERSION
 from chai_export.op.head_map import kept_kv_heads
 
 if TYPE_CHECKING:
@@ -177,9 +176,7 @@ def fix_head_maps(path: Path, head_maps: NDArray[np.int32]) -> None:
     from chai_export.op.schema import DOMAIN, OP_TYPE, signature
 
     model = onnx.load(str(path), load_external_data=False)
-    version = next(each.version for each in model.opset_import if each.domain == DOMAIN)
-    names = signature(OP_TYPE, version).input_names
-    cache = "key_cache" if version == PAGED_VERSION else "past_key"
+    names = signature(OP_TYPE).input_names
     graph = model.graph
     nodes: list[Any] = []
     graph.initializer.append(
@@ -187,7 +184,7 @@ def fix_head_maps(path: Path, head_maps: NDArray[np.int32]) -> None:
     )
     for node in graph.node:
         if (node.domain, node.op_type) == (DOMAIN, OP_TYPE):
-            layer = int(node.input[names.index(cache)].rsplit(".", 1)[1])
+            layer = int(node.input[names.index("key_cache")].rsplit(".", 1)[1])
             name = f"static_head_map.{layer}"
             graph.initializer.append(numpy_helper.from_array(head_maps[layer][None], name))
             lengths = node.input[names.index("past_lengths")]

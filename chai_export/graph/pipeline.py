@@ -25,7 +25,7 @@ from chai_export.graph.rewrite.position_limit import position_limit
 from chai_export.graph.rewrite.rope_switch import find_switches
 from chai_export.graph.rewrite.transform import transform
 from chai_export.graph.rewrite.weights import write_model
-from chai_export.op.precision import Precision
+from chai_export.op.precision import EXACT, Precision
 from chai_export.progress import note
 
 _LARGE = 10**9
@@ -39,13 +39,13 @@ def rewrite_model(
     directory: Path,
     probe_tokens: int,
     *,
-    precision: Precision | None = None,
+    precision: Precision = EXACT,
     take: bool = False,
 ) -> Manifest:
     """Rewrite ``path`` into ``directory``/model.onnx with its weights; return a manifest of what was found.
 
     The source is read twice: to be transformed, and to be compared with. Neither holds its weights.
-    ``precision``: caches in pages, stored so. ``take``: the source's data file may be moved into the bundle.
+    ``precision`` is what caches are stored in. ``take``: the source's data file may be moved into the bundle.
 
     Raises:
         ChaiError: the file is damaged or cannot be rewritten, clusters do not fit it, or a proof fails.
@@ -67,7 +67,7 @@ def rewrite_model(
         )
     draft = draft_manifest(path, source, sites, probe_tokens, precision)
     clusters.check(draft.head_counts)
-    prover = SiteProver(source.graph, roles, probe_tokens, draft.paged)
+    prover = SiteProver(source.graph, roles, probe_tokens)
     prover.prove(sites)
 
     target = load_graph(path)

@@ -49,8 +49,7 @@ def rewrite(
         tokenizer: directory with a Hugging Face tokenizer (and config.json, generation_config.json).
         probe_tokens: P, the tokens that decide the head map of a request; unless given, what ``clusters`` was
             calibrated with (the paper's 5 where it does not say).
-        key_bits: keys are cached in 16 (float16), 8 or 4 bits, in pages (version 2 of the op). Unless given,
-            in the model's dtype.
+        key_bits: keys are cached in 16 (float16), 8 or 4 bits. Unless given, in the model's dtype.
         value_bits: likewise for values.
 
     Raises:

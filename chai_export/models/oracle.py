@@ -53,7 +53,7 @@ class Oracle:
         kernels: compute layers whose maps the op decides with the Triton kernels; by default where the model
             is on a GPU and Triton is installed. Given maps, other rules and storage always go through torch.
         storage: what the caches hold; unless given, the rows as they are computed. All tokens but the exact
-            first ones read the rows back from there, as in version 2 of the op.
+            first ones read the rows back from there, as in the op.
         equalisers: by layer float32 [G, D], what keys are divided by before they are stored and multiplied
             by again when they are read; a layer that reads another layer's cache has that one's.
 

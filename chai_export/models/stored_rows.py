@@ -1,6 +1,6 @@
 """Rows of keys and values as attention reads them back from a cache of fewer bits, in torch.
 
-The rule is that of docs/op-v2.md, "How a row is stored", written here once more for the oracle.
+The rule is that of docs/op.md, "How a row is stored", written here once more for the oracle.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chai_export.op.v2.storage import Storage
+from chai_export.op.storage import Storage
 
 _LARGEST = {8: 127.0, 4: 15.0}
 _HALF_BITS, _HALF_LEAST = 10, -14

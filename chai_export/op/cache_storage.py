@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from chai_export.op.attributes import DEFAULT_GROUP
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.heads import DecoderHeads
-from chai_export.op.v2.attributes import DEFAULT_GROUP
-from chai_export.op.v2.storage import SCALES_PER_GROUP, Storage
-
-PAGED_VERSION = 2
-"""The version of the op whose caches are pools of pages with a storage of their own."""
+from chai_export.op.storage import SCALES_PER_GROUP, Storage
 
 
 @dataclass(frozen=True)

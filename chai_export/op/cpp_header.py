@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 import sys
 
-from chai_export.op.schema import DOMAIN, SIGNATURES, VERSION
-from chai_export.op.signature import Attribute, Parameter, Signature
+from chai_export.op.schema import DOMAIN, SIGNATURES
+from chai_export.op.signature import VERSION, Attribute, Parameter, Signature
 
 _HEAD = f"""\
 // Generated from chai_export/op/schema.py by `python -m chai_export.op.cpp_header`: do not edit.
@@ -24,8 +24,8 @@ namespace chai::schema {{
 
 inline constexpr char kDomain[] = "{DOMAIN}";
 
-// The version that bundles carry.
-inline constexpr std::int64_t kBundleVersion = {VERSION};
+// Of both ops.
+inline constexpr std::int64_t kVersion = {VERSION};
 
 // Type variables: T activations, M maps and lengths, K and V storage of keys and values, F scales, A slopes.
 enum class Type {{ T, M, K, V, F, A }};
@@ -49,14 +49,13 @@ def header() -> str:
 
 
 def _namespace(of: Signature) -> str:
-    name = f"{_snake(of.op_type)}_v{of.version}"
+    name = _snake(of.op_type)
     attributes = "\n".join(f"  {_field(attribute)};" for attribute in of.attributes)
     names = "\n".join(f'    "{attribute.name}",' for attribute in of.attributes)
     return f"""
 namespace {name} {{
 
 inline constexpr char kOpType[] = "{of.op_type}";
-inline constexpr std::int64_t kVersion = {of.version};
 {_parameters("Input", of.inputs)}
 {_parameters("Output", of.outputs)}
 

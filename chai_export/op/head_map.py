@@ -21,28 +21,6 @@ Int64Array = NDArray[np.int64]
 Float32Array = NDArray[np.float32]
 
 
-def probe_probabilities(query: NDArray[np.generic], key: NDArray[np.generic], scale: float) -> Float32Array:
-    """Causal attention probabilities of the probe tokens of one row, float32.
-
-    Args:
-        query: [H, t, D], any float dtype, after RoPE.
-        key: [G, t, D], H a multiple of G.
-        scale: factor on the scores.
-
-    Returns:
-        float32 [H, t, t]; row i holds the probabilities over keys 0 … i and zeros above the diagonal.
-    """
-    group = query.shape[0] // key.shape[0]
-    keys = np.repeat(key.astype(np.float32), group, axis=0)
-    scores = np.matmul(query.astype(np.float32), keys.transpose(0, 2, 1)) * np.float32(scale)
-    tokens = query.shape[1]
-    causal = np.tri(tokens, dtype=bool)
-    scores = np.where(causal, scores, np.float32(-np.inf))
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    probabilities: Float32Array = weights / weights.sum(axis=-1, keepdims=True)
-    return probabilities
-
-
 def quantise(probabilities: Float32Array) -> Int32Array:
     """``rint(1024 * p)``, half to even: float32 [..., t, t] to int32 of the same shape."""
     quantised: Int32Array = np.rint(probabilities * np.float32(QUANTISATION_STEPS)).astype(np.int32)

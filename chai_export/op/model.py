@@ -7,16 +7,20 @@ from collections.abc import Collection, Mapping
 import onnx
 from onnx import helper
 
+from chai_export.op.attributes import Attributes
 from chai_export.op.dtypes import ELEMENT_TYPES
-from chai_export.op.function import function_proto
+from chai_export.op.function import Form, function_proto
 from chai_export.op.schema import DOMAIN, OP_TYPE, signature
 from chai_export.op.signature import Parameter, Signature
+from chai_export.op.storage import Storage
 
 
 def node_model(
-    attributes: Mapping[str, float | int],
+    attributes: Attributes,
     dtype: str,
     *,
+    sinks: bool = False,
+    slopes: bool = False,
     opset: int = 18,
     with_function: bool = True,
     op_type: str = OP_TYPE,
@@ -24,14 +28,29 @@ def node_model(
     """A model whose graph is one node of an op, ClusteredHeadAttention by default.
 
     Args:
-        attributes: ``scale``, ``probe_tokens`` and ``online``.
-        dtype: of the float inputs and outputs: float32, float16 or bfloat16.
+        attributes: of the node.
+        dtype: T: float32, float16 or bfloat16.
+        sinks: whether the node has sinks.
+        slopes: whether it has alibi slopes.
         opset: of the default domain.
         with_function: put the function body in; without it a library must provide the op.
         op_type: which op.
     """
-    function = function_proto(opset, op_type) if with_function else None
-    return one_node_model(signature(op_type), attributes, {"T": dtype}, opset=opset, function=function)
+    form = Form.of(attributes, sinks=sinks, slopes=slopes)
+    element = ELEMENT_TYPES[dtype].numpy
+    width = attributes.group * 2  # any that the group divides: only the dtypes are asked for
+    return one_node_model(
+        signature(op_type),
+        attributes.as_onnx(),
+        {
+            "T": dtype,
+            "K": Storage(attributes.key_bits, width, attributes.group).dtype(element).name,
+            "V": Storage(attributes.value_bits, width, attributes.group).dtype(element).name,
+        },
+        opset=opset,
+        function=function_proto(opset, form, op_type) if with_function else None,
+        absent=form.absent(op_type),
+    )
 
 
 def one_node_model(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from chai_export.arguments import shown
 from chai_export.errors import ChaiError, UsageError
 from chai_export.op.heads import HeadCounts
-from chai_export.op.v2.storage import BITS, SCALES_PER_GROUP
+from chai_export.op.storage import BITS, SCALES_PER_GROUP
 
 GROUPS = (32, 16, 8, 4)
 """Elements that may share a scale, the best first: smaller groups are closer to the model and take more."""
@@ -21,8 +21,8 @@ class Precision:
     value_bits: int = 0
 
     @staticmethod
-    def asked(key_bits: int | None, value_bits: int | None) -> Precision | None:
-        """What a caller asks for; None where he names neither, what he does not name is the model's dtype.
+    def asked(key_bits: int | None, value_bits: int | None) -> Precision:
+        """What a caller asks for; what he does not name is :data:`DEFAULT`'s.
 
         Raises:
             UsageError: there is no such storage.
@@ -30,9 +30,10 @@ class Precision:
         for name, bits in (("key_bits", key_bits), ("value_bits", value_bits)):
             if bits is not None and (isinstance(bits, bool) or bits not in BITS):
                 raise UsageError(f"{name} is {shown(bits)}; give 16, 8 or 4 (0 is the model's dtype)")
-        if key_bits is None and value_bits is None:
-            return None
-        return Precision(key_bits or 0, value_bits or 0)
+        return Precision(
+            DEFAULT.key_bits if key_bits is None else key_bits,
+            DEFAULT.value_bits if value_bits is None else value_bits,
+        )
 
     def group(self, heads: HeadCounts) -> int:
         """The largest group that divides the rows that are quantised.
@@ -53,3 +54,9 @@ class Precision:
             f"{what} of {width} elements cannot be stored in {bits} bits: groups of "
             f"{', '.join(map(str, GROUPS))} share a scale, and none divides {width}; use {option} 16, or none"
         )
+
+
+EXACT = Precision()
+"""Rows as they are computed."""
+DEFAULT = EXACT
+"""Where nobody asks for bits."""

@@ -5,20 +5,19 @@ from __future__ import annotations
 import onnx
 from onnx.defs import OpSchema, has, register_schema
 
+from chai_export.op.attributes import DEFAULT_GROUP
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.probe import PAPER_PROBE_TOKENS
-from chai_export.op.signature import Attribute, Parameter, Signature
+from chai_export.op.signature import VERSION, Attribute, Parameter, Signature
 
 DOMAIN = "chai"
 OP_TYPE = "ClusteredHeadAttention"
 SHARED_OP_TYPE = "SharedClusteredHeadAttention"
-VERSION = 1
-"""The version that bundles carry."""
 
 _FLOATS = tuple(Dtype)
-_TYPES = {"T": _FLOATS, "M": ("int32",)}
-_STORED_TYPES = {
-    **_TYPES,
+_TYPES = {
+    "T": _FLOATS,
+    "M": ("int32",),
     "K": (*_FLOATS, "int8", "uint8"),
     "V": (*_FLOATS, "int8", "uint8"),
     "F": ("float16",),
@@ -39,10 +38,6 @@ def _continued(source: Parameter, meaning: str, name: str = "") -> Parameter:
 _QUERY = _of("query", "T", "B H S D", "queries after RoPE.")
 _KEY = _of("key", "T", "B G S D", "keys of the new tokens, all KV heads, after RoPE.")
 _VALUE = _of("value", "T", "B G S Dv", "values of the new tokens.")
-_PAST_KEY = _of(
-    "past_key", "T", "B R C D", "compact K cache; undefined at or past past_lengths and in unused slots."
-)
-_PAST_VALUE = _of("past_value", "T", "B G C Dv", "full V cache; undefined at or past past_lengths.")
 _PAST_HEAD_MAP = _of(
     "past_head_map", "M", "B H", "query head to representative; read for rows that are not fresh."
 )
@@ -74,12 +69,9 @@ _ATTRIBUTES = (
     Attribute("scale", 0.0, "Score factor; 0 means 1/sqrt(D)."),
     Attribute("probe_tokens", PAPER_PROBE_TOKENS, "Tokens whose probabilities decide the head map."),
     Attribute("online", 1, "1: cluster fresh rows."),
-)
-_STORAGE_ATTRIBUTES = (
-    *_ATTRIBUTES,
     Attribute("key_bits", 0, "Storage of keys: 0 is T, 16 float16, 8 int8, 4 two codes a byte."),
     Attribute("value_bits", 0, "Storage of values, likewise."),
-    Attribute("group", 32, "Elements along the head dim that share a scale."),
+    Attribute("group", DEFAULT_GROUP, "Elements along the head dim that share a scale."),
     Attribute("window", 0, "Each token sees so many positions, itself included; 0: all."),
     Attribute("softcap", 0.0, "c of c*tanh(score/c); 0: none."),
 )
@@ -89,6 +81,8 @@ _DOC = """Causal attention in which only representative heads compute scores (CH
 The K cache holds the rows of R kept KV heads, the V cache those of all G. A fresh row (past_lengths 0,
 lengths > 0, online 1) decides its head map from its first probe_tokens tokens, which themselves are computed
 exactly; all later tokens of the row use the map. R = G is plain multi-head or grouped-query attention.
+
+The caches are pools of pages, stored in T, float16, 8 or 4 bits.
 """
 
 _SHARED_DOC = """ClusteredHeadAttention over the caches of an earlier layer, the producer.
@@ -99,92 +93,42 @@ It has no keys, values or caches of its own. The KV heads that the producer kept
 query heads represents each head is decided from its own queries.
 """
 
-SIGNATURES: dict[tuple[str, int], Signature] = {
-    (signature.op_type, signature.version): signature
-    for signature in (
-        Signature(
-            OP_TYPE,
-            1,
-            _DOC,
-            (_QUERY, _KEY, _VALUE, _PAST_KEY, _PAST_VALUE, _PAST_HEAD_MAP, _PAST_LENGTHS, _LENGTHS),
-            (
-                _OUTPUT,
-                _continued(_PAST_KEY, "past_key with the new rows of the kept heads appended."),
-                _continued(_PAST_VALUE, "past_value with the new rows appended."),
-                _MAP,
-            ),
-            _ATTRIBUTES,
-            _TYPES,
-        ),
-        Signature(
-            SHARED_OP_TYPE,
-            1,
-            _SHARED_DOC,
-            (
-                _QUERY,
-                _PRODUCERS_KEY,
-                _of("key_cache", "T", "B R C D", "the producer's present_key."),
-                _of("value_cache", "T", "B G C Dv", "the producer's present_value."),
-                _KEPT_HEAD_MAP,
-                _PAST_HEAD_MAP,
-                _PAST_LENGTHS,
-                _LENGTHS,
-            ),
-            (_OUTPUT, _MAP),
-            _ATTRIBUTES,
-            _TYPES,
-        ),
-        Signature(
-            OP_TYPE,
-            2,
-            _DOC + "\nThe caches are pools of pages, stored in T, float16, 8 or 4 bits.\n",
-            (
-                _QUERY,
-                _KEY,
-                _VALUE,
-                *_CACHES,
-                _PAGE_TABLE,
-                _PAST_HEAD_MAP,
-                _PAST_LENGTHS,
-                _LENGTHS,
-                *_TERMS,
-            ),
-            (
-                _OUTPUT,
-                *(_continued(cache, f"{cache.name} with the new rows.") for cache in _CACHES),
-                _MAP,
-            ),
-            _STORAGE_ATTRIBUTES,
-            _STORED_TYPES,
-        ),
-        Signature(
-            SHARED_OP_TYPE,
-            2,
-            _SHARED_DOC,
-            (
-                _QUERY,
-                _PRODUCERS_KEY,
-                _of("value", "T", "B G S Dv", "the producer's new values, likewise."),
-                *_CACHES,
-                _PAGE_TABLE,
-                _KEPT_HEAD_MAP,
-                _PAST_HEAD_MAP,
-                _PAST_LENGTHS,
-                _LENGTHS,
-                *_TERMS,
-            ),
-            (_OUTPUT, _MAP),
-            _STORAGE_ATTRIBUTES,
-            _STORED_TYPES,
-        ),
-    )
-}
-"""Every op of every version, by op type and version."""
+_OWN = Signature(
+    OP_TYPE,
+    VERSION,
+    _DOC,
+    (_QUERY, _KEY, _VALUE, *_CACHES, _PAGE_TABLE, _PAST_HEAD_MAP, _PAST_LENGTHS, _LENGTHS, *_TERMS),
+    (_OUTPUT, *(_continued(cache, f"{cache.name} with the new rows.") for cache in _CACHES), _MAP),
+    _ATTRIBUTES,
+    _TYPES,
+)
+_SHARED = Signature(
+    SHARED_OP_TYPE,
+    VERSION,
+    _SHARED_DOC,
+    (
+        _QUERY,
+        _PRODUCERS_KEY,
+        _of("value", "T", "B G S Dv", "the producer's new values, likewise."),
+        *_CACHES,
+        _PAGE_TABLE,
+        _KEPT_HEAD_MAP,
+        _PAST_HEAD_MAP,
+        _PAST_LENGTHS,
+        _LENGTHS,
+        *_TERMS,
+    ),
+    (_OUTPUT, _MAP),
+    _ATTRIBUTES,
+    _TYPES,
+)
+SIGNATURES: dict[str, Signature] = {each.op_type: each for each in (_OWN, _SHARED)}
+"""Both ops by op type."""
 
 
-def signature(op_type: str = OP_TYPE, version: int = VERSION) -> Signature:
+def signature(op_type: str = OP_TYPE) -> Signature:
     """The signature of an op."""
-    return SIGNATURES[op_type, version]
+    return SIGNATURES[op_type]
 
 
 def register_schema_once() -> None:

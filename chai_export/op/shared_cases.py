@@ -1,7 +1,7 @@
 """The cases of chai::SharedClusteredHeadAttention: each case of the first op, read by a second layer.
 
-The caches are what the producer's reference leaves, undefined places included; the consumer has queries and
-maps of its own. What it must not read is NaN.
+The caches are what the producer's reference leaves, undefined places included; the consumer has queries,
+maps, sinks and slopes of its own. What it must not read is NaN.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chai_export.op.cases import (
-    CASES,
-    Case,
-    Tensor,
-    check_output,
-    keep_rounding_margin,
-    widen,
-)
+from chai_export.op.attend import HeadTerms, Tensor
+from chai_export.op.case_inputs import keep_rounding_margin
+from chai_export.op.cases import CACHES, CASES, TERM_CASES, Case, widened
+from chai_export.op.comparison import check_output
 from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.op.head_map import assign, kept_kv_heads
 from chai_export.op.shared_reference import SharedAttentionResult, shared_clustered_head_attention
@@ -38,23 +34,23 @@ class SharedCase:
         return self.producer.name
 
     def inputs(self, dtype: str = "float32") -> dict[str, Tensor]:
-        """The eight inputs by name, the float ones in ``dtype`` (float32, float16 or bfloat16)."""
+        """The inputs that the case has, by name, T being ``dtype`` (float32, float16 or bfloat16)."""
         return _make_inputs(self.producer, dtype)
 
     def reference(
-        self, inputs: Mapping[str, Tensor], compute_dtype: type = np.float64
+        self, inputs: Mapping[str, Tensor], compute_dtype: Any = np.float64
     ) -> SharedAttentionResult:
         """The reference result for these inputs, by default with float64 arithmetic."""
+        scales = {name: inputs.get(name) for name in ("key_scales", "value_scales")}
         return shared_clustered_head_attention(
-            **inputs,
-            scale=self.producer.scale,
-            probe_tokens=self.producer.probe_tokens,
-            online=self.producer.online,
+            **{**inputs, **scales},  # type: ignore[arg-type]
+            attributes=self.producer.attributes,
             compute_dtype=compute_dtype,
         )
 
 
 SHARED_CASES: tuple[SharedCase, ...] = tuple(map(SharedCase, CASES))
+SHARED_TERM_CASES: tuple[SharedCase, ...] = tuple(map(SharedCase, TERM_CASES))
 
 
 def check_shared(
@@ -65,7 +61,7 @@ def check_shared(
     Raises:
         AssertionError: naming the case, the output and the worst difference.
     """
-    exact = case.reference({name: widen(value) for name, value in inputs.items()})
+    exact = case.reference(widened(inputs))
     actual, wanted = np.asarray(result.present_head_map), exact.present_head_map
     assert np.array_equal(actual, wanted), (
         f"{case.name}: present_head_map is {actual.tolist()}, expected {wanted.tolist()}"
@@ -77,30 +73,37 @@ def _make_inputs(case: Case, dtype: str) -> dict[str, Tensor]:
     before = case.inputs(dtype)
     after = case.reference(before)
     rng = np.random.default_rng([*(ord(letter) for letter in case.name), 1])
-    shape = before["query"].shape
-    query = rng.standard_normal(shape).astype(ELEMENT_TYPES[dtype].numpy)[:, case.patterns()]
+    element = ELEMENT_TYPES[dtype].numpy
+    query = rng.standard_normal(before["query"].shape).astype(element)[:, case.patterns()]
     query = np.ascontiguousarray(query)
-    key = before["key"].copy()
+    key, value = before["key"].copy(), before["value"].copy()
+    terms = HeadTerms(
+        rng.standard_normal(case.heads).astype(element) if case.sinks else None,
+        (2.0 ** -rng.uniform(1, 6, case.heads)).astype(np.float32) if case.slopes else None,
+    )
     past_head_map = np.empty((len(case.rows), case.heads), dtype=np.int32)
-    for b, (past, new) in enumerate(case.rows):
-        if case.online and past == 0 and new > 0:
-            probe = min(case.probe_tokens, new)
-            keep_rounding_margin(rng, case, query[b], key[b], probe)
+    for b, (_, new) in enumerate(case.rows):
+        probe = min(case.attributes.probe_tokens, new) if case.is_fresh(b) else 0
+        if probe:
+            keep_rounding_margin(rng, case, query[b], key[b], terms, probe)
             past_head_map[b] = -7  # not to be read
         else:
-            probe = 0
             past_head_map[b] = _random_map(rng, case, after.present_head_map[b])
-        key[b, :, probe:] = np.nan
+        for unread in (key, value):
+            unread[b, :, probe:] = np.nan
         query[b, :, new:] = np.nan
+    named = {"sinks": terms.sinks, "alibi_slopes": terms.slopes}
     return {
         "query": query,
         "key": key,
-        "key_cache": after.present_key,
-        "value_cache": after.present_value,
+        "value": value,
+        **{name: getattr(after, name) for name in CACHES if name in before},
+        "page_table": before["page_table"],
         "kept_head_map": after.present_head_map,
         "past_head_map": past_head_map,
         "past_lengths": before["past_lengths"],
         "lengths": before["lengths"],
+        **{name: term for name, term in named.items() if term is not None},
     }
 
 

@@ -1,4 +1,4 @@
-"""What an op version looks like from outside: inputs, outputs and attributes with their types and dims.
+"""What an op looks like from outside: inputs, outputs and attributes with their types and dims.
 
 One description, from which the ONNX schema, test models, function headers and the C++ header are made.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 Default = float | int
+
+VERSION = 2
+"""Of both ops. Version 1 had one cache for each row, in T."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Signature:
-    """One version of one op.
+    """One op.
 
     ``types`` are the names of the element types (:mod:`chai_export.op.dtypes`) that each type variable has.
     """

@@ -46,9 +46,8 @@ def exact_twin(bundle: Bundle) -> tuple[Bundle, GraphInMemory]:
     exact_storage(model, manifest)
     exact_activations(model)
     to_float32(model)
-    changes: dict[str, object] = {"dtype": Dtype.FLOAT32, "engines": {}}
-    if manifest.paged:
-        changes |= {name: [0] * manifest.num_layers for name in ("key_bits", "value_bits")}
+    exact = [0] * manifest.num_layers
+    changes = {"dtype": Dtype.FLOAT32, "engines": {}, "key_bits": exact, "value_bits": exact}
     return Bundle(bundle.path, manifest.model_copy(update=changes)), in_memory(model)
 
 

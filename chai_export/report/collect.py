@@ -52,9 +52,7 @@ def compiled(bundle: Bundle) -> dict[str, Any]:
         "kv_bytes_per_token": chai,
         "kv_bytes_per_token_all_heads": every,
         "kv_bytes_per_token_float16": manifest.kv_bytes_per_token_float16,
-        "kv_bytes_by_part": {heads: asdict(manifest.kv_bytes_by_part(heads)) for heads in ("chai", "all")}
-        if manifest.paged
-        else None,
+        "kv_bytes_by_part": {heads: asdict(manifest.kv_bytes_by_part(heads)) for heads in ("chai", "all")},
         "kv_bytes_saved": manifest.head_counts.kv_bytes_saved(manifest.kept_heads),
     }
 

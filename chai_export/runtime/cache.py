@@ -1,7 +1,12 @@
-"""The key and value caches of one batch: compact K, full V, one pair of arrays per layer that has a cache."""
+"""The memory of a pool of pages: one buffer for each layer and part, reserved once and never moved.
+
+``np.empty`` reserves addresses; the system gives memory to a page of the pool when something is written to
+it. So a pool may be as large as its rows can ever need, and growing is writing further.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,51 +14,80 @@ import psutil
 from numpy.typing import NDArray
 
 from chai_export.bundle.choices import Heads
-from chai_export.bundle.graph_io import BATCH, CAPACITY, kept_sizes
+from chai_export.bundle.graph_io import PAGE_LENGTH, PAGES, kept_sizes
 from chai_export.bundle.manifest import Manifest
 from chai_export.errors import ChaiError
 from chai_export.op.dtypes import ELEMENT_TYPES
+from chai_export.units import bytes_text
 
 MOST_TOKENS = 1 << 30
+"""Positions of a row that is limited by nothing else."""
+_SHARE = 0.9
+"""Of the free memory, for caches; the rest is for activations and other programs."""
 
 
 class KvCache:
-    """K caches [B,R_i,C,D] and V caches [B,G,C,Dv] by the name of the graph's input.
+    """Pools by the name of the graph's input: keys, values, and their scales where they are quantised.
 
     What has not been written is undefined: the op never reads it.
+
+    Raises:
+        ChaiError: the system does not reserve so many addresses.
     """
 
-    def __init__(self, manifest: Manifest, heads: Heads | str, batch: int, capacity: int) -> None:
-        self.batch = batch
-        self.capacity = capacity
-        sizes = {BATCH: batch, CAPACITY: capacity, **kept_sizes(manifest.heads(heads))}
-        shapes = {cache.past.name: cache.past.shape(sizes) for cache in manifest.io.caches}
-        item = ELEMENT_TYPES[manifest.dtype].numpy
-        self.nbytes = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()) * item.itemsize
-        require_memory(self.nbytes, batch, capacity)
-        self.arrays: dict[str, NDArray[Any]] = {name: np.empty(shape, item) for name, shape in shapes.items()}
+    def __init__(self, manifest: Manifest, heads: Heads | str, pages: int, page_length: int) -> None:
+        sizes = {PAGES: pages, PAGE_LENGTH: page_length, **kept_sizes(manifest.heads(heads))}
+        self.arrays: dict[str, NDArray[Any]] = {}
+        for cache in manifest.io.caches:
+            shape, item = cache.past.shape(sizes), ELEMENT_TYPES[cache.past.dtype].numpy
+            try:
+                self.arrays[cache.past.name] = np.empty(shape, item)
+            except (
+                MemoryError
+            ) as error:  # a limit on addresses (ulimit -v), or a system that promises no more
+                size = bytes_text(pages * page_length * manifest.kv_bytes_per_token(heads))
+                raise ChaiError(
+                    f"the system does not reserve {size} for KV caches; lower --cache-memory, --max-seq or "
+                    "--max-new-tokens, or raise its limit (ulimit -v)"
+                ) from error
 
-    def copy_from(self, other: KvCache) -> None:
-        """Take over all positions of a smaller cache of the same batch."""
-        assert other.batch == self.batch
-        assert other.capacity <= self.capacity
-        for name, array in other.arrays.items():
-            self.arrays[name][:, :, : other.capacity] = array
-
-
-def grown_capacity(capacity: int, needed: int, limit: int = MOST_TOKENS) -> int:
-    """``capacity`` doubled until it holds ``needed`` tokens, but no more than ``limit``."""
-    assert needed <= limit
-    while capacity < needed:
-        capacity *= 2
-    return min(capacity, limit)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pools, touched or not."""
+        return sum(array.nbytes for array in self.arrays.values())
 
 
-def require_memory(needed: int, batch: int, capacity: int) -> None:
-    """Raise ChaiError unless ``needed`` bytes of memory are free, before they are asked for."""
-    available = psutil.virtual_memory().available
-    if needed > available:
-        raise ChaiError(
-            f"a KV cache for {batch} rows of {capacity} tokens takes {needed / 2**30:.1f} GiB and "
-            f"{available / 2**30:.1f} GiB are free; lower --max-seq or give shorter or fewer prompts"
-        )
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that caches may take, and what a user can do if they are too few."""
+
+    size: int
+    fix: str
+
+    @staticmethod
+    def now(limit: int | None, free: int | None = None, memory: str = "memory") -> Budget:
+        """``limit`` (``--cache-memory``), or most of the memory that is free where that is less.
+
+        Args:
+            limit: bytes, or None.
+            free: bytes of the memory that caches lie in. Default: the system's.
+            memory: what a user calls it.
+        """
+        free = available_memory() if free is None else free
+        most = int(free * _SHARE)
+        if limit is not None and limit <= most:
+            return Budget(limit, f"raise --cache-memory ({bytes_text(limit)})")
+        return Budget(most, f"free {memory} ({bytes_text(free)} are free)")
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def memory_error(rows: int, tokens: int, needed: int, budget: Budget) -> ChaiError:
+    """The error of caches that do not fit."""
+    return ChaiError(
+        f"a KV cache for {rows} rows of {tokens} tokens takes {bytes_text(needed)} and it may take "
+        f"{bytes_text(budget.size)}; lower --max-seq, give shorter or fewer prompts, or {budget.fix}"
+    )

@@ -8,7 +8,6 @@ from pathlib import Path
 import chai_export
 
 ONNXRUNTIME_LIBRARY = "chai_onnxruntime"
-ONNXRUNTIME_LIBRARY_V2 = "chai_onnxruntime_v2"
 SWITCH = "CHAI_EXPORT_NATIVE"
 
 

@@ -1,4 +1,4 @@
-"""Opening a bundle's graph in ONNX Runtime, and the few calls to it that both versions of the op need."""
+"""Opening a bundle's graph in ONNX Runtime, and the few calls to it that a session needs."""
 
 from __future__ import annotations
 

@@ -1,12 +1,14 @@
-"""A bundle on ONNX Runtime's CPU provider, with caches that are bound once and never copied by us.
+"""A bundle on ONNX Runtime's CPU provider: rows in pages of pools that are bound once.
 
-With the native library the op appends in place: each cache is one buffer, bound as past and as present.
-Without it ONNX Runtime inlines the function body, which reads the whole past while it writes the whole
-present, so there are two sets of buffers that swap roles. The head map always has two.
+With the native library the op appends in place: each pool is one buffer, bound as past and as present.
+Without it ONNX Runtime inlines the function body, which writes whole pools anew, so there are two sets of
+buffers that swap roles; they hold the pages that were touched and grow by doubling. Head maps are kept here
+by row and travel with each call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,21 @@ from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.choices import Heads
-from chai_export.bundle.graph_io import HEAD_MAP, LOGITS, PRESENT_HEAD_MAP
-from chai_export.runtime.cache import KvCache
+from chai_export.bundle.graph_io import (
+    HEAD_MAP,
+    INPUT_IDS,
+    LENGTHS,
+    LOGITS,
+    OUTPUT_POSITIONS,
+    PAGE_TABLE,
+    PAST_LENGTHS,
+    PRESENT_HEAD_MAP,
+    ROPE_LENGTHS,
+)
+from chai_export.runtime.cache import Budget, KvCache, available_memory, memory_error
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
 from chai_export.runtime.onnxruntime_model import GraphInMemory, open_model, output_type, shared_value
+from chai_export.runtime.pages import PAGE_LENGTH, PagePool
 
 
 class OnnxRuntimeSession:
@@ -28,6 +41,8 @@ class OnnxRuntimeSession:
         heads: "chai", or "all" for K caches with every KV head, which makes the same graph plain attention.
         threads: threads within an operator; 0 lets ONNX Runtime decide.
         spin_after: whether idle threads go on spinning after a step, for the sake of the next one soon.
+        cache_memory: bytes that the pools may take; None for what is free.
+        page_length: positions of a page.
         native: whether the compiled op is used where there is one; if not, the function body.
         graph: in place of the bundle's, see :func:`open_model`.
 
@@ -42,11 +57,15 @@ class OnnxRuntimeSession:
         *,
         threads: int = 0,
         spin_after: bool = True,
+        cache_memory: int | None = None,
+        page_length: int = PAGE_LENGTH,
         native: bool = True,
         graph: GraphInMemory | None = None,
     ) -> None:
         self._manifest = bundle.manifest
         self._heads = heads
+        self._cache_memory = cache_memory
+        self.page_length = page_length
         self.library = find_library(ONNXRUNTIME_LIBRARY) if native else None
         self._graph = graph  # its weights are the session's
         self._session = open_model(bundle, self.library, threads, spin_after, graph)
@@ -54,8 +73,10 @@ class OnnxRuntimeSession:
         self._logits_type = output_type(self._session, LOGITS)
         self._caches: list[KvCache] = []
         self._bindings: list[Any] = []
-        self._head_maps: list[NDArray[np.int32]] = []
         self._turn = 0
+        self._allocated = 0
+        self._longest = 0
+        self._set_rows(0, PagePool(0, page_length))
 
     @property
     def in_place(self) -> bool:
@@ -69,8 +90,8 @@ class OnnxRuntimeSession:
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit in each row of the caches; 0 before :meth:`begin`."""
-        return self._caches[0].capacity if self._caches else 0
+        """Tokens that the row with the largest promise may have."""
+        return self._longest
 
     @property
     def caches(self) -> list[KvCache]:
@@ -78,46 +99,91 @@ class OnnxRuntimeSession:
         return self._caches if self._turn == 0 else self._caches[::-1]
 
     @property
+    def pool(self) -> PagePool:
+        """The pages of the rows since :meth:`start`."""
+        return self._pool
+
+    @property
+    def held_tokens(self) -> int:
+        """Positions of the pages that rows held since :meth:`start`, when they held most."""
+        return self._pool.peak * self.page_length
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page over all layers: codes and scales of keys and values."""
+        return self._manifest.kv_bytes_per_token(self._heads) * self.page_length
+
+    @property
     def cache_bytes(self) -> int:
-        """Bytes of all cache buffers."""
+        """Bytes of all pages that were touched since :meth:`start`, or of both sets of buffers."""
+        if self.in_place:
+            return self._pool.touched * self.page_bytes
         return sum(cache.nbytes for cache in self._caches)
 
     @property
     def head_map(self) -> NDArray[np.int32]:
-        """int32 [L,B,H] after the last step (a copy)."""
-        return self._head_maps[self._turn].copy()
+        """int32 [L,B,H] by row (a copy)."""
+        return self._head_map.copy()
+
+    def budget(self) -> tuple[int, Budget]:
+        """Tokens that fit in a pool now, and what bounds them; see :class:`.session.Session`."""
+        budget = Budget.now(self._cache_memory)
+        return budget.size // (self._buffers * self.page_bytes) * self.page_length, budget
+
+    def start(self, rows: int, pages: int) -> None:
+        """Begin anew with ``rows`` empty rows and a pool of so many pages."""
+        self.drop()
+        self._set_rows(rows, PagePool(pages, self.page_length))
+        self._allocate(pages if self.in_place else min(pages, rows))
 
     def begin(self, batch: int, capacity: int) -> None:
-        """Allocate for ``batch`` empty rows of ``capacity`` tokens.
+        """Begin anew with ``batch`` rows, each with a promise of ``capacity`` tokens.
 
         Raises:
             ChaiError: there is not enough memory.
         """
-        shape = (self._manifest.num_layers, batch, self._manifest.num_query_heads)
-        self._drop()
-        self._caches = [self._new_cache(batch, capacity) for _ in range(1 if self.in_place else 2)]
-        self._head_maps = [np.zeros(shape, np.int32) for _ in range(2)]
-        self._turn = 0
-        self._bind()
+        self.drop()
+        tokens, budget = self.budget()
+        pages = batch * self._pool.count(capacity)
+        if pages * self.page_length > tokens:
+            needed = self._buffers * pages * self.page_bytes
+            raise memory_error(batch, capacity, needed, budget)
+        self.start(batch, pages)
+        for row in range(batch):
+            promised = self.promise(row, capacity)
+            assert promised
 
-    def grow(self, capacity: int) -> None:
-        """Enlarge the caches to ``capacity`` tokens, keeping their content.
-
-        Raises:
-            ChaiError: there is not enough memory.
-        """
-        old = self.caches[0]
-        # The second set of buffers holds nothing yet: its memory is given back before more is asked for.
-        self._drop()
-        larger = self._new_cache(old.batch, capacity)
-        larger.copy_from(old)
-        del old
-        self._caches = [larger]
-        if not self.in_place:
-            self._caches.append(self._new_cache(larger.batch, capacity))
-        self._head_maps = self._head_maps[self._turn :] + self._head_maps[: self._turn]
+    def drop(self) -> None:
+        """Give the memory of the caches back."""
+        self._bindings, self._caches = [], []
         self._turn = 0
-        self._bind()
+        self._set_rows(0, PagePool(0, self.page_length))
+
+    def promise(self, row: int, tokens: int) -> bool:
+        """Promise a row room for ``tokens`` in all, if pages and memory for them are there."""
+        needed = self._buffers * self._pool.untouched_after(row, tokens) * self.page_bytes
+        if needed > available_memory():
+            return False
+        if not self._pool.promise(row, tokens):
+            return False
+        self._longest = max(self._longest, tokens)
+        return True
+
+    def release(self, row: int) -> None:
+        """Take all pages from a row, whose text has ended."""
+        self._pool.release(row)
+
+    def adopt(self, row: int, pages: Sequence[int], head_map: NDArray[np.int32]) -> None:
+        """Begin a row with pages of another one that hold its first tokens; see :class:`.SharingSession`."""
+        self._pool.adopt(row, pages)
+        self._head_map[:, row] = head_map
+
+    def copy_page(self, page: int, row: int, tokens: int) -> None:
+        """Begin the last page of a row's first ``tokens`` with a copy of ``page``."""
+        self._extend(row, tokens)
+        target, used = self._pool.pages_of(row)[-1], (tokens - 1) % self.page_length + 1
+        for array in self.caches[0].arrays.values():
+            array[target, :, :used] = array[page, :, :used]
 
     def step(
         self,
@@ -126,38 +192,85 @@ class OnnxRuntimeSession:
         past_lengths: NDArray[np.int32],
         output_positions: NDArray[np.int64],
         rope_lengths: NDArray[np.int32] | None = None,
+        rows: Sequence[int] | None = None,
     ) -> NDArray[np.float32]:
         """Feed new tokens; see :meth:`chai_export.runtime.session.Session.step`."""
-        assert np.all((lengths == 0) | (past_lengths + lengths <= self.capacity))
+        of = np.arange(len(lengths)) if rows is None else np.asarray(rows, np.int64)
+        totals = past_lengths + lengths
+        fed: dict[str, NDArray[Any]] = {
+            INPUT_IDS: input_ids,
+            LENGTHS: lengths,
+            PAST_LENGTHS: past_lengths,
+            OUTPUT_POSITIONS: output_positions,
+            ROPE_LENGTHS: totals if rope_lengths is None else rope_lengths,
+        }
+        active = np.flatnonzero(lengths > 0)
+        if len(active) == len(lengths):
+            return self._call(fed, of, totals)
+        logits = np.zeros((*output_positions.shape, self._manifest.vocab_size), np.float32)
+        if len(active):
+            logits[active] = self._call({n: a[active] for n, a in fed.items()}, of[active], totals[active])
+        return logits
+
+    def _call(
+        self, fed: dict[str, NDArray[Any]], rows: NDArray[np.int64], totals: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
+        """Run the graph on active rows."""
+        for row, tokens in zip(rows.tolist(), totals.tolist(), strict=True):
+            self._extend(row, tokens)
+        inputs = {**fed, PAGE_TABLE: self._pool.table(rows.tolist()), HEAD_MAP: self._head_map[:, rows]}
         binding = self._bindings[self._turn]
-        arrays = [input_ids, lengths, past_lengths, output_positions]
-        if self._manifest.switch_lengths:
-            arrays.append(past_lengths + lengths if rope_lengths is None else rope_lengths)
-        for value, array in zip(self._io.step, arrays, strict=True):
-            binding.bind_ortvalue_input(value.name, shared_value(np.ascontiguousarray(array)))
-        logits = np.empty((*output_positions.shape, self._manifest.vocab_size), self._logits_type)
+        for value in (*self._io.step, self._io.head_map):
+            binding.bind_ortvalue_input(value.name, shared_value(np.ascontiguousarray(inputs[value.name])))
+        logits = np.empty((*fed[OUTPUT_POSITIONS].shape, self._manifest.vocab_size), self._logits_type)
+        maps = np.empty_like(inputs[HEAD_MAP], order="C")
         binding.bind_ortvalue_output(LOGITS, shared_value(logits))
+        binding.bind_ortvalue_output(PRESENT_HEAD_MAP, shared_value(maps))
         self._session.run_with_iobinding(binding)
-        self._turn = 1 - self._turn
+        self._head_map[:, rows] = maps
+        self._turn = (self._turn + 1) % len(self._bindings)
         return logits.astype(np.float32, copy=False)
 
-    def _new_cache(self, batch: int, capacity: int) -> KvCache:
-        return KvCache(self._manifest, self._heads, batch, capacity)
+    def _extend(self, row: int, tokens: int) -> None:
+        """Take pages for a row, and memory for them where the buffers grow with what was touched."""
+        self._pool.extend(row, tokens)
+        if not self.in_place and self._pool.touched > self._allocated:
+            self._grow(min(self._pool.pages, max(self._pool.touched, 2 * self._allocated)))
 
-    def _drop(self) -> None:
-        self._bindings, self._caches = [], []
+    @property
+    def _buffers(self) -> int:
+        return 1 if self.in_place else 2
+
+    def _set_rows(self, rows: int, pool: PagePool) -> None:
+        manifest = self._manifest
+        self._pool = pool
+        self._longest = 0
+        self._head_map = np.zeros((manifest.num_layers, rows, manifest.num_query_heads), np.int32)
+
+    def _allocate(self, pages: int) -> None:
+        self._allocated = pages
+        self._caches = [
+            KvCache(self._manifest, self._heads, pages, self.page_length) for _ in range(self._buffers)
+        ]
+        self._turn = 0
+        self._bind()
+
+    def _grow(self, pages: int) -> None:
+        """Larger buffers with the pages that there are; out of place a call copies all of them anyway."""
+        past = self.caches[0]
+        self._bindings, self._caches = [], []  # the other set's memory is given back first
+        self._allocate(pages)
+        for name, array in past.arrays.items():
+            self._caches[0].arrays[name][: len(array)] = array
 
     def _bind(self) -> None:
-        """One binding per turn: the head maps swap roles every step, the caches too unless in place."""
+        """A binding for each set of buffers that can be the past."""
         self._bindings = []
         values = [{name: shared_value(a) for name, a in cache.arrays.items()} for cache in self._caches]
-        maps = [shared_value(array) for array in self._head_maps]
-        for turn in range(2):
+        for turn, past in enumerate(values):
+            present = values[(turn + 1) % len(values)]
             binding = self._session.io_binding()
-            past, present = values[turn % len(values)], values[(turn + 1) % len(values)]
             for cache in self._io.caches:
                 binding.bind_ortvalue_input(cache.past.name, past[cache.past.name])
                 binding.bind_ortvalue_output(cache.present.name, present[cache.past.name])
-            binding.bind_ortvalue_input(HEAD_MAP, maps[turn])
-            binding.bind_ortvalue_output(PRESENT_HEAD_MAP, maps[1 - turn])
             self._bindings.append(binding)

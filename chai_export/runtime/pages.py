@@ -1,6 +1,6 @@
 """The pages of a pool: which are free, which row holds which, and how many a row was promised.
 
-Only numbers; the memory is in :mod:`chai_export.runtime.paged_cache`. The rules:
+Only numbers; the memory is in :mod:`chai_export.runtime.cache`. The rules:
 
 * A row is *promised* all the pages that it can ever need, or none. So a row that has begun never waits for a
   page, and no two rows can wait for each other.

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,11 @@ from chai_export.errors import ChaiError, UsageError
 from chai_export.runtime.cache import MOST_TOKENS
 from chai_export.runtime.detokenizer import Detokenizer
 from chai_export.runtime.one_at_a_time import one_at_a_time
-from chai_export.runtime.paged_scheduler import PagedScheduler
 from chai_export.runtime.prompts import Prompt, encode_prompt, require_fits, require_stops_possible
 from chai_export.runtime.request import Limits, Request
 from chai_export.runtime.sampling import Sampler, settings_for
-from chai_export.runtime.scheduler import Scheduler, chunk_length, first_capacity
-from chai_export.runtime.session import GrowingSession, PagedSession, Session, open_session
+from chai_export.runtime.scheduler import Scheduler, chunk_length
+from chai_export.runtime.session import Session, open_session
 from chai_export.runtime.stopping import StopReason, StopStrings
 
 DEFAULT_MAX_BATCH = 8
@@ -76,8 +75,7 @@ def load(
         heads: "chai", or "all" for the same graph as plain multi-head attention.
         max_batch: prompts computed at one time; more wait their turn. Default: the engine's, else 8.
         threads: threads within an operator; 0 lets the backend decide.
-        cache_memory: bytes that KV caches may take, for bundles of version 2 of the op; prompts that find no
-            room wait. Default: what is free.
+        cache_memory: bytes that KV caches may take; prompts that find no room wait. Default: what is free.
 
     Raises:
         UsageError: ``backend``, ``heads``, ``max_batch`` or ``cache_memory`` is wrong.
@@ -126,7 +124,6 @@ class Runner:
     ) -> None:
         self.bundle = bundle
         self.session = session
-        self._paged = cast(PagedSession, session) if bundle.manifest.paged else None
         self.backend = backend
         self.heads = heads
         self._engine = bundle.manifest.engines.get(backend)
@@ -165,8 +162,7 @@ class Runner:
     def kv_cache_bytes(self) -> int:
         """Bytes of K and V cache that the last call's tokens took, at the moment when there were most.
 
-        Counted are the positions in use, or the pages that rows held where the cache has pages; not memory
-        set aside for growth, padding or a second buffer.
+        Counted are the pages that rows held; not memory set aside for growth, padding or a second buffer.
         """
         return self._last.peak_tokens * self.bundle.manifest.kv_bytes_per_token(self.heads)
 
@@ -234,7 +230,7 @@ class Runner:
             detokenizer = Detokenizer(tokenizer, ids) if tokenizer is not None else None
             stops = StopStrings(stop)
             requests.append(Request(index, ids, limits, Sampler(settings), stops, detokenizer, on_text))
-        peak_tokens = self._run(requests, positions) if requests else 0
+        peak_tokens = self._run(requests) if requests else 0
         maps = [r.head_map for r in requests if r.head_map is not None]
         self._last = _LastCall(
             _timings(requests, began), np.stack(maps, axis=1) if maps else None, peak_tokens
@@ -259,7 +255,7 @@ class Runner:
         ids = encode_prompt(token_ids, None, manifest.vocab_size, chat=False, name="token_ids")
         positions, flag = self._position_limit(None)
         require_fits(len(ids), positions, flag)
-        self.session.begin(1, first_capacity(len(ids), positions))
+        self.session.begin(1, len(ids))
         result = np.empty((len(ids), manifest.vocab_size), np.float32)
         start = 0
         for length in self._chunks(len(ids), chunks):
@@ -272,42 +268,29 @@ class Runner:
                 np.array([len(ids)], np.int32),
             )[0]
             start += length
-        held = self._paged.held_tokens if self._paged else len(ids)
-        self._last = _LastCall(Timings(), self.session.head_map, held)
+        self._last = _LastCall(Timings(), self.session.head_map, self.session.held_tokens)
         return result
 
-    def _run(self, requests: list[Request], positions: int) -> int:
-        """Generate for every request; the largest number of tokens that the caches held at one time."""
+    def _run(self, requests: list[Request]) -> int:
+        """Generate for every request; the largest number of tokens that rows had pages for at one time."""
         manifest = self.bundle.manifest
-        slots = min(len(requests), self._max_batch)
-        if self._paged is not None:
-            paged = PagedScheduler(
-                self._paged,
-                slots=slots,
-                query_heads=manifest.num_query_heads,
-                probe_tokens=manifest.probe_tokens,
-            )
-            paged.run(requests)
-            return self._paged.held_tokens
         scheduler = Scheduler(
-            cast(GrowingSession, self.session),
-            slots=slots,
-            limit=positions,
+            self.session,
+            slots=min(len(requests), self._max_batch),
             query_heads=manifest.num_query_heads,
             probe_tokens=manifest.probe_tokens,
         )
         scheduler.run(requests)
-        return scheduler.peak_tokens
+        return self.session.held_tokens
 
     def _position_limit(self, max_seq: int | None) -> tuple[int, str]:
         """The number of positions there are, and what a user can do about it."""
         require_at_least_one(max_seq=max_seq)
         manifest = self.bundle.manifest
         bounds = [(MOST_TOKENS, "shorten it")]
-        if self._paged is not None:
-            self._paged.drop()  # what the last call left is no longer needed
-            tokens, budget = self._paged.budget()
-            bounds.append((tokens, f"shorten it or {budget.fix}"))
+        self.session.drop()  # what the last call left is no longer needed
+        tokens, budget = self.session.budget()
+        bounds.append((tokens, f"shorten it or {budget.fix}"))
         if max_seq is not None:
             bounds.append((max_seq, "shorten it or raise --max-seq"))
         if self._engine is not None:

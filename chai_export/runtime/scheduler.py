@@ -1,7 +1,11 @@
-"""The generation loop: requests share the rows of one batch, each in its own phase.
+"""The generation loop: rows come when there is room for all of their text, and go when it ends.
 
-A row is prefilled in chunks, then decoded; when its text ends the next waiting prompt takes it. The op makes
-this simple: a row with length 0 is left alone, a row with past length 0 starts afresh.
+1. *Pool.* As many pages as the largest texts that can run together may need, within the session's budget.
+2. *Admission.* In the order of the prompts: the next one gets a free row once all the pages that its text can
+   need are promised. Otherwise it waits, and those behind it too.
+3. *Step.* Every row feeds its next chunk of prompt or its last token, in the calls that compute the fewest
+   tokens (:mod:`chai_export.runtime.calls`).
+4. *End.* A row whose text has ended gives its pages back and is in no further call.
 """
 
 from __future__ import annotations
@@ -10,14 +14,13 @@ from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from chai_export.runtime.cache import grown_capacity
+from chai_export.errors import ChaiError
+from chai_export.runtime.calls import plan_calls
 from chai_export.runtime.request import Request
-from chai_export.runtime.session import GrowingSession, Session
+from chai_export.runtime.session import Session
 
 LONGEST_CHUNK = 512
-_FIRST_CAPACITY = 64
 # Elements of one score matrix when attention makes whole ones: 256 MiB of float32, of which the function
 # body holds about five at a time.
 _SCORES = 1 << 26
@@ -30,76 +33,79 @@ def chunk_length(session: Session, batch: int, query_heads: int) -> int:
     return int(np.clip(_SCORES // (batch * query_heads * max(session.capacity, 1)), 1, LONGEST_CHUNK))
 
 
-def first_capacity(needed: int, limit: int) -> int:
-    """Capacity to begin with for ``needed`` tokens: rounded up, within the limit."""
-    return min(limit, -(-needed // _FIRST_CAPACITY) * _FIRST_CAPACITY)
-
-
 class Scheduler:
-    """Runs requests to their end on ``slots`` rows of a session.
+    """Runs requests to their end on at most ``slots`` rows at a time."""
 
-    ``peak_tokens`` is the largest number of tokens that the caches held at one time.
-    """
-
-    def __init__(
-        self, session: GrowingSession, *, slots: int, limit: int, query_heads: int, probe_tokens: int
-    ) -> None:
+    def __init__(self, session: Session, *, slots: int, query_heads: int, probe_tokens: int) -> None:
         self._session = session
-        self._limit = limit
         self._query_heads = query_heads
         self._probe_tokens = probe_tokens
         self._rows: list[Request | None] = [None] * slots
-        self._held = [0] * slots
-        self.peak_tokens = 0
 
     def run(self, requests: Sequence[Request]) -> None:
-        """Generate until every request has a stop reason."""
+        """Generate until every request has a stop reason.
+
+        Raises:
+            ChaiError: memory that was free when the call began is not any more, and nothing runs that would
+                give some back.
+        """
+        self._session.drop()
+        self._session.start(len(self._rows), self._pages(requests))
         waiting = deque(requests)
-        needed = max(r.prompt_tokens + min(r.limits.max_new_tokens, _FIRST_CAPACITY) for r in requests)
-        self._session.begin(len(self._rows), first_capacity(needed, self._limit))
         while True:
-            self._assign(waiting)
+            self._admit(waiting)
             if not any(self._rows):
                 return
             self._step()
 
-    def _assign(self, waiting: deque[Request]) -> None:
+    def _pages(self, requests: Sequence[Request]) -> int:
+        """Pages of the pool: what the longest of as many texts as there are rows may need, within the budget.
+
+        One text always fits: its limits were set by the budget when the call began.
+        """
+        length = self._session.page_length
+        wanted = sorted((-(-request.most_tokens // length) for request in requests), reverse=True)
+        tokens, _ = self._session.budget()
+        return max(wanted[0], min(sum(wanted[: len(self._rows)]), tokens // length))
+
+    def _admit(self, waiting: deque[Request]) -> None:
         for row, request in enumerate(self._rows):
             if request is None and waiting:
+                if not self._session.promise(row, waiting[0].most_tokens):
+                    break
                 self._rows[row] = waiting.popleft()
+        if waiting and not any(self._rows):
+            _, budget = self._session.budget()
+            raise ChaiError(
+                f"a row of {waiting[0].most_tokens} tokens has no memory left for its KV cache; "
+                f"lower --max-seq, give shorter prompts, or {budget.fix}"
+            )
 
     def _step(self) -> None:
-        slots = len(self._rows)
-        chunk = chunk_length(self._session, slots, self._query_heads)
-        windows = [r.next_window(self._probe_tokens, chunk) if r else (0, 0) for r in self._rows]
-        self._make_room(max(end for _, end in windows))
+        active = [(row, request) for row, request in enumerate(self._rows) if request is not None]
+        chunk = chunk_length(self._session, len(active), self._query_heads)
+        windows = [request.next_window(self._probe_tokens, chunk) for _, request in active]
+        for call in plan_calls([end - start for start, end in windows]):
+            self._call([(*active[i], *windows[i]) for i in call])
 
-        lengths = np.array([end - start for start, end in windows], np.int32)
-        past_lengths = np.array([start for start, _ in windows], np.int32)
-        input_ids = np.zeros((slots, lengths.max()), np.int64)
-        for row, (request, (start, end)) in enumerate(zip(self._rows, windows, strict=True)):
-            if request is not None:
-                input_ids[row, : end - start] = request.ids[start:end]
-        last = np.maximum(lengths - 1, 0).astype(np.int64)[:, None]
-        rope_lengths = np.array([len(r.ids) if r else 0 for r in self._rows], np.int32)
-        logits = self._session.step(input_ids, lengths, past_lengths, last, rope_lengths)
-
-        for row, (_, end) in enumerate(windows):
-            self._advance(row, end, logits[row, 0])
-        self.peak_tokens = max(self.peak_tokens, sum(self._held))
-
-    def _make_room(self, needed: int) -> None:
-        if needed > self._session.capacity:
-            self._session.grow(grown_capacity(self._session.capacity, needed, self._limit))
-
-    def _advance(self, row: int, end: int, logits: NDArray[np.float32]) -> None:
-        request = self._rows[row]
-        if request is None:
-            return
-        self._held[row] = end
-        if not request.fed(end):
-            return
-        request.accept(logits)
-        if request.stop_reason is not None:
-            request.head_map = self._session.head_map[:, row]
-            self._rows[row] = None
+    def _call(self, fed: Sequence[tuple[int, Request, int, int]]) -> None:
+        """One call of the graph: row, request, and the positions start … end - 1 that it feeds."""
+        lengths = np.array([end - start for *_, start, end in fed], np.int32)
+        input_ids = np.zeros((len(fed), lengths.max()), np.int64)
+        for ids, (_, request, start, end) in zip(input_ids, fed, strict=True):
+            ids[: end - start] = request.ids[start:end]
+        logits = self._session.step(
+            input_ids,
+            lengths,
+            np.array([start for *_, start, _ in fed], np.int32),
+            (lengths - 1).astype(np.int64)[:, None],
+            np.array([len(request.ids) for _, request, *_ in fed], np.int32),
+            [row for row, *_ in fed],
+        )
+        for (row, request, _, end), scores in zip(fed, logits[:, 0], strict=True):
+            if request.fed(end):
+                request.accept(scores)
+            if request.stop_reason is not None:
+                request.head_map = self._session.head_map[:, row]
+                self._session.release(row)
+                self._rows[row] = None

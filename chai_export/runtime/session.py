@@ -10,17 +10,18 @@ from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.choices import Backend, Heads
-from chai_export.errors import ChaiError
-from chai_export.runtime.paged_cache import Budget
+from chai_export.runtime.cache import Budget
 from chai_export.runtime.pages import PagePool
 
 
 class Session(Protocol):
-    """One loaded model with the caches of one batch. Calls are not thread-safe."""
+    """One loaded model whose rows hold pages of a pool. Calls are not thread-safe."""
+
+    page_length: int
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit in each row of the caches (C)."""
+        """Tokens that the row with the largest promise may have."""
         ...
 
     @property
@@ -34,56 +35,9 @@ class Session(Protocol):
         ...
 
     @property
-    def in_place(self) -> bool:
-        """Whether a step appends to the caches where they lie; if not, there are two sets of them."""
+    def held_tokens(self) -> int:
+        """Positions of the pages that rows held since :meth:`start`, when they held most."""
         ...
-
-    @property
-    def bounded_scratch(self) -> bool:
-        """Whether attention needs no memory that grows with new tokens times capacity."""
-        ...
-
-    def begin(self, batch: int, capacity: int) -> None:
-        """Start a batch of empty rows with room for ``capacity`` tokens each."""
-        ...
-
-    def step(
-        self,
-        input_ids: NDArray[np.int64],
-        lengths: NDArray[np.int32],
-        past_lengths: NDArray[np.int32],
-        output_positions: NDArray[np.int64],
-        rope_lengths: NDArray[np.int32] | None = None,
-    ) -> NDArray[np.float32]:
-        """Feed new tokens to every row.
-
-        Args:
-            input_ids: int64 [B,S], padded on the right.
-            lengths: int32 [B], valid tokens of each row; 0 leaves a row alone.
-            past_lengths: int32 [B], tokens already in the cache; 0 starts a row afresh.
-            output_positions: int64 [B,N], which of the S tokens want logits.
-            rope_lengths: int32 [B], tokens of each row's whole text, those of later steps of the same prefill
-                included: they choose the rotary factors of bundles that have several sets, and must be on one
-                side of a switch length as long as a cache is kept. Default: the tokens fed so far.
-
-        Returns:
-            float32 [B,N,V]; undefined for rows that were left alone.
-        """
-        ...
-
-
-class GrowingSession(Session, Protocol):
-    """A session of version 1 of the op: a cache has a line for each row of the batch."""
-
-    def grow(self, capacity: int) -> None:
-        """Enlarge the caches, keeping their content."""
-        ...
-
-
-class PagedSession(Session, Protocol):
-    """A session of version 2 of the op: rows hold pages of a pool, and a call brings those it likes."""
-
-    page_length: int
 
     @property
     def page_bytes(self) -> int:
@@ -96,8 +50,13 @@ class PagedSession(Session, Protocol):
         ...
 
     @property
-    def held_tokens(self) -> int:
-        """Positions of the pages that rows held since :meth:`start`, when they held most."""
+    def in_place(self) -> bool:
+        """Whether a step appends to the caches where they lie; if not, there are two sets of them."""
+        ...
+
+    @property
+    def bounded_scratch(self) -> bool:
+        """Whether attention needs no memory that grows with new tokens times capacity."""
         ...
 
     def budget(self) -> tuple[int, Budget]:
@@ -115,6 +74,10 @@ class PagedSession(Session, Protocol):
         """Begin anew with ``rows`` empty rows that were promised nothing, and a pool of so many pages."""
         ...
 
+    def begin(self, batch: int, capacity: int) -> None:
+        """Begin anew with ``batch`` empty rows, each with a promise of ``capacity`` tokens."""
+        ...
+
     def promise(self, row: int, tokens: int) -> bool:
         """Promise a row room for ``tokens`` in all, if pages and memory for them are there."""
         ...
@@ -122,6 +85,36 @@ class PagedSession(Session, Protocol):
     def release(self, row: int) -> None:
         """Take all pages from a row, whose text has ended."""
         ...
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        lengths: NDArray[np.int32],
+        past_lengths: NDArray[np.int32],
+        output_positions: NDArray[np.int64],
+        rope_lengths: NDArray[np.int32] | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> NDArray[np.float32]:
+        """Feed new tokens to some rows: line b of every argument is row ``rows[b]``.
+
+        Args:
+            input_ids: int64 [B,S], padded on the right.
+            lengths: int32 [B], valid tokens of each row; 0 leaves a row alone.
+            past_lengths: int32 [B], tokens already in the cache; 0 starts a row afresh.
+            output_positions: int64 [B,N], which of the S tokens want logits.
+            rope_lengths: int32 [B], tokens of each row's whole text, those of later steps of the same prefill
+                included: they choose the rotary factors of bundles that have several sets, and must be on one
+                side of a switch length as long as a cache is kept. Default: the tokens fed so far.
+            rows: default: all.
+
+        Returns:
+            float32 [B,N,V]; undefined for rows that were left alone.
+        """
+        ...
+
+
+class SharingSession(Session, Protocol):
+    """A session whose rows may begin with pages of other rows, as those of a server do."""
 
     def adopt(self, row: int, pages: Sequence[int], head_map: NDArray[np.int32]) -> None:
         """Begin a row with the first whole pages of another one, and its head map, int32 [L,H].
@@ -134,24 +127,9 @@ class PagedSession(Session, Protocol):
         """Extend a row to its first ``tokens``, whose last page begins as a copy of ``page``."""
         ...
 
-    def step(
-        self,
-        input_ids: NDArray[np.int64],
-        lengths: NDArray[np.int32],
-        past_lengths: NDArray[np.int32],
-        output_positions: NDArray[np.int64],
-        rope_lengths: NDArray[np.int32] | None = None,
-        rows: Sequence[int] | None = None,
-    ) -> NDArray[np.float32]:
-        """:meth:`Session.step` of some rows: line b of every argument is row ``rows[b]``; default: all."""
-        ...
-
 
 def open_session(bundle: Bundle, backend: Backend | str, heads: Heads | str, **options: Any) -> Session:
     """Load ``bundle`` with a backend; ``heads`` is "chai" or "all" (same graph, R = G).
-
-    The version of the op that its manifest names decides whether it is a :class:`GrowingSession` or a
-    :class:`PagedSession`.
 
     Raises:
         UsageError: the backend or the mode is unknown.
@@ -162,15 +140,6 @@ def open_session(bundle: Bundle, backend: Backend | str, heads: Heads | str, **o
         from chai_export.runtime.tensorrt_session import open_tensorrt_session
 
         return open_tensorrt_session(bundle, heads, cache_memory=options.get("cache_memory"))
-    if bundle.manifest.paged:
-        from chai_export.runtime.onnxruntime_paged_session import OnnxRuntimePagedSession
-
-        return OnnxRuntimePagedSession(bundle, heads, **options)
-    if options.pop("cache_memory", None) is not None:
-        raise ChaiError(
-            f"{bundle.path} has version 1 of the op, whose caches are no pool; leave --cache-memory out "
-            "and limit rows with --max-seq"
-        )
     from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
     return OnnxRuntimeSession(bundle, heads, **options)

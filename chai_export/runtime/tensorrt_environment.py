@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from chai_export.errors import ChaiError
-from chai_export.op.cache_storage import PAGED_VERSION
 from chai_export.op.schema import DOMAIN, OP_TYPE
+from chai_export.op.signature import VERSION
 from chai_export.runtime.native import SWITCH, find_library, native_is_off
 
 TENSORRT_LIBRARY = "chai_tensorrt_v2"
 LEAST_TENSORRT = (10, 3)
-PLUGIN_VERSION = str(PAGED_VERSION)
+PLUGIN_VERSION = str(VERSION)
 PLUGIN_NAMESPACE = DOMAIN
 HELD_AS = {"uint8": "int8"}
 """Types of caches that TensorRT has under another name: it passes UINT8 to casts alone, and to a plugin the

@@ -36,7 +36,7 @@ from chai_export.bundle.manifest import Manifest
 from chai_export.bundle.op_nodes import check_op_nodes
 from chai_export.errors import ChaiError
 from chai_export.op.dtypes import ELEMENT_TYPES
-from chai_export.runtime.paged_cache import Budget, memory_error
+from chai_export.runtime.cache import Budget, memory_error
 from chai_export.runtime.pages import PagePool
 from chai_export.runtime.tensorrt_device import CudaDevice
 from chai_export.runtime.tensorrt_environment import (
@@ -58,7 +58,7 @@ _LARGEST = 2
 
 
 class TensorRtSession:
-    """The :class:`~chai_export.runtime.session.PagedSession` of TensorRT.
+    """The :class:`~chai_export.runtime.session.Session` of TensorRT.
 
     Args:
         manifest: of the bundle that the engine was built from.
@@ -158,7 +158,7 @@ class TensorRtSession:
         return self._head_map.copy()
 
     def budget(self) -> tuple[int, Budget]:
-        """Tokens that fit in a pool now, and what bounds them; see :class:`PagedSession`."""
+        """Tokens that fit in a pool now, and what bounds them; see :class:`.session.Session`."""
         budget = Budget.now(self._cache_memory, self._device.free_memory(), "GPU memory")
         return budget.size // self.page_bytes * self.page_length, budget
 
@@ -220,7 +220,7 @@ class TensorRtSession:
         rope_lengths: NDArray[np.int32] | None = None,
         rows: Sequence[int] | None = None,
     ) -> NDArray[np.float32]:
-        """Feed new tokens; see :meth:`chai_export.runtime.session.PagedSession.step`.
+        """Feed new tokens; see :meth:`chai_export.runtime.session.Session.step`.
 
         Raises:
             ChaiError: TensorRT refuses the shapes or the step.

@@ -26,7 +26,7 @@ from chai_export.errors import ChaiError, reason
 from chai_export.progress import note
 from chai_export.runtime.calls import plan_calls
 from chai_export.runtime.scheduler import chunk_length
-from chai_export.runtime.session import PagedSession
+from chai_export.runtime.session import SharingSession
 from chai_export.serve.job import End, Job
 from chai_export.serve.prefixes import Prefix, PrefixTree
 
@@ -87,7 +87,7 @@ class Batch:
 
     def __init__(
         self,
-        session: PagedSession,
+        session: SharingSession,
         shape: Shape,
         *,
         rows: int,

@@ -14,7 +14,7 @@ from chai_export.runtime.detokenizer import Detokenizer
 from chai_export.runtime.prompts import require_fits
 from chai_export.runtime.request import Limits, Request
 from chai_export.runtime.sampling import Sampler, SamplingSettings
-from chai_export.runtime.session import PagedSession, open_session
+from chai_export.runtime.session import SharingSession, open_session
 from chai_export.runtime.stopping import StopStrings
 from chai_export.serve.batch import Batch, Shape
 from chai_export.serve.engine import Engine
@@ -37,7 +37,7 @@ class ServedModel:
     def __init__(
         self,
         bundle: Bundle,
-        session: PagedSession,
+        session: SharingSession,
         tokenizer: Any,
         *,
         max_rows: int,
@@ -140,11 +140,11 @@ def open_model(
     bundle = Bundle.load(path)
     tokenizer = _tokenizer(bundle)  # before the weights are read
     session = open_session(bundle, backend, heads, threads=threads, cache_memory=cache_memory)
-    if not hasattr(session, "promise"):
-        raise ChaiError(f"{path} has caches without pages, which cannot be served; export it again")
-    paged = cast(PagedSession, session)
-    length = paged.page_length
-    fitting, budget = paged.budget()
+    if not hasattr(session, "adopt"):
+        raise ChaiError(f"{backend} does not share pages among rows yet; serve with --backend onnxruntime")
+    sharing = cast(SharingSession, session)
+    length = sharing.page_length
+    fitting, budget = sharing.budget()
     pages = fitting // length if cache_memory is not None else fitting // length // 2
     bounds = [(MOST, "shorten it")]
     if max_seq is not None:
@@ -155,13 +155,13 @@ def open_model(
     longest, flag = min(bounds)
     pages = min(pages, max_rows * -(-longest // length))
     if not pages:
-        needed = f"a page of {length} tokens takes {paged.page_bytes} bytes"
+        needed = f"a page of {length} tokens takes {sharing.page_bytes} bytes"
         raise ChaiError(f"the cache has no room for one page ({needed}); {budget.fix}")
     if pages * length < longest:
         longest, flag = pages * length, f"shorten it, or {budget.fix} of the server"
     return ServedModel(
         bundle,
-        paged,
+        sharing,
         tokenizer,
         max_rows=max_rows,
         max_waiting=max_waiting,

@@ -5,11 +5,9 @@
 // prints up to 64 new token ids for each of the prompts 17 4 256 9 and 5 9, a line for each.
 // `chai-export run BUNDLE --token-ids 17,4,256,9 --json` prints the same ids. Before BUNDLE may stand
 //   --all-heads         run the same graph as plain attention
-//   --op-library FILE   libchai_onnxruntime.so (of bundles with version 2 of the op,
-//   libchai_onnxruntime_v2.so),
-//                       where it does not lie beside libchai_runtime.so
+//   --op-library FILE   libchai_onnxruntime.so, where it does not lie beside libchai_runtime.so
 //   --function-body     run without it
-//   --cache-memory N    bytes that the KV caches of bundles with version 2 of the op may take
+//   --cache-memory N    bytes that the KV caches may take
 // CHAI_ONNXRUNTIME_LIBRARY in the environment names libonnxruntime.so where the loader does not find one.
 #include <chai/runner.h>
 

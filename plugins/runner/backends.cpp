@@ -6,7 +6,7 @@
 #include <cstring>
 #include <filesystem>
 
-#include "runner/backends/onnxruntime/paged_session.h"
+#include "chai/op_schema.h"
 #include "runner/backends/onnxruntime/session.h"
 #include "runner/op_nodes.h"
 #include "support/error.h"
@@ -41,16 +41,16 @@ std::string find_op_library(const std::optional<std::string>& given, const char*
   return std::filesystem::exists(path) ? path.string() : "";
 }
 
-// With a library of another version than the bundle's, ONNX Runtime would run the function body, without a
-// word and on caches that share their buffers.
-void check_op_version(const std::string& library, const Manifest& manifest, const char* file) {
+// With a library of another version than the bundle's nodes, ONNX Runtime would run the function body,
+// without a word and on caches that share their buffers.
+void check_op_version(const std::string& library) {
   void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) return;  // ONNX Runtime will say why
   const auto version = reinterpret_cast<int (*)()>(dlsym(handle, "chai_op_version"));
-  const bool fits = version != nullptr && version() == manifest.op_version;
+  const bool fits = version != nullptr && version() == schema::kVersion;
   dlclose(handle);
-  require(fits, library + " has not version " + std::to_string(manifest.op_version) +
-                    " of the op, which the bundle has; name " + file + " in Options::op_library");
+  require(fits, library + " has not version " + std::to_string(schema::kVersion) +
+                    " of the op, which the bundle has; build it again, or correct Options::op_library");
 }
 
 void refuse_switching_rope(const std::string& bundle, const Manifest& manifest) {
@@ -61,13 +61,12 @@ void refuse_switching_rope(const std::string& bundle, const Manifest& manifest) 
           "from Python");
 }
 
-template <typename OpenedSession>
-std::unique_ptr<OpenedSession> open_onnxruntime(const std::string& bundle, const Manifest& manifest,
-                                                const Options& options, const char* file) {
-  const std::string library = find_op_library(options.op_library, file);
-  if (!library.empty()) check_op_version(library, manifest, file);
+std::unique_ptr<Session> open_onnxruntime(const std::string& bundle, const Manifest& manifest,
+                                          const Options& options) {
+  const std::string library = find_op_library(options.op_library, "libchai_onnxruntime.so");
+  if (!library.empty()) check_op_version(library);
   Ort::Env& environment = onnxruntime_environment(options.onnxruntime_library);
-  auto session = std::make_unique<OpenedSession>(environment, bundle, manifest, options, library);
+  auto session = std::make_unique<OnnxRuntimeSession>(environment, bundle, manifest, options, library);
   check_op_nodes(bundle + "/model.onnx", manifest);
   return session;
 }
@@ -81,21 +80,7 @@ const char* name(Backend backend) {
 std::unique_ptr<Session> open_session(const std::string& bundle, const Manifest& manifest,
                                       const Options& options) {
   refuse_switching_rope(bundle, manifest);
-  require(
-      options.cache_memory == 0,
-      bundle +
-          " has version 1 of the op, whose caches are no pool; leave cache_memory out and limit rows with "
-          "max_seq");
-  require(options.backend == Backend::kOnnxRuntime,
-          bundle + " has version 1 of the op, which TensorRT engines have no more; export or rewrite again");
-  return open_onnxruntime<OnnxRuntimeSession>(bundle, manifest, options, "libchai_onnxruntime.so");
-}
-
-std::unique_ptr<PagedSession> open_paged_session(const std::string& bundle, const Manifest& manifest,
-                                                 const Options& options) {
-  refuse_switching_rope(bundle, manifest);
-  if (options.backend == Backend::kOnnxRuntime)
-    return open_onnxruntime<OnnxRuntimePagedSession>(bundle, manifest, options, "libchai_onnxruntime_v2.so");
+  if (options.backend == Backend::kOnnxRuntime) return open_onnxruntime(bundle, manifest, options);
 #ifdef CHAI_WITH_TENSORRT
   const std::string plugin = find_op_library(options.op_library, kTensorRtLibrary);
   require(!plugin.empty(),

@@ -34,12 +34,10 @@ std::vector<CacheTensor> cache_tensors(const Manifest& manifest, Heads heads) {
   for (std::int64_t layer = 0; layer < geometry.num_layers; ++layer) {
     if (!geometry.has_cache(layer)) continue;
     const std::string number = "." + std::to_string(layer);
-    const auto bits = [&](const std::vector<std::int64_t>& of_layers) {
-      return of_layers.empty() ? 0 : of_layers[static_cast<std::size_t>(layer)];
-    };
+    const auto at = static_cast<std::size_t>(layer);
     const Part parts[] = {
-        {"key", geometry.cached_heads(heads, layer), geometry.head_dim, bits(manifest.key_bits)},
-        {"value", geometry.num_kv_heads, geometry.value_head_dim, bits(manifest.value_bits)}};
+        {"key", geometry.cached_heads(heads, layer), geometry.head_dim, manifest.key_bits[at]},
+        {"value", geometry.num_kv_heads, geometry.value_head_dim, manifest.value_bits[at]}};
     for (const Part& part : parts)
       tensors.push_back({part.name + number, code_type(part, manifest.item_type), part.heads,
                          part.bits == 4 ? part.dim / 2 : part.dim});

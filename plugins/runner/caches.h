@@ -11,8 +11,7 @@
 
 namespace chai {
 
-// [rows][heads][positions][columns] in version 1 of the op, [pages][heads][positions of a page][columns] in
-// version 2.
+// [pages][heads][positions of a page][columns].
 struct CacheTensor {
   std::string name;  // of the graph's input and output, without "past_" and "present_"
   ItemType type = ItemType::kFloat32;

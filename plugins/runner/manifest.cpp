@@ -18,8 +18,7 @@ namespace chai {
 namespace {
 
 constexpr const char* kFormat = "chai-bundle/1";
-constexpr std::int64_t kNewestOp = 2;
-constexpr std::int64_t kDefaultGroup = schema::clustered_head_attention_v2::Attributes().group;
+constexpr std::int64_t kDefaultGroup = schema::clustered_head_attention::Attributes().group;
 constexpr const char* kAgain = "; run `chai-export export` (or `rewrite`) again";
 
 std::vector<std::int64_t> integers(const Json& json) {
@@ -139,14 +138,6 @@ void check_group(std::int64_t group, std::int64_t dim, const std::vector<std::in
 }
 
 void read_storage(const Json& json, Manifest& manifest) {
-  if (!manifest.paged()) {
-    for (const char* name : {"key_bits", "value_bits", "group"})
-      require(!json.find(name),
-              std::string(name) + " is given, and op_version is 1, whose caches are in the dtype");
-    return;
-  }
-  for (const char* name : {"key_bits", "value_bits"})
-    require(json.find(name).has_value(), std::string(name) + " is missing, and op_version is 2");
   const Geometry& geometry = manifest.geometry;
   manifest.key_bits = read_bits(json, "key_bits", geometry);
   manifest.value_bits = read_bits(json, "value_bits", geometry);
@@ -159,10 +150,6 @@ void read_storage(const Json& json, Manifest& manifest) {
 // Of a document that fits the schema.
 Manifest read_fields(const Json& json) {
   Manifest manifest;
-  manifest.op_version = json.at("op_version").integer();
-  require(manifest.op_version <= kNewestOp,
-          "this library runs bundles of op versions 1 and 2 and this one is of version " +
-              std::to_string(manifest.op_version));
   manifest.item_type = item_type(json.at("dtype").string());
   Geometry& geometry = manifest.geometry;
   geometry.num_layers = json.at("num_layers").integer();
@@ -232,6 +219,10 @@ Manifest read_manifest(const std::string& bundle) {
     const auto format = json.find("format");
     require(format && format->kind() == Json::Kind::kString && format->string() == kFormat,
             "format is " + (format ? format->text() : "missing") + " and this library reads " + kFormat);
+    const auto version = json.find("op_version");
+    require(!version || version->kind() != Json::Kind::kInteger || version->integer() == schema::kVersion,
+            "it has version " + (version ? version->text() : "") +
+                " of the op and this library runs version " + std::to_string(schema::kVersion));
     check_schema(json, manifest_schema());
     manifest = read_fields(json);
   } catch (const std::runtime_error& error) {

@@ -32,10 +32,9 @@ struct EngineRecord {
 };
 
 struct Manifest {
-  std::int64_t op_version = 0;
   ItemType item_type = ItemType::kFloat32;
   Geometry geometry;
-  // How version 2 of the op stores keys and values, by layer: 0 (in the item type), 16 (float16), 8 or 4.
+  // How keys and values are stored, by layer: 0 (in the item type), 16 (float16), 8 or 4.
   std::vector<std::int64_t> key_bits;
   std::vector<std::int64_t> value_bits;
   std::int64_t group = 0;  // elements that share a scale
@@ -48,9 +47,6 @@ struct Manifest {
   std::optional<double> repetition_penalty;
   Files files;
   std::map<std::string, EngineRecord> engines;  // by name of the back end
-
-  // Whether the caches are pools of pages: version 2 of the op.
-  bool paged() const { return op_version == 2; }
 };
 
 // Throws std::runtime_error: not a bundle, another format or op version, a wrong field, or a file that is

@@ -100,54 +100,33 @@ inline constexpr char kManifestSchema[] = R"json({
    ]
   },
   "key_bits": {
-   "anyOf": [
-    {
-     "items": {
-      "enum": [
-       0,
-       16,
-       8,
-       4
-      ],
-      "type": "integer"
-     },
-     "type": "array"
-    },
-    {
-     "type": "null"
-    }
-   ]
+   "items": {
+    "enum": [
+     0,
+     16,
+     8,
+     4
+    ],
+    "type": "integer"
+   },
+   "type": "array"
   },
   "value_bits": {
-   "anyOf": [
-    {
-     "items": {
-      "enum": [
-       0,
-       16,
-       8,
-       4
-      ],
-      "type": "integer"
-     },
-     "type": "array"
-    },
-    {
-     "type": "null"
-    }
-   ]
+   "items": {
+    "enum": [
+     0,
+     16,
+     8,
+     4
+    ],
+    "type": "integer"
+   },
+   "type": "array"
   },
   "group": {
-   "anyOf": [
-    {
-     "maximum": 2147483647,
-     "minimum": 1,
-     "type": "integer"
-    },
-    {
-     "type": "null"
-    }
-   ]
+   "maximum": 2147483647,
+   "minimum": 1,
+   "type": "integer"
   },
   "rope": {
    "anyOf": [
@@ -532,6 +511,8 @@ inline constexpr char kManifestSchema[] = R"json({
   "value_head_dim",
   "vocab_size",
   "kept_heads",
+  "key_bits",
+  "value_bits",
   "probe_tokens",
   "opset",
   "source",

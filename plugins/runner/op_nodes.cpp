@@ -12,8 +12,8 @@
 namespace chai {
 namespace {
 
-namespace own = schema::clustered_head_attention_v1;
-namespace shared = schema::shared_clustered_head_attention_v1;
+namespace own = schema::clustered_head_attention;
+namespace shared = schema::shared_clustered_head_attention;
 
 struct Node {
   std::string name;

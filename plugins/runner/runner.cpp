@@ -6,7 +6,6 @@
 
 #include "runner/backends.h"
 #include "runner/manifest.h"
-#include "runner/paged_scheduler.h"
 #include "runner/sampler.h"
 #include "runner/scheduler.h"
 #include "support/error.h"
@@ -23,19 +22,16 @@ struct PositionLimit {
   std::string hint;
 };
 
-// `paged` is null for version 1 of the op.
-PositionLimit position_limit(const Manifest& manifest, const EngineRecord* engine, PagedSession* paged,
+PositionLimit position_limit(const Manifest& manifest, const EngineRecord* engine, Session& session,
                              std::int64_t max_seq) {
   require(max_seq >= 0, "max_seq is negative; give 1 or more, or 0 for what the model allows");
   PositionLimit limit{kMostTokens, "shorten it"};
   const auto bound = [&](std::int64_t tokens, const std::string& hint) {
     if (tokens < limit.tokens) limit = {tokens, hint};
   };
-  if (paged != nullptr) {
-    paged->drop();  // what the last call left is no longer needed
-    const PagedSession::Room room = paged->room();
-    bound(room.tokens, "shorten it or " + room.budget.fix);
-  }
+  session.drop();  // what the last call left is no longer needed
+  const Session::Room room = session.room();
+  bound(room.tokens, "shorten it or " + room.budget.fix);
   if (max_seq > 0) bound(max_seq, "shorten it or raise max_seq");
   if (engine != nullptr) bound(engine->max_seq, "shorten it or build the engine with a higher --max-seq");
   if (manifest.max_positions)
@@ -64,8 +60,7 @@ const char* name(StopReason reason) {
 
 struct Runner::State {
   Manifest manifest;
-  std::unique_ptr<Session> session;      // of version 1 of the op
-  std::unique_ptr<PagedSession> paged;   // or of version 2
+  std::unique_ptr<Session> session;
   const EngineRecord* engine = nullptr;  // of this back end, in the manifest
   std::int64_t max_batch = 0;
 };
@@ -76,7 +71,7 @@ Runner& Runner::operator=(Runner&& other) noexcept = default;
 Runner::~Runner() = default;
 
 bool Runner::in_place() const {
-  return state_->paged ? state_->paged->in_place() : state_->session->in_place();
+  return state_->session->in_place();
 }
 
 Runner Runner::open(const std::string& bundle, const Options& options) {
@@ -97,11 +92,7 @@ Runner Runner::open(const std::string& bundle, const Options& options) {
                                          " and the engine was built for " + std::to_string(most) +
                                          "; give less, or build with a higher --max-batch");
   state->max_batch = options.max_batch > 0 ? options.max_batch : most > 0 ? most : kDefaultMaxBatch;
-  if (state->manifest.paged()) {
-    state->paged = open_paged_session(bundle, state->manifest, options);
-  } else {
-    state->session = open_session(bundle, state->manifest, options);
-  }
+  state->session = open_session(bundle, state->manifest, options);
   return Runner(std::move(state));
 }
 
@@ -109,7 +100,7 @@ std::vector<Generation> Runner::generate(const std::vector<std::vector<std::int6
                                          const GenerateOptions& options, const OnToken& on_token) {
   const Manifest& manifest = state_->manifest;
   require(options.max_new_tokens >= 1, "max_new_tokens is less than 1; give 1 or more");
-  const PositionLimit limit = position_limit(manifest, state_->engine, state_->paged.get(), options.max_seq);
+  const PositionLimit limit = position_limit(manifest, state_->engine, *state_->session, options.max_seq);
   SamplingSettings sampling;
   sampling.temperature = options.temperature;
   sampling.top_k = options.top_k.value_or(manifest.top_k.value_or(kDefaultTopK));
@@ -129,11 +120,7 @@ std::vector<Generation> Runner::generate(const std::vector<std::vector<std::int6
     const Limits limits{options.max_new_tokens, limit.tokens,
                         options.eos_token_ids.value_or(manifest.eos_token_ids)};
     const auto slots = static_cast<std::size_t>(state_->max_batch);
-    if (state_->paged) {
-      PagedScheduler(*state_->paged, manifest.geometry, limits, on_token).run(requests, slots);
-    } else {
-      Scheduler(*state_->session, manifest.geometry, limits, on_token).run(requests, slots);
-    }
+    Scheduler(*state_->session, manifest.geometry, limits, on_token).run(requests, slots);
   }
   std::vector<Generation> generations;
   for (const Request& request : requests) {

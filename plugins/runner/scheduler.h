@@ -1,8 +1,9 @@
-// The generation loop of version 1 of the op: requests share the rows of one batch, each in its own phase. A
-// row is prefilled in chunks, then decoded; when its text ends the next waiting prompt takes it.
+// The generation loop: rows come when there is room for all of their text, and go when it ends. The same
+// order of things as chai_export/runtime/scheduler.py.
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <vector>
 
 #include "chai/runner.h"
@@ -17,13 +18,22 @@ class Scheduler {
   Scheduler(Session& session, const Geometry& geometry, const Limits& limits, const OnToken& on_token)
       : session_(session), geometry_(geometry), limits_(limits), on_token_(on_token) {}
 
-  // Generates until every request has ended, on at most `slots` rows.
+  // Generates until every request has ended, on at most `slots` rows. Throws std::runtime_error if memory
+  // that was free when the call began is not any more, and nothing runs that would give some back.
   void run(std::vector<Request>& requests, std::size_t slots);
 
  private:
-  std::int64_t capacity_for(const std::vector<Request>& requests) const;
+  // A row and the positions that it feeds.
+  struct Fed {
+    std::size_t row = 0;
+    Window window;
+  };
+
+  std::int64_t pool_pages(const std::vector<Request>& requests) const;
+  void admit(std::deque<Request*>& waiting);
+  bool idle() const;
   void step();
-  void make_room(std::int64_t needed);
+  void call(const std::vector<Fed>& fed);
 
   Session& session_;
   const Geometry& geometry_;

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from chai_export.bench import machine
-from chai_export.bench.paged import paged
+from chai_export.bench.clustered import clustered_head_attention
 from chai_export.bench.phase import Phase
 from chai_export.bench.problem import Problem, Shape, head_map
 from chai_export.bench.timing import interleaved
 from chai_export.bundle.bundle import Bundle
-from chai_export.runtime.native import ONNXRUNTIME_LIBRARY_V2, find_library
+from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
 from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
 needs_library = pytest.mark.skipif(
-    find_library(ONNXRUNTIME_LIBRARY_V2) is None, reason="libchai_onnxruntime.so was not built"
+    find_library(ONNXRUNTIME_LIBRARY) is None, reason="libchai_onnxruntime.so was not built"
 )
 PEERS = ["ort_attention", "ort_gqa", "ort_gqa_float16", "ort_gqa_int4", "ort_gqa_int8", "torch_sdpa"]
 SMALL = ("--length", 96, "--heads", 8, "--head-dim", 16, "--seconds", 0, "--threads", 1)
@@ -63,8 +63,8 @@ def test_attention_measures_caches_of_fewer_bits(command):
 @pytest.mark.parametrize("bits", [(0, 0), (8, 4), (16, 8)])
 def test_pools_of_pages_hold_the_rows_of_the_problem(phase, bits):
     problem = Problem(Shape(phase, 2, 8, 4, 4, 32, 1500))
-    expected = np.array(paged(problem, 4, (0, 0), 1, page_length=2048)())
-    got = paged(problem, 4, bits, 1, page_length=48)()
+    expected = np.array(clustered_head_attention(problem, 4, (0, 0), 1, page_length=2048)())
+    got = clustered_head_attention(problem, 4, bits, 1, page_length=48)()
     assert np.abs(got - expected).max() <= {0: 1e-6, 4: 0.3, 8: 0.05}[bits[1]] * np.abs(expected).max()
 
 
@@ -202,8 +202,8 @@ def test_one_round_without_warm_up_is_one_call_and_has_no_spread():
 def test_problem_shares_its_memory_and_has_one_large_cluster():
     problem = Problem(Shape(Phase.DECODE, 2, 8, 4, 2, 16, 32))
     inputs = problem.op_inputs(2)
-    assert inputs["past_key"].base is not None
-    assert inputs["past_key"].shape == (2, 2, 32, 16)
-    assert inputs["past_value"] is problem.value_cache
+    assert problem.compact_keys(2).base is not None
+    assert problem.compact_keys(2).shape == (2, 2, 32, 16)
+    assert inputs["key"] is problem.key
     assert head_map(8, 4, 2).tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
     assert (problem.key_cache[:, :, 31:] == problem.key).all()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chai_export.runtime.native import ONNXRUNTIME_LIBRARY_V2, find_library
+from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
 from chai_export.runtime.pages import PAGE_LENGTH
 from tests.cli.conftest import Command
 from tests.helpers.tiny_graph import TinyModel
@@ -16,19 +16,19 @@ PROMPTS = ("--token-ids", "5,9,7", "--token-ids", "8,20,21,6,30,4", "--token-ids
 PAGE = PAGE_LENGTH * ((2 + 3) * (8 + 2 * 2) + 2 * 4 * (2 + 2 * 2))
 """Bytes of a page: codes and the scales of groups of 4, in 8 bits one and in 4 bits two float16."""
 
-BUFFERS = 1 if find_library(ONNXRUNTIME_LIBRARY_V2) else 2
+BUFFERS = 1 if find_library(ONNXRUNTIME_LIBRARY) else 2
 """The function body has one pool to read and one to write."""
 
 
 @pytest.fixture(scope="module")
-def paged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return MODEL.write(tmp_path_factory.mktemp("paged") / "b").path
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return MODEL.write(tmp_path_factory.mktemp("stored") / "b").path
 
 
 @pytest.mark.parametrize("memory", [BUFFERS * PAGE, 2 * BUFFERS * PAGE, "1GiB"])
-def test_prompts_wait_for_room_and_give_the_same_texts(command: Command, paged, memory):
-    free = command("run", paged, *PROMPTS, "--max-new-tokens", 9, "--json")
-    bounded = command("run", paged, *PROMPTS, "--max-new-tokens", 9, "--cache-memory", memory, "--json")
+def test_prompts_wait_for_room_and_give_the_same_texts(command: Command, stored, memory):
+    free = command("run", stored, *PROMPTS, "--max-new-tokens", 9, "--json")
+    bounded = command("run", stored, *PROMPTS, "--max-new-tokens", 9, "--cache-memory", memory, "--json")
     assert (free.code, bounded.code) == (0, 0), bounded.err
     assert bounded.json["results"] == free.json["results"]
     assert free.json["kv_cache_bytes"] == 3 * PAGE
@@ -44,15 +44,9 @@ def test_prompts_wait_for_room_and_give_the_same_texts(command: Command, paged, 
         ("0", ["--cache-memory is '0'"], 2),
     ],
 )
-def test_too_little_and_no_size_are_one_line(command: Command, paged, memory, parts, code):
-    outcome = command("run", paged, *PROMPTS, "--cache-memory", memory)
+def test_too_little_and_no_size_are_one_line(command: Command, stored, memory, parts, code):
+    outcome = command("run", stored, *PROMPTS, "--cache-memory", memory)
     assert outcome.code == code
     (line,) = outcome.err.strip().splitlines()
     assert line.startswith("error: ")
     assert all(part in line for part in parts), line
-
-
-def test_bundles_of_version_1_have_no_pool(command: Command, bundle):
-    outcome = command("run", bundle, "--prompt", "a", "--cache-memory", "1GiB")
-    assert outcome.code == 1
-    assert "leave --cache-memory out" in outcome.err

@@ -45,7 +45,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bundle" / "engines" / "tensorrt").mkdir(parents=True)
     (folder / "bundle" / "engines" / "tensorrt" / "engine.plan").write_bytes(b"plan")
     record = EngineRecord(
-        backend="tensorrt", runtime_version="1", model_sha256="0" * 64, max_batch=1, max_seq=1, op_version=1,
+        backend="tensorrt", runtime_version="1", model_sha256="0" * 64, max_batch=1, max_seq=1, op_version=2,
         gpu_architecture="sm_90", created_with="test",
     )  # fmt: skip
     add_engine(bundle, record)

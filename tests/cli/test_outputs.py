@@ -74,7 +74,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     (inputs.bundle / "engines" / "tensorrt").mkdir(parents=True)
     (inputs.bundle / "engines" / "tensorrt" / "engine.plan").write_bytes(b"")
     record = EngineRecord(
-        backend="tensorrt", runtime_version="1", model_sha256="0" * 64, max_batch=1, max_seq=1, op_version=1,
+        backend="tensorrt", runtime_version="1", model_sha256="0" * 64, max_batch=1, max_seq=1, op_version=2,
         gpu_architecture="sm_90", created_with="test",
     )  # fmt: skip
     add_engine(bundle, record)
@@ -290,7 +290,7 @@ def test_the_state_of_a_calibration_takes_the_place_of_nothing_else(inputs, refu
 def test_clusters_and_their_picture_need_two_names(inputs, refuses):
     refuses(FILES["plot"], inputs, inputs.folder / "c", "choose a name that ends in .png", code=2)
     same = Writer(
-        lambda i, target: ("calibrate", i.model, "--text", i.text, *QUICK, "-o", target, "--plot", target),
+        lambda i, target: ("calibrate", i.model, "--text", i.text, "-o", target, "--plot", target),
         lambda i: [],
         FILES["plot"].work,
     )

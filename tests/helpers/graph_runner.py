@@ -9,8 +9,6 @@ import onnxruntime as ort
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.graph_io import (
-    BATCH,
-    CAPACITY,
     HEAD_MAP,
     INPUT_IDS,
     LENGTHS,
@@ -45,10 +43,10 @@ class GraphRunner:
         query_heads = np.arange(manifest.num_query_heads, dtype=np.int32)
         shape = (manifest.num_layers, batch, manifest.num_query_heads)
         self.head_map = np.broadcast_to(query_heads, shape).copy()
-        # Caches in pages get two short pages a row, in any order.
+        # Two short pages a row, in any order.
         self.table = np.arange(2 * batch, dtype=np.int32)[::-1].reshape(batch, 2)
         pages = {PAGES: 2 * batch, PAGE_LENGTH: -(-capacity // 2)}
-        sizes = {BATCH: batch, CAPACITY: capacity, **pages, **kept_sizes(manifest.heads(heads))}
+        sizes = {**pages, **kept_sizes(manifest.heads(heads))}
         self._pairs = [(cache.past.name, cache.present.name) for cache in manifest.io.caches]
         # Whatever stands beyond the lengths must not matter.
         self.caches = {

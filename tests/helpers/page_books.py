@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from chai_export.runtime.paged_cache import Budget
+from chai_export.runtime.cache import Budget
 from chai_export.runtime.pages import PagePool
 
 VOCABULARY = 11
@@ -30,7 +30,7 @@ def text_of(prompt: Sequence[int], new: int, positions: int, *, ends: bool = Tru
 
 
 class Books:
-    """A PagedSession that stores tokens in pages, and checks that each call reads what was stored."""
+    """A session that stores tokens in pages, and checks that each call reads what was stored."""
 
     in_place = bounded_scratch = True
     capacity = cache_bytes = 0

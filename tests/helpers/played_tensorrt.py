@@ -20,7 +20,7 @@ from chai_export.runtime.tensorrt_environment import Gpu
 from tests.helpers.fake_tensorrt import TENSORRT, FakeEngine, HostDevice
 from tests.helpers.tiny_graph import TinyModel
 
-MODEL = TinyModel(positions=96, bits=(0, 0))
+MODEL = TinyModel(positions=96)
 GPU = Gpu("Played GPU", 90, "999.1")
 
 

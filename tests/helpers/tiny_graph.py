@@ -20,18 +20,16 @@ from chai_export.bundle.environment import save_environment
 from chai_export.bundle.graph_io import PAGE_TABLE, GraphValue, graph_io, scales
 from chai_export.bundle.manifest import GenerationSettings, Manifest, RopeRecord, Source
 from chai_export.bundle.parts import BUNDLE
-from chai_export.op.cache_storage import PAGED_VERSION, CacheStorage
+from chai_export.op.attributes import Attributes
+from chai_export.op.cache_storage import CacheStorage
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
-from chai_export.op.function import function_proto
+from chai_export.op.function import Form, function_proto
 from chai_export.op.head_map import kept_kv_heads
 from chai_export.op.heads import DecoderHeads
-from chai_export.op.reference import clustered_head_attention
-from chai_export.op.schema import DOMAIN, VERSION
-from chai_export.op.shared_reference import shared_clustered_head_attention
-from chai_export.op.v2 import function as paged_function
-from chai_export.op.v2 import reference as paged_reference
-from chai_export.op.v2 import shared_reference as paged_shared_reference
-from chai_export.op.v2.attributes import Attributes
+from chai_export.op.reference import AttentionResult, clustered_head_attention
+from chai_export.op.schema import DOMAIN
+from chai_export.op.shared_reference import SharedAttentionResult, shared_clustered_head_attention
+from chai_export.op.signature import VERSION
 
 OPSET = 20
 _DOT = "_DOT_"  # ONNX's text form has no dots in names
@@ -41,8 +39,8 @@ _DOT = "_DOT_"  # ONNX's text form has no dots in names
 class TinyModel:
     """Sizes and seeded weights.
 
-    With ``bits`` (of keys, of values; a pair, or one for each layer) the bundle is of version 2 of the op:
-    caches in pages, stored so. Texts longer than ``switch`` have other positions from their first token on.
+    ``bits`` (of keys, of values; a pair, or one for each layer) are what caches are stored in. Texts longer
+    than ``switch`` have other positions from their first token on.
     """
 
     kept: tuple[int, ...] = (2, 3)
@@ -56,7 +54,7 @@ class TinyModel:
     probe: int = 5
     dtype: str = "float32"
     sources: tuple[int, ...] | None = None  # layers whose caches the layers read
-    bits: tuple[int, int] | tuple[tuple[int, int], ...] | None = None
+    bits: tuple[int, int] | tuple[tuple[int, int], ...] = (0, 0)
     scale_group: int = 4
     switch: int = 0
     weights: dict[str, np.ndarray] = field(init=False, compare=False)
@@ -86,31 +84,8 @@ class TinyModel:
         maps, made = [], {}
         for i, kept in enumerate(self.kept):
             r = kept if mode == "chai" else self.kv_heads
-            if self.bits is not None:
-                output = self._paged(i, hidden, w, r, maps, made)
-                hidden = hidden + output @ w[f"o{i}"]
-                continue
-            if not self._has_cache(i):
-                source = self.sources[i]
-                q = self._split(hidden @ w[f"q{i}"], "q")
-                k, cached = made[source]
-                result = shared_clustered_head_attention(
-                    q, k, cached.present_key, cached.present_value, maps[source],
-                    np.zeros((1, self.heads), np.int32), np.zeros(1, np.int32),
-                    np.array([len(ids)], np.int32), probe_tokens=self.probe,
-                )  # fmt: skip
-                maps.append(result.present_head_map)
-                hidden = hidden + result.output @ w[f"o{i}"]
-                continue
-            q, k, v = (self._split(hidden @ w[f"{n}{i}"], n) for n in "qkv")
-            empty = (1, r, len(ids), self.head_dim), (1, self.kv_heads, len(ids), self.value_dim)
-            result = clustered_head_attention(
-                q, k, v, *(np.zeros(s, np.float32) for s in empty), np.zeros((1, self.heads), np.int32),
-                np.zeros(1, np.int32), np.array([len(ids)], np.int32), probe_tokens=self.probe,
-            )  # fmt: skip
-            assert len(kept_kv_heads(result.present_head_map[0], self.heads // self.kv_heads)) <= r
+            result = self._attend(i, hidden, w, r, maps, made)
             maps.append(result.present_head_map)
-            made[i] = (k, result)
             hidden = hidden + result.output @ w[f"o{i}"]
         return (hidden @ w["head"])[0], np.stack(maps)
 
@@ -120,7 +95,7 @@ class TinyModel:
             made.append(int(self.reference([*ids, *made], mode)[0][-1].argmax()))
         return made
 
-    def _paged(
+    def _attend(
         self,
         i: int,
         hidden: np.ndarray,
@@ -128,8 +103,8 @@ class TinyModel:
         kept: int,
         maps: list[Any],
         made: dict[int, Any],
-    ) -> np.ndarray:
-        """What layer ``i`` gives in version 2; ``maps`` and ``made`` (keys, values, caches) gain its own."""
+    ) -> AttentionResult | SharedAttentionResult:
+        """What layer ``i`` gives on the maps and ``made`` (keys, values, caches) before it; adds its own."""
         length = hidden.shape[1]
         q = self._split(hidden @ w[f"q{i}"], "q")
         rest = np.zeros((1, self.heads), np.int32), np.zeros(1, np.int32), np.array([length], np.int32)
@@ -138,28 +113,24 @@ class TinyModel:
         if not self._has_cache(i):
             k, v, cached = made[self.sources[i]]
             caches = cached.key_cache, cached.value_cache, cached.key_scales, cached.value_scales
-            result = paged_shared_reference.shared_clustered_head_attention(
+            return shared_clustered_head_attention(
                 q, k, v, *caches, table, maps[self.sources[i]], *rest, attributes=attributes
             )
-            maps.append(result.present_head_map)
-            return result.output
         k, v = (self._split(hidden @ w[f"{n}{i}"], n) for n in "kv")
         storage, pools, factors = self._storage(), [], []
         for held, heads in ((storage.key(i), kept), (storage.value(i), self.kv_heads)):
             pools.append(np.zeros((1, heads, length, held.columns), held.dtype(np.dtype(np.float32))))
             of_scales = np.zeros((1, heads, length, held.scale_columns), np.float16)
             factors.append(of_scales if held.quantised else None)
-        result = paged_reference.clustered_head_attention(
-            q, k, v, *pools, *factors, table, *rest, attributes=attributes
-        )
-        maps.append(result.present_head_map)
+        result = clustered_head_attention(q, k, v, *pools, *factors, table, *rest, attributes=attributes)
+        assert len(kept_kv_heads(result.present_head_map[0], self.heads // self.kv_heads)) <= kept
         made[i] = k, v, result
-        return result.output
+        return result
 
     def _bits(self, i: int) -> tuple[int, int]:
         """Of the cache that layer ``i`` reads."""
         owner = i if self.sources is None else self.sources[i]
-        bits: Any = self.bits or (0, 0)
+        bits: Any = self.bits
         return bits[owner] if isinstance(bits[0], tuple) else bits
 
     def _attributes(self, i: int) -> Attributes:
@@ -181,9 +152,7 @@ class TinyModel:
 
     def graph(self) -> onnx.ModelProto:
         layers = range(len(self.kept))
-        io = graph_io(
-            self._storage(), self.vocab, rope_lengths=bool(self.switch), paged=self.bits is not None
-        )
+        io = graph_io(self._storage(), self.vocab, rope_lengths=bool(self.switch))
         inputs, outputs = ([_declared(value) for value in values] for values in (io.inputs, io.outputs))
         nodes = [_EMBED.replace("PLACES", _SWITCHED if self.switch else _PLAIN)]
         nodes += [self._layer(i) for i in layers]
@@ -192,8 +161,7 @@ class TinyModel:
         nodes.append(_HEAD.replace("HIDDEN", f"hidden_{len(self.kept)}"))
         body = "\n".join(nodes)
         text = (
-            f"<ir_version: {9 if self.bits is None else 10}, "
-            f'opset_import: ["" : {OPSET}, "chai" : {self._version()}]>\n'
+            f'<ir_version: 10, opset_import: ["" : {OPSET}, "chai" : {VERSION}]>\n'
             f"tiny ({', '.join(inputs)}) => ({', '.join(outputs)})\n{{\n{body}\n}}"
         )
         model = onnx.parser.parse_model(text)
@@ -203,7 +171,7 @@ class TinyModel:
             node.input[:] = [name.replace(_DOT, ".") for name in node.input]
             node.output[:] = [name.replace(_DOT, ".") for name in node.output]
         for i, node in enumerate(node for node in model.graph.node if node.domain == DOMAIN):
-            function = self._function(i, node.op_type)
+            function = function_proto(OPSET, Form.of(self._attributes(i)), node.op_type)
             node.overload = function.overload
             if function not in model.functions:
                 model.functions.append(function)
@@ -226,25 +194,7 @@ class TinyModel:
             lines.append(f"{kind}_{i} = Transpose <perm = [0, 2, 1, 3]> ({kind}_split_{i})")
         lines.append(f"map_3_{i} = Gather <axis = 0> (head_map, layer_{i})")
         lines.append(f"map_{i} = Squeeze (map_3_{i}, zero)")
-        if self.bits is not None:
-            return "\n".join([*lines, self._paged_node(i), *self._after(i)])
-        attributes = f"scale = 0.0, probe_tokens = {self.probe}, online = 1"
-        rest = f"map_{i}, past_lengths, lengths"
-        if self._has_cache(i):
-            inputs = f"q_{i}, k_{i}, v_{i}, past_key{_DOT}{i}, past_value{_DOT}{i}, {rest}"
-            presents = f"out_{i}, present_key{_DOT}{i}, present_value{_DOT}{i}, chosen_{i}"
-            lines.append(f"{presents} = chai.ClusteredHeadAttention <{attributes}> ({inputs})")
-        else:
-            s = self.sources[i]
-            inputs = f"q_{i}, k_{s}, present_key{_DOT}{s}, present_value{_DOT}{s}, chosen_{s}, {rest}"
-            lines.append(f"out_{i}, chosen_{i} = chai.SharedClusteredHeadAttention <{attributes}> ({inputs})")
-        return "\n".join([*lines, *self._after(i)])
-
-    def _function(self, i: int, op_type: str) -> onnx.FunctionProto:
-        """The body of layer i's node."""
-        if self.bits is None:
-            return function_proto(OPSET, op_type)
-        return paged_function.function_proto(OPSET, paged_function.Form.of(self._attributes(i)), op_type)
+        return "\n".join([*lines, self._node(i), *self._after(i)])
 
     def _after(self, i: int) -> list[str]:
         return [
@@ -253,7 +203,7 @@ class TinyModel:
             f"hidden_{i + 1} = Add (hidden_{i}, back_{i})",
         ]
 
-    def _paged_node(self, i: int) -> str:
+    def _node(self, i: int) -> str:
         written = self._attributes(i).as_onnx().items()
         attributes = ", ".join(f"{name} = {value}" for name, value in written)
         source = i if self._has_cache(i) else self.sources[i]
@@ -277,30 +227,28 @@ class TinyModel:
         ]
         return [name.replace(".", _DOT) or '""' for name in names + of_scales]
 
-    def _version(self) -> int:
-        return VERSION if self.bits is None else PAGED_VERSION
-
     def _head_counts(self) -> DecoderHeads:
         sizes = (self.heads, self.kv_heads, self.head_dim, self.value_dim)
         return DecoderHeads(*sizes, num_layers=len(self.kept), kv_source_layers=self.sources)
 
     def manifest(self, **changes: Any) -> Manifest:
+        storage = self._storage()
         values: dict[str, Any] = {
-            "op_version": self._version(),
+            "op_version": VERSION,
             "dtype": self.dtype,
             **asdict(self._head_counts()),
             "vocab_size": self.vocab,
             "max_positions": self.positions,
             "kept_heads": list(self.kept),
+            "key_bits": storage.key_bits,
+            "value_bits": storage.value_bits,
+            "group": storage.group,
             "probe_tokens": self.probe,
             "opset": OPSET,
             "source": Source(kind="onnx", name="tiny"),
             "created_with": "tests",
             "rope": RopeRecord(switch_lengths=[self.switch]) if self.switch else None,
         }
-        if self.bits is not None:
-            storage = self._storage()
-            values.update(key_bits=storage.key_bits, value_bits=storage.value_bits, group=storage.group)
         return Manifest(**{**values, **changes})
 
     def write(self, path: Path, *, tokenizer: Any = None, **changes: Any) -> Bundle:

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 import chai_export as ce
-from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, ONNXRUNTIME_LIBRARY_V2, SWITCH, find_library
+from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, SWITCH, find_library
 from chai_export.runtime.pages import PAGE_LENGTH
 from tests.helpers.native_build import ROOT, build, needs_tools, run, succeed
 from tests.helpers.tiny_graph import TinyModel
 
 PROMPTS = [list(range(4, 33)), [5, 9], [7, 8, 20, 21, 6, 30]]
 SHARED = {"heads": 6, "kv_heads": 3, "kept": (2, 1, 2), "sources": (0, 1, 0)}
-LIBRARIES = {1: ONNXRUNTIME_LIBRARY, 2: ONNXRUNTIME_LIBRARY_V2}
 DEMO = ROOT / "engines" / "out" / "demo" / "bundle"
 
 pytestmark = needs_tools
@@ -43,18 +42,21 @@ def built() -> Path:
 @pytest.fixture(scope="module", params=["function body", "library"])
 def implementation(request: pytest.FixtureRequest) -> str:
     """Of the op; the library where it was built."""
-    if request.param == "library" and None in map(find_library, LIBRARIES.values()):
-        pytest.skip("the op libraries were not built")
+    if request.param == "library" and find_library(ONNXRUNTIME_LIBRARY) is None:
+        pytest.skip("libchai_onnxruntime.so was not built")
     return request.param
 
 
 @pytest.fixture
 def generate(built: Path, implementation: str, onnxruntime_library: str):
-    """The example, with the implementation of the op for the bundle's version."""
+    """The example, with the implementation of the op."""
 
-    def call(*arguments, op_version=1, **environment):
-        library = find_library(LIBRARIES[op_version])
-        op = ["--op-library", library] if implementation == "library" else ["--function-body"]
+    def call(*arguments, **environment):
+        op = (
+            ["--op-library", find_library(ONNXRUNTIME_LIBRARY)]
+            if implementation == "library"
+            else ["--function-body"]
+        )
         program = built / "plugins" / "runner" / "generate_onnxruntime"
         return run(program, *op, *arguments, **environment, CHAI_ONNXRUNTIME_LIBRARY=onnxruntime_library)
 
@@ -76,24 +78,22 @@ def as_argument(prompt: list[int]) -> str:
         {},
         {"heads": 6, "kv_heads": 3, "kept": (1, 2)},
         SHARED,
-        {"bits": (0, 0)},
         {"bits": (8, 4)},
         {**SHARED, "bits": ((4, 8), (16, 4), (0, 0))},
     ],
-    ids=["mha", "gqa", "shared", "paged", "paged 8/4", "paged shared"],
+    ids=["mha", "gqa", "shared", "8/4", "shared 4/8"],
 )
 def test_example_prints_the_python_runners_tokens(
     tmp_path, generate, implementation, monkeypatch, heads, sizes
 ):
     bundle = TinyModel(positions=400, **sizes).write(tmp_path / "bundle")
-    version = {"op_version": bundle.manifest.op_version}
     monkeypatch.setenv(SWITCH, "1" if implementation == "library" else "0")
     expected = ce.load(bundle.path, heads=heads).generate(PROMPTS, 64)
     flags = ["--all-heads"] if heads == "all" else []
-    together = generate(*flags, bundle.path, 64, *map(as_argument, PROMPTS), **version)
+    together = generate(*flags, bundle.path, 64, *map(as_argument, PROMPTS))
     assert together.returncode == 0, together.stderr
     assert tokens(together.stdout) == [text.token_ids for text in expected]
-    alone = generate(*flags, bundle.path, 64, as_argument(PROMPTS[0]), **version)
+    alone = generate(*flags, bundle.path, 64, as_argument(PROMPTS[0]))
     assert tokens(alone.stdout) == [expected[0].token_ids]
     assert len(expected[0].token_ids) == 64
 
@@ -104,25 +104,15 @@ def test_example_agrees_with_the_reference(tmp_path, generate):
     assert tokens(generate(bundle, 12, "5,9").stdout) == [model.greedy([5, 9], 12)]
 
 
-def test_versions_of_the_op_print_the_same_tokens(tmp_path, generate):
-    made = []
-    for version, bits in ((1, None), (2, (0, 0))):
-        bundle = TinyModel(positions=400, bits=bits).write(tmp_path / str(version)).path
-        done = generate(bundle, 100, *map(as_argument, PROMPTS), op_version=version)
-        assert done.returncode == 0, done.stderr
-        made.append(tokens(done.stdout))
-    assert made[0] == made[1]
-
-
 def test_prompts_wait_for_pages_and_one_that_never_fits_names_the_option(tmp_path, generate, implementation):
     bundle = TinyModel(positions=400, bits=(8, 4)).write(tmp_path / "bundle")
     pages = 2 if implementation == "library" else 4  # of two sets of buffers
     memory = pages * PAGE_LENGTH * bundle.manifest.kv_bytes_per_token()
     rest = (bundle.path, 150, *map(as_argument, [*PROMPTS, list(range(4, 40))]))  # two pages each
-    few = generate("--cache-memory", memory, *rest, op_version=2)
+    few = generate("--cache-memory", memory, *rest)
     assert few.returncode == 0, few.stderr
-    assert tokens(few.stdout) == tokens(generate(*rest, op_version=2).stdout)
-    one = generate("--cache-memory", memory, bundle.path, 4, as_argument([3] * 257), op_version=2)
+    assert tokens(few.stdout) == tokens(generate(*rest).stdout)
+    one = generate("--cache-memory", memory, bundle.path, 4, as_argument([3] * 257))
     assert one.returncode == 1
     assert "a prompt has 257 tokens and 256 fit; shorten it or raise cache_memory (" in one.stderr
 
@@ -145,7 +135,11 @@ def test_example_prints_the_python_runners_tokens_for_the_demo(generate):
         (("BUNDLE", 0, "4"), {}, "max_new_tokens"),
         (("BUNDLE", 4, as_argument([3] * 97)), {}, "a prompt has 97 tokens and 96 fit"),
         (("--op-library", "missing.so", "BUNDLE", 4, "1"), {}, "missing.so is missing"),
-        (("--cache-memory", 1, "BUNDLE", 4, "1"), {}, "has version 1 of the op, whose caches are no pool"),
+        (
+            ("--cache-memory", 1, "BUNDLE", 4, "1"),
+            {},
+            "1 tokens and 0 fit; shorten it or raise cache_memory (1 B)",
+        ),
         (("--cache-memory", "2GB", "BUNDLE", 4, "1"), {}, "'2GB' is not a number"),
         (("BUNDLE", 4, "1"), {"CHAI_ONNXRUNTIME_LIBRARY": "missing.so"}, "ONNX Runtime does not load"),
     ],
@@ -164,15 +158,15 @@ def test_mistakes_are_one_line(tmp_path, built, onnxruntime_library, arguments, 
 @pytest.mark.parametrize(
     ("bits", "changes", "reason"),
     [
-        (None, {"head_dim": 4}, "past_key.0 has size 8 in dimension 3, not 4"),
+        ((0, 0), {"head_dim": 4}, "past_key.0 has size 8 in dimension 3, not 4"),
         ((8, 4), {"key_bits": [8, 4]}, "past_key.1 has another type"),
         ((8, 4), {"group": 2}, "past_key_scales.0 has size 2 in dimension 3, not 4"),
+        ((0, 0), {"key_bits": [8, 8]}, "past_key.0 has another type"),
         (
             (0, 0),
-            {"op_version": 1, "key_bits": None, "value_bits": None, "group": None},
-            "it has further inputs",
+            {"num_layers": 1, "kept_heads": [2], "key_bits": [0], "value_bits": [0]},
+            "head_map has size",
         ),
-        (None, {"op_version": 2, "key_bits": [0, 0], "value_bits": [0, 0]}, "it has no page_table"),
     ],
 )
 def test_graph_that_does_not_fit_its_manifest_is_refused(
@@ -186,19 +180,17 @@ def test_graph_that_does_not_fit_its_manifest_is_refused(
     assert f"model.onnx does not fit its manifest: {reason}" in done.stderr
 
 
-@pytest.mark.parametrize(("version", "bits"), [(1, None), (2, (8, 4))])
-def test_graph_with_another_probe_than_its_manifest_is_refused(tmp_path, generate, version, bits):
-    bundle = TinyModel(bits=bits).write(tmp_path / "bundle", probe_tokens=7).path
-    done = generate(bundle, 4, "1", op_version=version)
+def test_graph_with_another_probe_than_its_manifest_is_refused(tmp_path, generate):
+    bundle = TinyModel(bits=(8, 4)).write(tmp_path / "bundle", probe_tokens=7).path
+    done = generate(bundle, 4, "1")
     assert done.returncode == 1
     assert "probe_tokens of node '' is 5 and should be 7" in done.stderr
 
 
-@pytest.mark.parametrize(("version", "bits"), [(1, None), (2, (0, 0))])
-def test_rotary_factors_that_follow_a_rows_length_are_refused_by_name(tmp_path, generate, version, bits):
+def test_rotary_factors_that_follow_a_rows_length_are_refused_by_name(tmp_path, generate):
     rope = {"types": ["longrope"], "switch_lengths": [64]}
-    bundle = TinyModel(bits=bits).write(tmp_path / "bundle", rope=rope).path
-    done = generate(bundle, 4, "1", op_version=version)
+    bundle = TinyModel().write(tmp_path / "bundle", rope=rope).path
+    done = generate(bundle, 4, "1")
     assert done.returncode == 1
     assert "rotary factors that follow the length of a row" in done.stderr
     assert "run it from Python" in done.stderr
@@ -245,12 +237,11 @@ def test_program_outside_the_tree_finds_the_package(tmp_path, built, onnxruntime
     succeed("cmake", "--build", app / "build")
 
     installed = next(prefix.rglob("libchai_runtime.so")).parent
-    for version, bits in ((1, None), (2, (8, 4))):
+    beside = installed / f"lib{ONNXRUNTIME_LIBRARY}.so"
+    for index, bits in enumerate([(0, 0), (8, 4)]):
         model = TinyModel(bits=bits)
-        bundle = model.write(tmp_path / f"bundle {version}").path
-        library = find_library(LIBRARIES[version])
-        beside = installed / f"lib{LIBRARIES[version]}.so"
-        for op_library in (None, library):
+        bundle = model.write(tmp_path / f"bundle {index}").path
+        for op_library in (None, find_library(ONNXRUNTIME_LIBRARY)):
             beside.unlink(missing_ok=True)
             if op_library is not None:
                 shutil.copy(op_library, beside)

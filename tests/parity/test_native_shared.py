@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 
 import numpy as np
-import onnxruntime
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chai_export.bench.tensors import ort_value
 from chai_export.op.cases import Case
-from chai_export.op.model import node_model
-from chai_export.op.schema import SHARED_OP_TYPE, signature
-from chai_export.op.shared_cases import SHARED_CASES, SharedCase, check_shared
+from chai_export.op.schema import SHARED_OP_TYPE
+from chai_export.op.shared_cases import SHARED_CASES, SHARED_TERM_CASES, SharedCase, check_shared
 from chai_export.op.shared_reference import SharedAttentionResult
-from tests.parity.test_native import DTYPES, LIBRARY, calls, instruction_sets
+from tests.parity.test_native import DTYPES, LIBRARY, calls, instruction_sets, session
 
-by_name = {case.name: case for case in SHARED_CASES}
+EVERY = (*SHARED_CASES, *SHARED_TERM_CASES)
 
 pytestmark = pytest.mark.skipif(
     LIBRARY is None and "CI" not in os.environ,
@@ -26,32 +23,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(case: SharedCase, inputs: dict[str, np.ndarray], dtype: str, threads: int = 1):
+def run(case: SharedCase, inputs: dict[str, np.ndarray], dtype: str = "float32", threads: int = 1):
     """The op by the library alone; its inputs must come out unchanged."""
-    model = node_model(case.producer.attributes(), dtype, op_type=SHARED_OP_TYPE, with_function=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    options.register_custom_ops_library(str(LIBRARY))
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    binding = session.io_binding()
+    arrays = {name: array.copy() for name, array in inputs.items()}
+    of_types = session(case.producer, dtype, op_type=SHARED_OP_TYPE, threads=threads)
+    outputs = of_types.bind(arrays, in_place=False).run()
     for name, array in inputs.items():
-        binding.bind_ortvalue_input(name, ort_value(array))
-    batch, heads, tokens, _ = inputs["query"].shape
-    width = heads * inputs["value_cache"].shape[3]
-    outputs = [np.empty((batch, tokens, width), inputs["query"].dtype), np.empty((batch, heads), np.int32)]
-    for name, array in zip(signature(SHARED_OP_TYPE).output_names, outputs, strict=True):
-        binding.bind_ortvalue_output(name, ort_value(array))
-    before = {name: array.copy() for name, array in inputs.items()}
-    session.run_with_iobinding(binding)
-    for name, array in inputs.items():
-        assert array.tobytes() == before[name].tobytes(), name
-    return SharedAttentionResult(*outputs)
+        assert array.tobytes() == arrays[name].tobytes(), name
+    return SharedAttentionResult(**outputs)
 
 
-@pytest.mark.parametrize("case", SHARED_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_library_agrees_with_reference(case, dtype):
     inputs = case.inputs(dtype)
@@ -61,10 +43,9 @@ def test_library_agrees_with_reference(case, dtype):
 def test_every_instruction_set_passes_the_suite(monkeypatch):
     for name in instruction_sets():
         monkeypatch.setenv("CHAI_ISA", name)
-        for dtype in DTYPES:
-            for case in SHARED_CASES:
-                inputs = case.inputs(dtype)
-                check_shared(case, inputs, run(case, inputs, dtype), dtype)
+        for case in EVERY:
+            inputs = case.inputs()
+            check_shared(case, inputs, run(case, inputs))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +53,7 @@ def test_every_instruction_set_passes_the_suite(monkeypatch):
     [
         ({"lengths": [8, 1]}, "row 0: lengths is 8, must be between 0 and 7"),
         ({"past_lengths": [0, 24]}, "row 1: 24 cached and 1 new tokens exceed the capacity 24"),
+        ({"page_table": [[9, 0, 0], [1, 2, 3]]}, "row 0: page_table entry 0 is 9, the pool has 9 pages"),
         (
             {"kept_head_map": [[0] * 4, [0, 1, 2, 2]]},
             "row 1: the head map keeps 3 KV heads, the K cache has 2",
@@ -89,14 +71,14 @@ def test_bad_rows_are_refused(change, message):
     inputs = case.inputs()
     inputs.update({name: np.array(value, dtype=np.int32) for name, value in change.items()})
     with pytest.raises(Exception, match=f"chai::SharedClusteredHeadAttention: {message}"):
-        run(case, inputs, "float32")
+        run(case, inputs)
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("key_cache", (2, 2, 23, 16), r"value_cache is \[2, 4, 24, 16\], expected \[2, 4, 23, 16\]"),
-        ("value_cache", (2, 3, 24, 16), r"value_cache is \[2, 3, 24, 16\]"),
+        ("key_cache", (9, 2, 7, 16), r"value_cache is \[9, 4, 8, 16\], expected \[9, 4, 7, 16\]"),
+        ("value_cache", (9, 3, 8, 16), r"value_cache is \[9, 3, 8, 16\]"),
         ("kept_head_map", (2, 3), r"kept_head_map is \[2, 3\], expected \[2, 4\]"),
     ],
 )
@@ -105,7 +87,7 @@ def test_bad_shapes_are_refused(name, shape, message):
     inputs = case.inputs()
     inputs[name] = np.zeros(shape, inputs[name].dtype)
     with pytest.raises(Exception, match=message):
-        run(case, inputs, "float32")
+        run(case, inputs)
 
 
 @settings(

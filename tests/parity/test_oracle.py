@@ -10,6 +10,7 @@ from chai_export.errors import ChaiError
 from chai_export.models.attention import attention_of
 from chai_export.models.geometry import describe
 from chai_export.models.oracle import Oracle, clustered_attention, model_logits, probe_features
+from chai_export.op.attributes import Attributes
 from chai_export.op.reference import clustered_head_attention
 from tests.helpers.families import FAMILIES, family_model
 
@@ -27,8 +28,9 @@ def reference_layer(kept, maps, given=None, online=True):
             q, k, v,
             np.full((1, kept[index], capacity, q.shape[3]), np.nan, np.float32),
             np.full((1, k.shape[1], capacity, v.shape[3]), np.nan, np.float32),
+            None, None, np.zeros((1, 1), np.int32),
             past_map, np.zeros(1, np.int32), np.array([q.shape[2]], np.int32),
-            scale=scale, probe_tokens=PROBE, online=online,
+            attributes=Attributes(scale, PROBE, online),
         )  # fmt: skip
         maps.append(result.present_head_map)
         shape = (1, q.shape[2], q.shape[1], v.shape[3])

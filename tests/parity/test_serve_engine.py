@@ -17,7 +17,7 @@ import chai_export as ce
 from chai_export.bundle.bundle import Bundle
 from chai_export.errors import ChaiError, UsageError
 from chai_export.runtime.native import SWITCH
-from chai_export.runtime.onnxruntime_paged_session import OnnxRuntimePagedSession
+from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
 from chai_export.runtime.sampling import settings_for
 from chai_export.serve import batch as batch_module
 from chai_export.serve.engine import ClosedError, QueueFullError
@@ -27,9 +27,9 @@ from tests.helpers.tiny_graph import TinyModel, letters_tokenizer
 
 SHARED: dict[str, Any] = {"heads": 6, "kv_heads": 3, "kept": (2, 1, 2), "sources": (0, 1, 0)}
 MODELS = {
-    "exact": TinyModel(positions=400, bits=(0, 0)),
+    "exact": TinyModel(positions=400),
     "8/4": TinyModel(positions=400, bits=(8, 4)),
-    "switch": TinyModel(positions=400, bits=(0, 0), switch=20),
+    "switch": TinyModel(positions=400, switch=20),
     "shared 4/8": TinyModel(positions=400, **SHARED, bits=((4, 8), (8, 4), (0, 0))),
 }
 LENGTH = 8
@@ -60,12 +60,12 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(autouse=True)
 def short_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages and chunks so short that texts of tens of tokens meet their ends."""
-    real = OnnxRuntimePagedSession.__init__
+    real = OnnxRuntimeSession.__init__
 
     def init(self: Any, *arguments: Any, **options: Any) -> None:
         real(self, *arguments, **{**options, "page_length": LENGTH, "threads": 1})
 
-    monkeypatch.setattr(OnnxRuntimePagedSession, "__init__", init)
+    monkeypatch.setattr(OnnxRuntimeSession, "__init__", init)
     monkeypatch.setattr(batch_module, "PREFILL_TOKENS", 13)
 
 

@@ -11,7 +11,7 @@ from chai_export.bundle.bundle import Bundle
 from chai_export.clustering.clusters import Clusters
 from chai_export.models.logits import differences
 from chai_export.models.stored_rows import StoredRounding, read_back
-from chai_export.op.v2.storage import BITS, Storage
+from chai_export.op.storage import BITS, Storage
 from chai_export.quality.truth import TorchTruth
 from tests.helpers.exported import exported, model_of
 

@@ -25,8 +25,8 @@ from tests.helpers.tiny_graph import TinyModel
 
 GROUPED: dict[str, Any] = {"heads": 6, "kv_heads": 3, "kept": (1, 2), "head_dim": 4, "value_dim": 8}
 MODELS = {
-    "mha": TinyModel(positions=400, bits=(0, 0)),
-    "gqa": TinyModel(positions=400, bits=(0, 0), **GROUPED),
+    "mha": TinyModel(positions=400),
+    "gqa": TinyModel(positions=400, **GROUPED),
     "8/4": TinyModel(positions=400, bits=(8, 4)),
     "mixed": TinyModel(positions=400, bits=((4, 16), (0, 8)), **GROUPED),
 }
@@ -146,7 +146,7 @@ def test_a_pool_is_one_buffer_that_a_batch_keeps(bundles):
 
 
 def test_half_precision_logits_come_back_as_float32(tmp_path: Path):
-    model = TinyModel(dtype="float16", bits=(0, 0))
+    model = TinyModel(dtype="float16")
     opened = Opened(model.write(tmp_path / "half"))
     logits = opened.runner.logits(PROMPTS[1])
     assert logits.dtype == np.float32
@@ -170,9 +170,9 @@ def test_an_engine_of_another_model_is_refused(bundles, tmp_path: Path):
     engine = FakeEngine(bundles["mha"], MAX_BATCH, MAX_SEQ, PAGE)
     for number, (model, difference) in enumerate(
         (
-            (TinyModel(kept=(2, 3, 1), bits=(0, 0)), r"it lacks past_key\.2"),
-            (TinyModel(dtype="float16", bits=(0, 0)), r"past_key\.0 is float32 .* should be float16"),
-            (TinyModel(vocab=41, bits=(0, 0)), r"logits is float32 \[None, None, 40\] and should be float32"),
+            (TinyModel(kept=(2, 3, 1)), r"it lacks past_key\.2"),
+            (TinyModel(dtype="float16"), r"past_key\.0 is float32 .* should be float16"),
+            (TinyModel(vocab=41), r"logits is float32 \[None, None, 40\] and should be float32"),
         )
     ):
         other = model.write(tmp_path / f"other{number}").manifest

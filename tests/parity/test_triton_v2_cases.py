@@ -15,8 +15,8 @@ from chai_export.kernels.v2.case_runner import check_result, run_case, to_tensor
 from chai_export.kernels.v2.launch import clustered_head_attention, workspace_bytes
 from chai_export.kernels.v2.program import build_program
 from chai_export.kernels.v2.spec import Shape, Spec
-from chai_export.op.v2.attributes import Attributes
-from chai_export.op.v2.cases import CASES, TERM_CASES, Case
+from chai_export.op.attributes import Attributes
+from chai_export.op.cases import CASES, TERM_CASES, Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL = (*CASES, *TERM_CASES)

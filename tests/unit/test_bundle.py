@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from chai_export.bundle import bundle as bundle_module
@@ -43,8 +45,24 @@ def test_a_missing_file_is_named(bundle):
 
 
 def test_another_op_version_is_refused(tmp_path):
-    with pytest.raises(ChaiError, match="uses version 99 of ClusteredHeadAttention"):
+    with pytest.raises(
+        ChaiError,
+        match=r"has version 99 of the op and this version .* runs version 2; run `chai-export export`",
+    ):
         TinyModel().write(tmp_path / "b", op_version=99)
+
+
+def test_a_bundle_of_version_1_is_one_line_that_says_to_export_again(bundle):
+    path = bundle.path / "manifest.json"
+    content = json.loads(path.read_text())
+    for name in ("key_bits", "value_bits", "group"):
+        del content[name]
+    path.write_text(json.dumps({**content, "op_version": 1}))
+    with pytest.raises(
+        ChaiError, match=r"has version 1 of the op .* run `chai-export export`.* again"
+    ) as caught:
+        Bundle.load(bundle.path)
+    assert "\n" not in str(caught.value)
 
 
 def test_tokenizer_and_template_travel_with_the_bundle(tmp_path):
@@ -102,7 +120,7 @@ def record(bundle: Bundle, **changes: object) -> EngineRecord:
         "runtime_version": "11.1",
         "gpu_architecture": "sm_90",
         "plugin_version": "1",
-        "op_version": 1,
+        "op_version": 2,
         "model_sha256": bundle.manifest.files["model.onnx"].sha256,
         "max_batch": 1,
         "max_seq": 8,
@@ -131,7 +149,7 @@ def test_an_engine_that_fits_is_returned(bundle):
         ({"runtime_version": "10.3"}, "built for TensorRT version 10.3 and this is 11.1"),
         ({"gpu_architecture": "sm_80"}, "built for GPU architecture sm_80 and this is sm_90"),
         ({"plugin_version": "2"}, "built for plugin version 2 and this is 1"),
-        ({"op_version": 2}, "built for op version 2 and this is 1"),
+        ({"op_version": 1}, "built for op version 1 and this is 2"),
         ({"model_sha256": "0" * 64}, "built from another model.onnx"),
         ({"files": {"engines/plan": {"sha256": "0" * 64, "size": 1}}}, "plan is missing"),
     ],

@@ -10,9 +10,9 @@ from chai_export.errors import ChaiError, UsageError
 from tests.helpers.tiny_graph import TinyModel
 
 
-@pytest.fixture(params=[None, (0, 0)], ids=["version 1", "version 2"])
-def path(tmp_path, request):
-    return TinyModel(bits=request.param).write(tmp_path / "bundle").path
+@pytest.fixture
+def path(tmp_path):
+    return TinyModel().write(tmp_path / "bundle").path
 
 
 def test_the_record_is_in_the_bundle_and_the_bundle_still_loads(path):

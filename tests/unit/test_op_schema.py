@@ -8,12 +8,13 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+from chai_export.op.attributes import Attributes
 from chai_export.op.cpp_header import header
 from chai_export.op.model import node_model, one_node_model
-from chai_export.op.schema import DOMAIN, OP_TYPE, SIGNATURES, register_schema_once, signature
+from chai_export.op.schema import DOMAIN, SIGNATURES, register_schema_once, signature
 
 HEADER = Path(__file__).parents[2] / "plugins/include/chai/op_schema.h"
-EVERY = pytest.mark.parametrize("of", SIGNATURES.values(), ids=lambda of: f"{of.op_type}-{of.version}")
+EVERY = pytest.mark.parametrize("of", SIGNATURES.values(), ids=lambda of: of.op_type)
 
 
 def test_the_cpp_header_is_made_from_the_signatures():
@@ -45,10 +46,10 @@ def test_outputs_continue_inputs_of_the_same_type_and_shape(of):
             assert output.optional == inputs[output.follows].optional
 
 
-def inferred(version: int, sizes: dict[str, int], *, types=(), absent=()) -> dict[str, onnx.TypeProto.Tensor]:
+def inferred(sizes: dict[str, int], *, types=(), absent=()) -> dict[str, onnx.TypeProto.Tensor]:
     """Types of the outputs of one node whose inputs have the given sizes and whose outputs have none."""
     register_schema_once()
-    of = signature(OP_TYPE, version)
+    of = signature()
     attributes = {each.name: each.default for each in of.attributes}
     known = {"T": "float16", "K": "float16", "V": "float16", **dict(types)}
     model = one_node_model(of, attributes, known, absent=absent)
@@ -67,16 +68,16 @@ def dims(type_: onnx.TypeProto.Tensor) -> list[int | str]:
 
 
 def test_shape_inference_multiplies_heads_and_width_and_keeps_symbols():
-    types = inferred(1, {"H": 8, "Dv": 16, "D": 12})
+    types = inferred({"H": 8, "Dv": 16, "N": 12})
     assert dims(types["output"]) == ["B", "S", 128]
-    assert dims(types["present_key"]) == ["B", "R", "C", 12]
+    assert dims(types["present_key_cache"]) == [12, "R", "L", "Dk"]
     assert types["present_head_map"].elem_type == TensorProto.INT32
-    assert isinstance(dims(inferred(1, {"H": 8})["output"])[2], str)
+    assert isinstance(dims(inferred({"H": 8})["output"])[2], str)
 
 
-def test_shape_inference_of_version_2_with_quantised_and_absent_caches():
+def test_shape_inference_with_quantised_and_absent_caches():
     absent = ("value_scales", "present_value_scales", "sinks", "alibi_slopes")
-    types = inferred(2, {"H": 8, "Dv": 16}, types={"K": "int8"}, absent=absent)
+    types = inferred({"H": 8, "Dv": 16}, types={"K": "int8"}, absent=absent)
     assert dims(types["output"]) == ["B", "S", 128]
     assert types["present_key_cache"].elem_type == TensorProto.INT8
     assert dims(types["present_key_scales"]) == ["N", "R", "L", "Sk"]
@@ -85,7 +86,7 @@ def test_shape_inference_of_version_2_with_quantised_and_absent_caches():
 
 def test_shape_inference_refuses_a_wrong_rank():
     register_schema_once()
-    model = node_model({"scale": 0.0, "probe_tokens": 5, "online": 1}, "float32", with_function=False)
+    model = node_model(Attributes(), "float32", with_function=False)
     del model.graph.input[1].type.tensor_type.shape.dim[0]
     with pytest.raises(Exception, match="key must have rank 4, got 3"):
         onnx.shape_inference.infer_shapes(model, strict_mode=True)

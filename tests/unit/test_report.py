@@ -51,10 +51,13 @@ def data(**changes):
         "bundle": {
             "source": {"kind": "hf", "name": "model-with-a-rather-long-name-" * 3, "model_type": "llama"},
             "dtype": "float32", "num_layers": LAYERS, "num_query_heads": HEADS, "num_kv_heads": HEADS,
-            "head_dim": 16, "probe_tokens": 5, "static": None, "kept_heads": [8, 4, 4], "op_version": 1,
+            "head_dim": 16, "probe_tokens": 5, "static": None, "kept_heads": [8, 4, 4], "op_version": 2,
             "opset": 23, "created_with": "chai_export 0", "engines": [], "file_bytes": 12345,
             "kv_bytes_per_token": 300, "kv_bytes_per_token_all_heads": 400, "kv_bytes_saved": 0.25,
-            "kv_bytes_per_token_float16": 200, "kv_bytes_by_part": None,
+            "kv_bytes_per_token_float16": 200, "kv_bytes_by_part": {
+                "all": {"keys": 200, "values": 200, "scales": 0},
+                "chai": {"keys": 100, "values": 200, "scales": 0},
+            },
             "proof": {"compared": "logits", "max_abs_diff": 1e-6, "tolerance": 1e-4},
         },
         "clusters": {"method": "elbow", "error_curves": [[8.0, 4, 2, 1, 0.5, 0.2, 0.1, 0.0]] * LAYERS},
@@ -218,5 +221,5 @@ def test_the_cache_of_fewer_bits_is_shown_by_part(tmp_path):
     page = render(content)
     assert "<tr><td>scales</td>" in page
     assert "all heads in float16" in page
-    assert collect.compiled(TinyModel().write(tmp_path / "plain"))["kv_bytes_by_part"] is None
-    assert "scales" not in render(data())
+    plain = collect.compiled(TinyModel().write(tmp_path / "plain"))["kv_bytes_by_part"]
+    assert plain["chai"] == {"keys": 160, "values": 128, "scales": 0}

@@ -7,26 +7,22 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.reference
 import pytest
-from onnx import TensorProto, helper
 
-from chai_export.op.cases import widen
-from chai_export.op.function import function_proto
+from chai_export.op import pages
+from chai_export.op.cases import CACHES
+from chai_export.op.comparison import widen
 from chai_export.op.model import node_model
-from chai_export.op.reference import clustered_head_attention
-from chai_export.op.schema import SHARED_OP_TYPE, register_schema_once, signature
+from chai_export.op.schema import SHARED_OP_TYPE, signature
 from chai_export.op.shared_cases import SHARED_CASES, SharedCase, check_shared
-from chai_export.op.shared_reference import SharedAttentionResult, shared_clustered_head_attention
+from chai_export.op.shared_reference import SharedAttentionResult
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
-from tests.unit.test_op import unused_values
 
 by_name = {case.name: case for case in SHARED_CASES}
-every_case = pytest.mark.parametrize("case", SHARED_CASES, ids=lambda case: case.name)
 
 
 def model_of(case: SharedCase, dtype: str, **options: Any) -> onnx.ModelProto:
-    return node_model(case.producer.attributes(), dtype, op_type=SHARED_OP_TYPE, **options)
+    return node_model(case.producer.attributes, dtype, op_type=SHARED_OP_TYPE, **options)
 
 
 def run_in_onnxruntime(
@@ -43,20 +39,6 @@ def run_in_onnxruntime(
     return SharedAttentionResult(*session.run(list(signature(SHARED_OP_TYPE).output_names), inputs))
 
 
-@every_case
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_reference_in_float32_agrees_with_float64(case, dtype):
-    inputs = case.inputs(dtype)
-    check_shared(case, inputs, case.reference(inputs, np.float32), dtype)
-
-
-@every_case
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_function_body_in_onnxruntime_agrees_with_reference(case, dtype):
-    inputs = case.inputs(dtype)
-    check_shared(case, inputs, run_in_onnxruntime(model_of(case, dtype), inputs), dtype)
-
-
 @pytest.mark.parametrize("name", ["mixed_phases", "twins_exact_ties", "offline", "right_padding"])
 def test_function_body_runs_beside_the_native_library(name):
     library = find_library(ONNXRUNTIME_LIBRARY)
@@ -67,71 +49,17 @@ def test_function_body_runs_beside_the_native_library(name):
     check_shared(by_name[name], inputs, result)
 
 
-@pytest.mark.parametrize("name", ["mixed_phases", "h8_g2_r1", "twins_exact_ties", "offline", "right_padding"])
-def test_function_body_in_onnx_reference_agrees_with_reference(name):
-    case = by_name[name]
-    inputs = case.inputs()
-    evaluator = onnx.reference.ReferenceEvaluator(model_of(case, "float32"))
-    result = SharedAttentionResult(*evaluator.run(list(signature(SHARED_OP_TYPE).output_names), inputs))
-    check_shared(case, inputs, result)
-
-
-@pytest.mark.parametrize("opset", [18, 20, 23, 24])
-def test_function_body_passes_the_checker_and_runs_in_every_opset(opset):
-    case = by_name["mixed_phases"]
-    model = model_of(case, "float32", opset=opset)
-    onnx.checker.check_model(model, full_check=True)
-    inputs = case.inputs()
-    check_shared(case, inputs, run_in_onnxruntime(model, inputs))
-
-
-def test_function_body_leaves_no_value_unused():
-    assert not unused_values(function_proto(18, SHARED_OP_TYPE))
-
-
-def test_new_tokens_may_be_wider_than_the_caches():
-    """Padding counts for nothing: more token places than cache positions are fine."""
-    case = by_name["right_padding"]
-    inputs = case.inputs()
-    for name in ("key_cache", "value_cache"):
-        inputs[name] = np.ascontiguousarray(inputs[name][:, :, :7])
-    assert inputs["query"].shape[2] == 10
-    check_shared(case, inputs, run_in_onnxruntime(model_of(case, "float32"), inputs))
-
-
-def test_schema_infers_types_and_shapes():
-    register_schema_once()
-    model = model_of(by_name["h8_g2_r1"], "float16", with_function=False)
-    del model.graph.output[1:]
-    for name, dims in (("query", ["B", 8, "S", 16]), ("value_cache", ["B", 2, "C", 12])):
-        value = next(v for v in model.graph.input if v.name == name)
-        value.CopyFrom(helper.make_tensor_value_info(name, TensorProto.FLOAT16, dims))
-    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("output", TensorProto.FLOAT16, [None] * 3))
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, check_type=True)
-    output = inferred.graph.output[0].type.tensor_type
-    assert [d.dim_param or d.dim_value for d in output.shape.dim] == ["B", "S", 8 * 12]
-    present = {v.name: v.type.tensor_type for v in inferred.graph.value_info}
-    assert present["present_head_map"].elem_type == TensorProto.INT32
-
-
 def test_reading_with_the_producers_queries_gives_the_producers_result():
     """With every choice equal, both ops compute the same."""
     for case in SHARED_CASES:
         before = case.producer.inputs()
         own = case.producer.reference(before)
-        shared = shared_clustered_head_attention(
-            before["query"],
-            before["key"],
-            own.present_key,
-            own.present_value,
-            own.present_head_map,
-            before["past_head_map"],
-            before["past_lengths"],
-            before["lengths"],
-            scale=case.producer.scale,
-            probe_tokens=case.producer.probe_tokens,
-            online=case.producer.online,
-            compute_dtype=np.float64,
+        shared = case.reference(
+            {
+                **before,
+                **{name: getattr(own, name) for name in CACHES if name in before},
+                "kept_head_map": own.present_head_map,
+            }
         )
         np.testing.assert_array_equal(shared.present_head_map, own.present_head_map)
         np.testing.assert_array_equal(shared.output, own.output)
@@ -140,12 +68,14 @@ def test_reading_with_the_producers_queries_gives_the_producers_result():
 @pytest.mark.parametrize("name", ["h4_g4_r4", "h8_g2_r2", "h6_g3_r3"])
 def test_keeping_every_head_is_plain_attention_over_the_producers_cache(name):
     case = by_name[name]
-    inputs = {key: widen(value[:1]) for key, value in case.inputs().items()}
+    inputs = {key: value if key in CACHES else widen(value[:1]) for key, value in case.inputs().items()}
     result = case.reference(inputs)
     assert result.present_head_map[0].tolist() == list(range(case.producer.heads))
     group, new = case.producer.heads // case.producer.kv_heads, case.producer.rows[0][1]
-    keys = inputs["key_cache"][0, :, :new].repeat(group, axis=0)
-    values = inputs["value_cache"][0, :, :new].repeat(group, axis=0)
+    keys, values = (
+        widen(pages.read(inputs[name], inputs["page_table"][0], 0, new)).repeat(group, axis=0)
+        for name in ("key_cache", "value_cache")
+    )
     scores = inputs["query"][0, :, :new] @ keys.transpose(0, 2, 1) / np.sqrt(keys.shape[2])
     weights = np.where(np.tri(new, dtype=bool), np.exp(scores), 0)
     attended = (weights / weights.sum(axis=2, keepdims=True)) @ values
@@ -153,36 +83,33 @@ def test_keeping_every_head_is_plain_attention_over_the_producers_cache(name):
     np.testing.assert_allclose(result.output[0, :new], wanted, atol=1e-12)
 
 
-def test_a_prefill_in_chunks_is_one_prefill():
+@pytest.mark.parametrize("name", ["long_prefill", "long_prefill_k8v4"])
+def test_a_prefill_in_chunks_is_one_prefill(name):
     """Producer and consumer together: what the second call reads is what the first left."""
-    case = by_name["long_prefill"]
+    case = by_name[name]
     whole_inputs, inputs = case.producer.inputs(), case.inputs()
     whole = case.reference(inputs, np.float32)
     tokens = case.producer.rows[0][1]
-    past = {name: whole_inputs[name][:1] for name in ("past_key", "past_value", "past_head_map")}
+    past = {name: value if name in CACHES else value[:1] for name, value in whole_inputs.items()}
     own_map, outputs = inputs["past_head_map"][:1], []
     for start, end in ((0, 7), (7, 8), (8, 90), (90, tokens)):
-        lengths = {
+        past |= {name: whole_inputs[name][:1, :, start:end] for name in ("query", "key", "value")}
+        past |= {
             "past_lengths": np.array([start], np.int32),
             "lengths": np.array([end - start], np.int32),
         }
-        new = {name: whole_inputs[name][:1, :, start:end] for name in ("query", "key", "value")}
-        made = clustered_head_attention(**new, **past, **lengths)
-        shared = shared_clustered_head_attention(
-            inputs["query"][:1, :, start:end],
-            new["key"],
-            made.present_key,
-            made.present_value,
-            made.present_head_map,
-            own_map,
-            **lengths,
+        made = case.producer.reference(past, np.float32)
+        past |= {name: getattr(made, name) for name in CACHES if name in past}
+        shared = case.reference(
+            {
+                **past,
+                "query": inputs["query"][:1, :, start:end],
+                "kept_head_map": made.present_head_map,
+                "past_head_map": own_map,
+            },
+            np.float32,
         )
-        past = {
-            "past_key": made.present_key,
-            "past_value": made.present_value,
-            "past_head_map": made.present_head_map,
-        }
-        own_map = shared.present_head_map
+        past["past_head_map"], own_map = made.present_head_map, shared.present_head_map
         outputs.append(shared.output[0])
     np.testing.assert_array_equal(own_map[0], whole.present_head_map[0])
     np.testing.assert_allclose(np.concatenate(outputs), whole.output[0, :tokens], atol=2e-6)
@@ -194,8 +121,8 @@ def test_maps_name_kept_heads_only_and_differ_from_the_producers():
         inputs = case.inputs()
         maps = case.reference(inputs).present_head_map
         group = case.producer.heads // case.producer.kv_heads
-        for b, (past, new) in enumerate(case.producer.rows):
-            if case.producer.online and past == 0 and new > 0:
+        for b in range(len(case.producer.rows)):
+            if case.producer.is_fresh(b):
                 kept = set(inputs["kept_head_map"][b] // group)
                 assert set(maps[b] // group) == kept
                 different += not np.array_equal(maps[b], inputs["kept_head_map"][b])
@@ -219,7 +146,7 @@ def test_reference_refuses_rows_that_make_no_sense(change, message):
     inputs = by_name["h8_g2_r1"].inputs()
     inputs.update({name: np.array(value, dtype=np.int32) for name, value in change.items()})
     with pytest.raises(ValueError, match=message):
-        shared_clustered_head_attention(**inputs)
+        by_name["h8_g2_r1"].reference(inputs)
 
 
 def test_function_body_stays_in_bounds_with_a_map_of_heads_that_are_not_kept():

@@ -40,7 +40,7 @@ def engine_record() -> dict[str, object]:
     names = ("engines/tensorrt/engine.plan", "engines/tensorrt/kernels/probe.cubin", "tensorrt.onnx")
     return {
         "backend": "tensorrt", "runtime_version": "1", "model_sha256": "0" * 64, "max_batch": 1, "max_seq": 1,
-        "op_version": 1, "files": dict.fromkeys(names, RECORD), "created_with": "test",
+        "op_version": 2, "files": dict.fromkeys(names, RECORD), "created_with": "test",
     }  # fmt: skip
 
 

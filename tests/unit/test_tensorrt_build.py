@@ -18,8 +18,8 @@ from chai_export.engines.tensorrt import NETWORK_FILE
 from chai_export.engines.tensorrt_network import specs
 from chai_export.engines.tensorrt_profiles import profiles
 from chai_export.errors import ChaiError
+from chai_export.op.attributes import Attributes
 from chai_export.op.schema import signature
-from chai_export.op.v2.attributes import Attributes
 from chai_export.runtime import tensorrt_session as session_module
 from chai_export.runtime.tensorrt_environment import Gpu
 from tests.helpers.played_tensorrt import GPU, MODEL, Played, attributes, make_played, op_nodes
@@ -125,7 +125,7 @@ def test_terms_of_the_scores_make_a_form_of_their_own(bundle: Bundle) -> None:
     model = onnx.load(str(bundle.model_path))
     node = op_nodes(model)[0]
     next(a for a in node.attribute if a.name == "softcap").f = 30.0
-    names = signature("ClusteredHeadAttention", 2).input_names
+    names = signature().input_names
     node.input.extend([""] * (len(names) - len(node.input)))
     node.input[names.index("alibi_slopes")] = "slopes"
     onnx.save(model, str(bundle.model_path))
@@ -136,7 +136,7 @@ def test_terms_of_the_scores_make_a_form_of_their_own(bundle: Bundle) -> None:
 
 
 def test_a_long_prompt_is_fed_in_chunks_that_cover_the_probe() -> None:
-    manifest = TinyModel(probe=600, bits=(0, 0)).manifest()
+    manifest = TinyModel(probe=600).manifest()
     prefill, _ = profiles(manifest, 2, 4096)
     assert prefill["input_ids"].most == (2, 600)
 
@@ -210,12 +210,6 @@ def test_integer_weights_lie_beside_the_engine(bundle: Bundle, played: Played) -
         stored = next(tensor for tensor in parsed.graph.initializer if tensor.name == "packed_int4")
         assert stored.raw_data == (numbers ^ 0x88).tobytes()
         assert "packed" not in {tensor.name for tensor in parsed.graph.initializer}
-
-
-def test_a_bundle_of_version_1_is_to_be_exported_again(tmp_path: Path) -> None:
-    bundle = TinyModel().write(tmp_path / "old")
-    with pytest.raises(ChaiError, match="version 1 of the op, which TensorRT engines have no more"):
-        engine_module.require_supported(bundle)
 
 
 def test_an_engine_for_another_gpu_or_version_says_to_build_again(

@@ -19,10 +19,9 @@ from chai_export.errors import ChaiError
 from chai_export.graph.match.roles import Roles, Sizes
 from chai_export.graph.match.site import AttentionSite, RightPadding
 from chai_export.graph.prove.evaluate import Array, EvaluationError, cut, session
+from chai_export.op.attributes import Attributes
 from chai_export.op.model import node_model
 from chai_export.op.schema import OP_TYPE, SHARED_OP_TYPE
-from chai_export.op.v2.attributes import Attributes
-from chai_export.op.v2.model import node_model as paged_model
 
 TOLERANCE = 2e-5
 """Of outputs that are averages of standard normal numbers, in float32."""
@@ -37,15 +36,14 @@ _CASES: dict[RightPadding, tuple[tuple[Sizes, int], ...]] = {
 
 @dataclass
 class SiteProver:
-    """Compares sites of one graph; ``max_abs_diff`` is the largest difference seen so far.
+    """Compares sites of one graph with the op in exact storage, a page for each row.
 
-    ``paged``: with the op of version 2, in exact storage and a page for each row.
+    ``max_abs_diff`` is the largest difference seen so far.
     """
 
     graph: ir.Graph
     roles: Roles
     probe_tokens: int
-    paged: bool = False
     max_abs_diff: float = 0.0
 
     def prove(self, sites: Iterable[AttentionSite]) -> None:
@@ -69,16 +67,7 @@ class SiteProver:
 
     def _our_session(self, op_type: str, scale: float) -> Any:
         opset = self.graph.opset_imports[""]
-        if self.paged:
-            stored = Attributes(scale, self.probe_tokens)
-            model = paged_model(stored, "float32", opset=opset, op_type=op_type)
-        else:
-            attributes: dict[str, float | int] = {
-                "scale": scale,
-                "probe_tokens": self.probe_tokens,
-                "online": 1,
-            }
-            model = node_model(attributes, "float32", opset=opset, op_type=op_type)
+        model = node_model(Attributes(scale, self.probe_tokens), "float32", opset=opset, op_type=op_type)
         return session(ir.serde.deserialize_model(model))
 
     def _prove(self, site: AttentionSite, ours: Any) -> None:
@@ -140,19 +129,19 @@ def _op_inputs(
 ) -> dict[str, Array]:
     """The same data for the op, its caches with room for the new rows and NaN where nothing is stored.
 
-    Inputs of all versions. For a site that reads another layer's cache the new rows are in them.
+    For a site that reads another layer's cache the new rows are in them.
     """
     room = ((0, 0), (0, 0), (0, sizes.tokens), (0, 0))
-    caches = {name: np.pad(arrays[name], room, constant_values=np.nan) for name in ("past_key", "past_value")}
     heads = np.arange(site.heads.num_query_heads, dtype=np.int32)
     identity = np.broadcast_to(heads, (sizes.batch, heads.size)).copy()
-    key_cache, value_cache = caches["past_key"], caches["past_value"]
+    key_cache, value_cache = (
+        np.pad(arrays[name], room, constant_values=np.nan) for name in ("past_key", "past_value")
+    )
     if site.source_layer is not None:
         key_cache = _appended(key_cache, arrays["key"], sizes, lengths)
         value_cache = _appended(value_cache, arrays["value"], sizes, lengths)
     return {
         **arrays,
-        **caches,
         "key_cache": key_cache,
         "value_cache": value_cache,
         "page_table": np.arange(sizes.batch, dtype=np.int32)[:, None],

@@ -12,8 +12,8 @@ from chai_export.bundle.graph_io import GraphIO
 from chai_export.bundle.manifest import Manifest
 from chai_export.graph.rewrite.bodies import add_bodies
 from chai_export.op.dtypes import ELEMENT_TYPES
+from chai_export.op.function import Form
 from chai_export.op.schema import DOMAIN, signature
-from chai_export.op.v2.function import Form
 
 _SCALES = ("key_scales", "value_scales")
 
@@ -23,15 +23,13 @@ def exact_storage(model: ir.Model, manifest: Manifest) -> None:
 
     The caches change their type and width, their scales go, and the bodies are those of exact storage.
     """
-    if not manifest.paged:
-        return
     exact = manifest.model_copy(
         update={name: [0] * manifest.num_layers for name in ("key_bits", "value_bits")}
     ).io
     for node in model.graph:
         if node.domain != DOMAIN:
             continue
-        of = signature(node.op_type, manifest.op_version)
+        of = signature(node.op_type)
         for name in _SCALES:
             node.replace_input_with(of.input_names.index(name), None)
         for name in ("key_bits", "value_bits"):

@@ -177,7 +177,7 @@ def _bundle_inputs(case: _Case, sites: list[AttentionSite], equalisers: Equalise
         HEAD_MAP: np.broadcast_to(heads, (len(sites), sizes.batch, heads.size)).copy(),
         # A graph that has no such input leaves it.
         ROPE_LENGTHS: case.lengths + np.int32(sizes.past),
-        PAGE_TABLE: np.arange(sizes.batch, dtype=np.int32)[:, None],  # a page a row: arrays as in version 1
+        PAGE_TABLE: np.arange(sizes.batch, dtype=np.int32)[:, None],  # a page a row
     }
     room = ((0, 0), (0, 0), (0, sizes.tokens), (0, 0))
     for site, (key, value) in zip(with_cache(sites), case.caches, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
@@ -13,12 +12,11 @@ from chai_export.bundle.manifest import Manifest, Source
 from chai_export.errors import ChaiError
 from chai_export.graph.match.site import AttentionSite, kv_sources
 from chai_export.graph.read.quantised_weights import quantised_weights
-from chai_export.op.cache_storage import PAGED_VERSION
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.function import MIN_OPSET
 from chai_export.op.heads import HeadCounts
-from chai_export.op.precision import Precision
-from chai_export.op.schema import VERSION
+from chai_export.op.precision import EXACT, Precision
+from chai_export.op.signature import VERSION
 from chai_export.version import CREATED_WITH
 
 _DTYPES = {ir.DataType(ELEMENT_TYPES[dtype].onnx): dtype for dtype in Dtype}
@@ -29,11 +27,9 @@ def draft_manifest(
     source: ir.Model,
     sites: list[AttentionSite],
     probe_tokens: int,
-    precision: Precision | None = None,
+    precision: Precision = EXACT,
 ) -> Manifest:
     """What the bundle of ``source``, read from ``path``, would be, with all heads kept and nothing proven.
-
-    With a ``precision`` its caches are in pages and stored so (version 2 of the op).
 
     Raises:
         ChaiError: the opset is too old, layers differ in their heads, the caches are no floats, the
@@ -41,22 +37,17 @@ def draft_manifest(
     """
     opset = require_opset(path, source)
     heads = _common_heads(sites)
-    storage: dict[str, Any] = {"op_version": VERSION}
-    if precision is not None:
-        storage = {
-            "op_version": PAGED_VERSION,
-            "key_bits": [precision.key_bits] * len(sites),
-            "value_bits": [precision.value_bits] * len(sites),
-            "group": precision.group(heads),
-        }
     return Manifest(
-        **storage,
+        op_version=VERSION,
         dtype=_dtype(sites),
         num_layers=len(sites),
         **asdict(heads),
         vocab_size=_vocabulary(source),
         kept_heads=[heads.num_kv_heads] * len(sites),
         kv_source_layers=kv_sources(sites),
+        key_bits=[precision.key_bits] * len(sites),
+        value_bits=[precision.value_bits] * len(sites),
+        group=precision.group(heads),
         probe_tokens=probe_tokens,
         opset=opset,
         weights=quantised_weights(source.graph),

@@ -19,9 +19,9 @@ from chai_export.clustering.equaliser import Equalisers
 from chai_export.graph.match.site import AttentionSite
 from chai_export.graph.read.builder import Builder
 from chai_export.graph.rewrite.equalise import equalised
+from chai_export.op.attributes import Attributes
+from chai_export.op.function import Form
 from chai_export.op.schema import DOMAIN, OP_TYPE, SHARED_OP_TYPE
-from chai_export.op.v2.attributes import Attributes
-from chai_export.op.v2.function import Form
 
 _TO_TOKENS = [0, 2, 1, 3]
 
@@ -75,17 +75,13 @@ def _own(
     """A node with a cache; ``new`` are query, key and value."""
     i = site.layer
     caches = {cache.past.name: cache.present.name for cache in draft.io.caches if cache.layer == i}
-    names = [
-        past_key(i),
-        past_value(i),
-        *([scales(past_key(i)), scales(past_value(i))] if draft.paged else []),
-    ]
+    names = [past_key(i), past_value(i), scales(past_key(i)), scales(past_value(i))]
     pasts = [inputs[name] if name in caches else None for name in names]
     node = _node(
         builder,
         site,
         OP_TYPE,
-        (*new, *pasts, *_page_table(inputs), past_map),
+        (*new, *pasts, inputs[PAGE_TABLE], past_map),
         (f"attention.{i}", *(caches.get(name, "") for name in names), f"present_head_map.{i}"),
         inputs,
         draft,
@@ -113,16 +109,11 @@ def _shared(
         builder,
         site,
         SHARED_OP_TYPE,
-        (*(new if draft.paged else new[:2]), *caches, *_page_table(inputs), producer.outputs[-1], past_map),
+        (*new, *caches, inputs[PAGE_TABLE], producer.outputs[-1], past_map),
         (f"attention.{i}", f"present_head_map.{i}"),
         inputs,
         draft,
     )
-
-
-def _page_table(inputs: dict[str, ir.Value]) -> list[ir.Value]:
-    """The table that all nodes read, where caches are in pages."""
-    return [inputs[PAGE_TABLE]] if PAGE_TABLE in inputs else []
 
 
 def _node(
@@ -134,32 +125,24 @@ def _node(
     graph_inputs: dict[str, ir.Value],
     draft: Manifest,
 ) -> ir.Node:
-    attributes: dict[str, float | int] = {
-        "scale": float(site.scale),
-        "probe_tokens": draft.probe_tokens,
-        "online": 1,
-    }
-    overload = ""
-    if draft.paged:
-        storage, i = draft.storage, site.layer
-        stored = Attributes(
-            float(site.scale),
-            draft.probe_tokens,
-            key_bits=storage.key_bits[i],
-            value_bits=storage.value_bits[i],
-            group=storage.group,
-        )
-        attributes, overload = stored.as_onnx(), Form.of(stored).overload
+    storage, i = draft.storage, site.layer
+    attributes = Attributes(
+        float(site.scale),
+        draft.probe_tokens,
+        key_bits=storage.key_bits[i],
+        value_bits=storage.value_bits[i],
+        group=storage.group,
+    )
     first = builder.op(
         op_type,
         *inputs,
         graph_inputs[PAST_LENGTHS],
         graph_inputs[LENGTHS],
         domain=DOMAIN,
-        name=f"attention.{site.layer}",
+        name=f"attention.{i}",
         outputs=outputs,
-        overload=overload,
-        **attributes,
+        overload=Form.of(attributes).overload,
+        **attributes.as_onnx(),
     )
     node = first.producer()
     assert node is not None

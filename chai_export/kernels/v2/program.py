@@ -22,7 +22,7 @@ from chai_export.kernels.program import (
 )
 from chai_export.kernels.v2.device import append, decode, prefill, probe
 from chai_export.kernels.v2.spec import Spec
-from chai_export.op.v2.storage import Storage
+from chai_export.op.storage import Storage
 
 B, H, G, S, R, C, N, L, P, DV = symbols("B H G S R C N L P Dv")
 ONLINE, WINDOW = symbols("online window")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from chai_export.errors import ChaiError
 from chai_export.kernels import spec as version_1
-from chai_export.op.v2.attributes import DEFAULT_GROUP
-from chai_export.op.v2.storage import Storage
+from chai_export.op.attributes import DEFAULT_GROUP
+from chai_export.op.storage import Storage
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 // chai::ClusteredHeadAttention and chai::SharedClusteredHeadAttention on the CPU: the problem, its checks and
-// its evaluation. Version 2 of the ops; version 1 is a pool with one page per row.
+// its evaluation.
 //
 // No framework appears here. The caller owns all memory and lends a way to run tasks in parallel.
 #pragma once
@@ -79,10 +79,9 @@ struct AttentionCall {
   std::int64_t window = 0;  // 0: none
   float softcap = 0.0f;     // 0: none
 
-  const void* query = nullptr;  // [B,H,S,D]
-  const void* key = nullptr;    // [B,G,S,D]
-  const void* value = nullptr;  // [B,G,value_tokens,Dv]
-  std::int64_t value_tokens = 0;
+  const void* query = nullptr;                  // [B,H,S,D]
+  const void* key = nullptr;                    // [B,G,S,D]
+  const void* value = nullptr;                  // [B,G,S,Dv]
   Pool keys;                                    // heads = R
   Pool values;                                  // heads = G
   const std::int32_t* page_table = nullptr;     // [B,M]

@@ -10,8 +10,8 @@ namespace chai::schema {
 
 inline constexpr char kDomain[] = "chai";
 
-// The version that bundles carry.
-inline constexpr std::int64_t kBundleVersion = 1;
+// Of both ops.
+inline constexpr std::int64_t kVersion = 2;
 
 // Type variables: T activations, M maps and lengths, K and V storage of keys and values, F scales, A slopes.
 enum class Type { T, M, K, V, F, A };
@@ -23,112 +23,9 @@ struct Parameter {
   bool optional;
 };
 
-namespace clustered_head_attention_v1 {
+namespace clustered_head_attention {
 
 inline constexpr char kOpType[] = "ClusteredHeadAttention";
-inline constexpr std::int64_t kVersion = 1;
-
-// Inputs by position.
-inline constexpr std::size_t kQuery = 0;
-inline constexpr std::size_t kKey = 1;
-inline constexpr std::size_t kValue = 2;
-inline constexpr std::size_t kPastKey = 3;
-inline constexpr std::size_t kPastValue = 4;
-inline constexpr std::size_t kPastHeadMap = 5;
-inline constexpr std::size_t kPastLengths = 6;
-inline constexpr std::size_t kLengths = 7;
-
-inline constexpr Parameter kInputs[] = {
-    {"query", Type::T, 4, false},  // [B,H,S,D]
-    {"key", Type::T, 4, false},  // [B,G,S,D]
-    {"value", Type::T, 4, false},  // [B,G,S,Dv]
-    {"past_key", Type::T, 4, false},  // [B,R,C,D]
-    {"past_value", Type::T, 4, false},  // [B,G,C,Dv]
-    {"past_head_map", Type::M, 2, false},  // [B,H]
-    {"past_lengths", Type::M, 1, false},  // [B]
-    {"lengths", Type::M, 1, false},  // [B]
-};
-
-// Outputs by position.
-inline constexpr std::size_t kOutput = 0;
-inline constexpr std::size_t kPresentKey = 1;
-inline constexpr std::size_t kPresentValue = 2;
-inline constexpr std::size_t kPresentHeadMap = 3;
-
-inline constexpr Parameter kOutputs[] = {
-    {"output", Type::T, 3, false},  // [B,S,H*Dv]
-    {"present_key", Type::T, 4, false},  // [B,R,C,D]
-    {"present_value", Type::T, 4, false},  // [B,G,C,Dv]
-    {"present_head_map", Type::M, 2, false},  // [B,H]
-};
-
-struct Attributes {
-  float scale = 0.0F;
-  std::int64_t probe_tokens = 5;
-  std::int64_t online = 1;
-};
-
-inline constexpr const char* kAttributeNames[] = {
-    "scale",
-    "probe_tokens",
-    "online",
-};
-
-}  // namespace clustered_head_attention_v1
-
-namespace shared_clustered_head_attention_v1 {
-
-inline constexpr char kOpType[] = "SharedClusteredHeadAttention";
-inline constexpr std::int64_t kVersion = 1;
-
-// Inputs by position.
-inline constexpr std::size_t kQuery = 0;
-inline constexpr std::size_t kKey = 1;
-inline constexpr std::size_t kKeyCache = 2;
-inline constexpr std::size_t kValueCache = 3;
-inline constexpr std::size_t kKeptHeadMap = 4;
-inline constexpr std::size_t kPastHeadMap = 5;
-inline constexpr std::size_t kPastLengths = 6;
-inline constexpr std::size_t kLengths = 7;
-
-inline constexpr Parameter kInputs[] = {
-    {"query", Type::T, 4, false},  // [B,H,S,D]
-    {"key", Type::T, 4, false},  // [B,G,S,D]
-    {"key_cache", Type::T, 4, false},  // [B,R,C,D]
-    {"value_cache", Type::T, 4, false},  // [B,G,C,Dv]
-    {"kept_head_map", Type::M, 2, false},  // [B,H]
-    {"past_head_map", Type::M, 2, false},  // [B,H]
-    {"past_lengths", Type::M, 1, false},  // [B]
-    {"lengths", Type::M, 1, false},  // [B]
-};
-
-// Outputs by position.
-inline constexpr std::size_t kOutput = 0;
-inline constexpr std::size_t kPresentHeadMap = 1;
-
-inline constexpr Parameter kOutputs[] = {
-    {"output", Type::T, 3, false},  // [B,S,H*Dv]
-    {"present_head_map", Type::M, 2, false},  // [B,H]
-};
-
-struct Attributes {
-  float scale = 0.0F;
-  std::int64_t probe_tokens = 5;
-  std::int64_t online = 1;
-};
-
-inline constexpr const char* kAttributeNames[] = {
-    "scale",
-    "probe_tokens",
-    "online",
-};
-
-}  // namespace shared_clustered_head_attention_v1
-
-namespace clustered_head_attention_v2 {
-
-inline constexpr char kOpType[] = "ClusteredHeadAttention";
-inline constexpr std::int64_t kVersion = 2;
 
 // Inputs by position.
 inline constexpr std::size_t kQuery = 0;
@@ -200,12 +97,11 @@ inline constexpr const char* kAttributeNames[] = {
     "softcap",
 };
 
-}  // namespace clustered_head_attention_v2
+}  // namespace clustered_head_attention
 
-namespace shared_clustered_head_attention_v2 {
+namespace shared_clustered_head_attention {
 
 inline constexpr char kOpType[] = "SharedClusteredHeadAttention";
-inline constexpr std::int64_t kVersion = 2;
 
 // Inputs by position.
 inline constexpr std::size_t kQuery = 0;
@@ -271,7 +167,7 @@ inline constexpr const char* kAttributeNames[] = {
     "softcap",
 };
 
-}  // namespace shared_clustered_head_attention_v2
+}  // namespace shared_clustered_head_attention
 
 }  // namespace chai::schema
 // clang-format on

@@ -64,7 +64,7 @@ void append(const AttentionCall& call, const Kernels& kernel, const Executor& ex
       if (row.slots.of_kv_head[g] >= 0) {
         add(row, call.key, g, call.keys, s.tokens, s.key_dim, keys_of(call, row, g));
       }
-      add(row, call.value, g, call.values, call.value_tokens, s.value_dim, values_of(call, row, g));
+      add(row, call.value, g, call.values, s.tokens, s.value_dim, values_of(call, row, g));
     }
   }
   for_each(executor, tasks.size(), bytes > kInlineBytes,

@@ -48,7 +48,7 @@ void probe(const AttentionCall& call, const Common& common, const Kernels& kerne
     task.common = &common;
     task.query = activations(call, call.query, row.index * s.heads + h, s.tokens, s.key_dim);
     task.key = activations(call, call.key, kv, s.tokens, s.key_dim);
-    task.value = activations(call, call.value, kv, call.value_tokens, s.value_dim);
+    task.value = activations(call, call.value, kv, s.tokens, s.value_dim);
     task.tokens = row.exact;
     task.scale = score_scale(call);
     task.softcap = call.softcap;

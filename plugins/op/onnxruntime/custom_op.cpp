@@ -25,7 +25,7 @@ ONNXTensorElementDataType element_type(Storage storage) {
   }
 }
 
-// One op for each combination of types under each name and version: ONNX Runtime picks by the types of the
+// One op for each combination of types under each name: ONNX Runtime picks by the types of the
 // inputs.
 struct Op : OrtCustomOp {
   const Signature& signature;
@@ -55,12 +55,12 @@ struct Op : OrtCustomOp {
     GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
     GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
     GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
-    GetStartVersion = [](const OrtCustomOp* op) { return static_cast<int>(self(op).signature.version); };
+    GetStartVersion = [](const OrtCustomOp*) { return static_cast<int>(schema::kVersion); };
     GetEndVersion = GetStartVersion;
     CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
       return guarded([&] {
         const Op& of = self(op);
-        *kernel = make_kernel(info, of.signature, of.storage, of.keys, of.values);
+        *kernel = new OpKernel(info, of.storage, of.keys, of.values, of.signature);
       });
     };
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
@@ -94,27 +94,21 @@ struct Op : OrtCustomOp {
 };
 
 // T as it is, float16, 8 and 4 bits.
-[[maybe_unused]] std::vector<Storage> cache_storages(Storage storage) {
+std::vector<Storage> cache_storages(Storage storage) {
   if (storage == Storage::kFloat16) return {storage, Storage::kInt8, Storage::kInt4};
   return {storage, Storage::kFloat16, Storage::kInt8, Storage::kInt4};
 }
 
 constexpr Storage kElements[] = {Storage::kFloat32, Storage::kFloat16, Storage::kBfloat16};
 
-// ONNX Runtime takes one signature of a name, so a library has the ops of one version.
 std::vector<Op> make_ops() {
   std::vector<Op> ops;
   for (Storage storage : kElements) {
-#if CHAI_OP_VERSION == 1
-    for (const Signature* signature : {&kOwnV1, &kSharedV1})
-      ops.emplace_back(*signature, storage, storage, storage);
-#else
-    for (const Signature* signature : {&kOwnV2, &kSharedV2}) {
+    for (const Signature* signature : {&kOwn, &kShared}) {
       for (Storage keys : cache_storages(storage)) {
         for (Storage values : cache_storages(storage)) ops.emplace_back(*signature, storage, keys, values);
       }
     }
-#endif
   }
   return ops;
 }
@@ -125,7 +119,7 @@ std::vector<Op> make_ops() {
 // For those who bind caches in place: with a library of another version than a graph's nodes ONNX Runtime
 // runs the function body without a word.
 extern "C" __attribute__((visibility("default"))) int chai_op_version() {
-  return CHAI_OP_VERSION;
+  return static_cast<int>(chai::schema::kVersion);
 }
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,

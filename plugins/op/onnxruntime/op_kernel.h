@@ -1,4 +1,4 @@
-// The kernels behind the ops: one class per version, made for the types of one node.
+// The kernel behind the ops, made for the types of one node.
 #pragma once
 
 #include "chai/attention.h"
@@ -6,10 +6,9 @@
 
 namespace chai::ort {
 
-// What tells the ops and their versions apart.
+// What tells the two ops apart.
 struct Signature {
   const char* op;
-  std::int64_t version;
   const schema::Parameter* inputs;
   std::size_t num_inputs;
   const schema::Parameter* outputs;
@@ -17,16 +16,22 @@ struct Signature {
   bool shared;  // reads the caches that another node gives
 };
 
-extern const Signature kOwnV1, kSharedV1, kOwnV2, kSharedV2;
+extern const Signature kOwn, kShared;
 
 class OpKernel {
  public:
-  // Reads the attributes that every version has.
-  OpKernel(const OrtKernelInfo* info, Storage storage, const Signature& signature);
-  virtual ~OpKernel() = default;
-  virtual void compute(OrtKernelContext* context) const = 0;
+  // `keys` and `values` are the storage of the caches. Refuses attributes that do not fit them.
+  OpKernel(const OrtKernelInfo* info, Storage storage, Storage keys, Storage values,
+           const Signature& signature);
+  void compute(OrtKernelContext* context) const;
 
- protected:
+ private:
+  // One cache as the node has it.
+  struct Cache {
+    std::size_t at, scales_at;  // inputs
+    Tensor rows, scales;
+  };
+
   Tensor in(const OrtKernelContext* context, std::size_t index) const {
     return input(context, signature_.op, signature_.inputs[index], index);
   }
@@ -35,19 +40,14 @@ class OpKernel {
   }
   // Refuses an input whose sizes differ; one that the node leaves out has none.
   void expect(std::size_t index, const Tensor& tensor, const Dims& dims) const;
-  // Checks the call, asks for the outputs that every version has, and evaluates it.
-  void evaluate(OrtKernelContext* context, AttentionCall* call, std::size_t map_output) const;
-  void check_call(const AttentionCall& call) const;
+  Cache cache(const OrtKernelContext* context, std::size_t at, std::size_t scales_at, std::int64_t heads,
+              std::int64_t dim, const AttentionCall& call, const Pool& pool) const;
+  void bind(OrtKernelContext* context, const Cache& cache, std::size_t output_at,
+            std::size_t scales_output_at, Pool* pool) const;
 
   const Signature& signature_;
   AttentionCall call_;
-
- private:
   Isa isa_ = Isa::kPortable;
 };
-
-// Versions 1 and 2 with storage `keys` and `values` of the caches (version 1: that of T).
-OpKernel* make_kernel(const OrtKernelInfo* info, const Signature& signature, Storage storage, Storage keys,
-                      Storage values);
 
 }  // namespace chai::ort

@@ -25,7 +25,7 @@ nvinfer1::IPluginV3* ClusteredHeadAttentionCreator::createPlugin(
   return guarded<nvinfer1::IPluginV3*>("createPlugin", nullptr, [&]() -> nvinfer1::IPluginV3* {
     try {
       Attributes attributes = read_attributes(fields, phase, version_);
-      if (version_ == v2::op::kVersion) return new v2::ClusteredHeadAttention(std::move(attributes));
+      if (version_ == schema::kVersion) return new v2::ClusteredHeadAttention(std::move(attributes));
       return new ClusteredHeadAttention(std::move(attributes));
     } catch (const std::exception& error) {
       throw std::runtime_error("layer '" + std::string(name == nullptr ? "" : name) + "': " + error.what());

@@ -5,9 +5,9 @@
 
 namespace chai::tensorrt {
 
-constexpr const char* kPluginName = schema::clustered_head_attention_v2::kOpType;
+constexpr const char* kPluginName = schema::clustered_head_attention::kOpType;
 constexpr const char* kPluginVersion = "2";
-static_assert(schema::clustered_head_attention_v2::kVersion == 2, "the plugin's version is the op's");
+static_assert(schema::kVersion == 2, "the plugin's version is the op's");
 constexpr const char* kPluginNamespace = schema::kDomain;
 
 }  // namespace chai::tensorrt

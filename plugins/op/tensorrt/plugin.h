@@ -24,11 +24,11 @@
 #include <string>
 #include <vector>
 
-#include "chai/op_schema.h"
 #include "op/cuda/launcher.h"
 #include "op/cuda/program.h"
 #include "op/tensorrt/attributes.h"
 #include "op/tensorrt/names.h"
+#include "op/tensorrt/schema_v1.h"
 
 namespace chai::tensorrt {
 

@@ -260,7 +260,6 @@ void evaluate(Problem* p, chai::Isa isa, std::size_t threads) {
   call.query = p->query.data();
   call.key = p->key.data();
   call.value = p->value.data();
-  call.value_tokens = s.tokens;
   call.page_table = p->page_table.data();
   call.past_head_map = p->past_head_map.data();
   call.past_lengths = p->past_lengths.data();

@@ -20,10 +20,10 @@ Ids integers(const chai::Json& json) {
   return ids;
 }
 
-// For each implementation of a version of the op.
-std::vector<chai::Options> all_options(int op_version) {
+// For each implementation of the op.
+std::vector<chai::Options> all_options() {
   std::vector<chai::Options> all;
-  for (const std::string& op_library : chai::test::fixture().op_libraries.at(op_version)) {
+  for (const std::string& op_library : chai::test::fixture().op_libraries) {
     chai::Options options;
     options.threads = 1;
     options.onnxruntime_library = chai::test::fixture().onnxruntime_library();
@@ -72,22 +72,17 @@ void run_case(const chai::Json& json, chai::Options options) {
 
 TEST_CASE("the texts are the Python runner's") {
   for (const chai::Json& json : chai::test::fixture().content.at("cases").array())
-    for (const chai::Options& options : all_options(static_cast<int>(json.at("op_version").integer())))
-      run_case(json, options);
+    for (const chai::Options& options : all_options()) run_case(json, options);
 }
 
 #define CHECK_ERROR(action, part) CHECK_THROWS_WITH_AS(action, doctest::Contains(part), std::runtime_error)
 
-// A bundle of each version of the op, with each implementation.
-void for_each_version(const std::function<void(const std::string&, const chai::Options&)>& check) {
-  for (const auto& [version, name] : {std::pair{1, "mha"}, {2, "paged"}}) {
-    CAPTURE(name);
-    for (const chai::Options& options : all_options(version)) check(path_of(name), options);
-  }
+void for_each_implementation(const std::function<void(const std::string&, const chai::Options&)>& check) {
+  for (const chai::Options& options : all_options()) check(path_of("mha"), options);
 }
 
 TEST_CASE("wrong arguments are refused") {
-  for_each_version([](const std::string& bundle, const chai::Options& options) {
+  for_each_implementation([](const std::string& bundle, const chai::Options& options) {
     chai::Runner runner = chai::Runner::open(bundle, options);
     chai::GenerateOptions none;
     none.max_new_tokens = 0;
@@ -104,7 +99,7 @@ TEST_CASE("wrong arguments are refused") {
     CHECK_ERROR(chai::Runner::open(path_of("missing"), options), "is not a bundle");
     chai::Options tensorrt = options;
     tensorrt.backend = chai::Backend::kTensorRt;
-    // No such back end, plugin, engine, or version of the op.
+    // No such back end, plugin or engine.
     CHECK_ERROR(chai::Runner::open(bundle, tensorrt), "tensorrt");
     chai::Options negative = options;
     negative.cache_memory = -1;
@@ -112,30 +107,13 @@ TEST_CASE("wrong arguments are refused") {
   });
 }
 
-TEST_CASE("an op library of the other version is refused") {
-  for (const auto& [version, bundle] : {std::pair{1, "paged"}, {2, "mha"}}) {
-    for (const chai::Options& options : all_options(version)) {
-      if (options.op_library->empty()) continue;
-      CHECK_ERROR(chai::Runner::open(path_of(bundle), options),
-                  "of the op, which the bundle has; name libchai_onnx");
-    }
-  }
-}
-
-TEST_CASE("the pool's limit belongs to version 2 of the op") {
-  for (chai::Options options : all_options(1)) {
-    options.cache_memory = 1 << 20;
-    CHECK_ERROR(chai::Runner::open(path_of("mha"), options), "leave cache_memory out");
-  }
-}
-
 TEST_CASE("a prompt that the pool cannot hold is refused, and a text that fills it ends") {
-  for (chai::Options options : all_options(2)) {
+  for (chai::Options options : all_options()) {
     const bool in_place = !options.op_library->empty();
     const std::int64_t length = chai::test::fixture().content.at("page_length").integer();
-    // A position of "paged": in both layers four value heads of 4 floats, in K two and three heads of 8.
+    // A position of "mha": in both layers four value heads of 4 floats, in K two and three heads of 8.
     options.cache_memory = length * 4 * (2 * 4 * 4 + (2 + 3) * 8) * (in_place ? 1 : 2);
-    chai::Runner runner = chai::Runner::open(path_of("paged"), options);
+    chai::Runner runner = chai::Runner::open(path_of("mha"), options);
     const std::string wanted =
         "tokens and " + std::to_string(length) + " fit; shorten it or raise cache_memory (";
     CHECK_ERROR(runner.generate({{5, 9}, Ids(static_cast<std::size_t>(length) + 1, 4)}), wanted.c_str());
@@ -146,12 +124,12 @@ TEST_CASE("a prompt that the pool cannot hold is refused, and a text that fills 
     CHECK(texts[1].token_ids.size() == 1);
     for (const auto& text : texts) CHECK(text.stop_reason == chai::StopReason::kCapacity);
     options.cache_memory = 1;
-    CHECK_ERROR(chai::Runner::open(path_of("paged"), options).generate({{5, 9}}),
+    CHECK_ERROR(chai::Runner::open(path_of("mha"), options).generate({{5, 9}}),
                 "a prompt has 2 tokens and 0 fit; shorten it or raise cache_memory (1 B)");
   }
 }
 
-TEST_CASE("a seed gives the same text alone and in company, and the same in both versions of the op") {
+TEST_CASE("a seed gives the same text alone and in company") {
   chai::GenerateOptions settings;
   settings.temperature = 0.8;
   settings.top_k = 10;
@@ -168,14 +146,13 @@ TEST_CASE("a seed gives the same text alone and in company, and the same in both
       CHECK(runner.generate({prompts[i]}, settings)[0].token_ids == expected[i]);
     }
   };
-  for (const chai::Options& options : all_options(1)) check(path_of("mha"), options, wanted);
-  for (const chai::Options& options : all_options(2)) check(path_of("paged"), options, wanted);
+  for (const chai::Options& options : all_options()) check(path_of("mha"), options, wanted);
   std::vector<Ids> quantised;
-  for (const chai::Options& options : all_options(2)) check(path_of("8-4"), options, quantised);
+  for (const chai::Options& options : all_options()) check(path_of("8-4"), options, quantised);
 }
 
 TEST_CASE("a callback may throw, and the next call is not disturbed") {
-  for_each_version([](const std::string& bundle, const chai::Options& options) {
+  for_each_implementation([](const std::string& bundle, const chai::Options& options) {
     chai::Runner runner = chai::Runner::open(bundle, options);
     const std::vector<Ids> prompts{{5, 9, 3}, {4, 4, 4, 4, 4, 4, 4}};
     const Ids wanted = runner.generate(prompts)[0].token_ids;
@@ -189,7 +166,7 @@ TEST_CASE("a callback may throw, and the next call is not disturbed") {
 }
 
 TEST_CASE("end-of-sequence ids can be replaced") {
-  for_each_version([](const std::string& bundle, const chai::Options& options) {
+  for_each_implementation([](const std::string& bundle, const chai::Options& options) {
     chai::Runner runner = chai::Runner::open(bundle, options);
     chai::GenerateOptions settings;
     settings.max_new_tokens = 12;

@@ -27,7 +27,7 @@ const Fixture& fixture() {
 int main(int argc, char** argv) {
   using namespace chai::test;
   if (argc < 2) {
-    std::fprintf(stderr, "usage: %s FIXTURE_DIRECTORY [OP_LIBRARY [OP_LIBRARY_V2]]\n", argv[0]);
+    std::fprintf(stderr, "usage: %s FIXTURE_DIRECTORY [OP_LIBRARY]\n", argv[0]);
     return 2;
   }
   const std::string directory = argv[1];
@@ -38,12 +38,10 @@ int main(int argc, char** argv) {
   }
   std::ostringstream text;
   text << stream.rdbuf();
-  loaded.emplace(Fixture{directory, chai::Json::parse(text.str()), {{1, {""}}, {2, {""}}}});
-  for (auto& [version, libraries] : loaded->op_libraries) {
-    const char* named = std::getenv(version == 1 ? "CHAI_TEST_LIBRARY" : "CHAI_TEST_LIBRARY_V2");
-    const std::string library = named != nullptr ? named : argc > version + 1 ? argv[version + 1] : "";
-    if (!library.empty() && std::filesystem::exists(library)) libraries.push_back(library);
-    std::printf("%zu implementations of version %d of the op\n", libraries.size(), version);
-  }
+  loaded.emplace(Fixture{directory, chai::Json::parse(text.str()), {""}});
+  const char* named = std::getenv("CHAI_TEST_LIBRARY");
+  const std::string library = named != nullptr ? named : argc > 2 ? argv[2] : "";
+  if (!library.empty() && std::filesystem::exists(library)) loaded->op_libraries.push_back(library);
+  std::printf("%zu implementations of the op\n", loaded->op_libraries.size());
   return doctest::Context().run();
 }

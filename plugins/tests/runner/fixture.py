@@ -1,5 +1,4 @@
-"""Tiny bundles, and what the Python runner generates from them, for bundle_test.cpp, session_test.cpp and
-paged_session_test.cpp.
+"""Tiny bundles, and what the Python runner generates from them, for bundle_test.cpp and session_test.cpp.
 
     python plugins/tests/runner/fixture.py DIRECTORY      (in the root of the source tree)
 
@@ -42,13 +41,12 @@ def make(directory: Path) -> None:
     model.write(directory / "eos", eos=[1, 15, 31])
     grouped.write(directory / "gqa")
     TinyModel(dtype="float16").write(directory / "half")
-    TinyModel(positions=400, bits=(0, 0)).write(directory / "paged")
     TinyModel(positions=400, bits=(8, 4)).write(directory / "8-4", eos=[15, 31])
     shared = TinyModel(
         heads=6, kv_heads=3, kept=(2, 1, 2), sources=(0, 1, 0), bits=((4, 8), (16, 4), (0, 0)), positions=100
     )
     shared.write(directory / "mixed")
-    TinyModel(dtype="float16", bits=((8, 0), (0, 4))).write(directory / "paged-half")
+    TinyModel(dtype="float16", bits=((8, 0), (0, 4))).write(directory / "half-mixed")
 
     def case(
         bundle: str,
@@ -63,7 +61,6 @@ def make(directory: Path) -> None:
         results = runner.generate(prompts, tokens, max_seq=seq or None)
         return {
             "bundle": bundle,
-            "op_version": runner.bundle.manifest.op_version,
             "heads": heads,
             "max_batch": batch,
             "max_new_tokens": tokens,
@@ -74,29 +71,24 @@ def make(directory: Path) -> None:
         }
 
     def pages(count: int) -> int:
-        """Bytes of pages of the bundle "paged"; the function body has two buffers of each."""
-        return count * PAGE_LENGTH * Bundle.load(directory / "paged").manifest.kv_bytes_per_token()
+        """Bytes of pages of the bundle "mha"; the function body has two buffers of each."""
+        return count * PAGE_LENGTH * Bundle.load(directory / "mha").manifest.kv_bytes_per_token()
 
     cases = [
         case("mha", [LONG], 64),
-        case("mha", MIXED, 150),  # caches grow
+        case("mha", MIXED, 150),  # more than a page
         case("mha", MIXED, 20, batch=2),  # rows are reused
         case("mha", MIXED, 20, heads="all"),
         case("mha", [LONG, [5, 9]], 64, seq=40),
         case("eos", MIXED, 64),
         case("gqa", MIXED, 200),  # ends at the last learned position
         case("half", [LONG, [5, 9]], 8),
-        case("paged", [LONG], 64),
-        case("paged", MIXED, 150),  # more than a page
-        case("paged", MIXED, 20, batch=2),
-        case("paged", MIXED, 20, heads="all"),
-        case("paged", [LONG * 6, [5, 9], *MIXED], 20),  # a chunk of prompt beside rows that decode
-        case("paged", [LONG, [5, 9]], 64, seq=40),
-        case("paged", MIXED, 150, memory=pages(5)),  # rows wait: of each two pages, five or two fit
+        case("mha", [LONG * 6, [5, 9], *MIXED], 20),  # a chunk of prompt beside rows that decode
+        case("mha", MIXED, 150, memory=pages(5)),  # rows wait: of each two pages, five or two fit
         case("8-4", MIXED, 150),
         case("8-4", MIXED, 20, heads="all"),
         case("mixed", MIXED, 200),  # ends at the last learned position
-        case("paged-half", [LONG, [5, 9]], 8),
+        case("half-mixed", [LONG, [5, 9]], 8),
     ]
     # The last file: a fixture without it is not whole.
     content = {

@@ -1,6 +1,6 @@
 """Rows as a pool stores them, in T, float16, 8 or 4 bits: what is written, and what is read back.
 
-BITS is 0 (T), 16, 8 or 4; GROUP elements share a scale. The bytes are those of docs/op-v2.md on every device:
+BITS is 0 (T), 16, 8 or 4; GROUP elements share a scale. The bytes are those of docs/op.md on every device:
 float32 arithmetic, IEEE division, rounding half to even.
 """
 

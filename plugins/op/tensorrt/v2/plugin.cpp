@@ -82,7 +82,7 @@ std::size_t item_bytes(DataType type) {
 
 ClusteredHeadAttention::ClusteredHeadAttention(Attributes attributes) : attributes_(std::move(attributes)) {
   program_ = std::make_shared<const Program>(Program::parse(attributes_.kernels->file(cuda::kIndexFile)));
-  require_kernels_of_version(*program_, kVersion);
+  require_kernels_of_version(*program_, schema::kVersion);
   require_attributes();
   for (std::size_t i = 0; i < kNumInputs; ++i) {
     if (has_input(program_->spec(), i)) inputs_.push_back(i);
@@ -436,7 +436,7 @@ nvinfer1::IPluginV3* ClusteredHeadAttention::attachToContext(nvinfer1::IPluginRe
 
 const nvinfer1::PluginFieldCollection* ClusteredHeadAttention::getFieldsToSerialize() noexcept {
   return guarded<const nvinfer1::PluginFieldCollection*>("getFieldsToSerialize", nullptr, [&] {
-    fields_ = serialised_fields(attributes_, kVersion);
+    fields_ = serialised_fields(attributes_, schema::kVersion);
     collection_.nbFields = static_cast<std::int32_t>(fields_.size());
     collection_.fields = fields_.data();
     return &collection_;

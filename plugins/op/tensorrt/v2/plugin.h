@@ -1,4 +1,4 @@
-// The TensorRT plugin of chai::ClusteredHeadAttention, version 2 (docs/op-v2.md).
+// The TensorRT plugin of chai::ClusteredHeadAttention, version 2 (docs/op.md).
 //
 // Inputs and outputs in the order of the op, without the optional ones that a node of the compiled form does
 // not have: scales of caches that are not in 8 or 4 bits, sinks, slopes. Every tensor is linear (row major).
@@ -26,7 +26,7 @@
 
 namespace chai::tensorrt::v2 {
 
-namespace op = schema::clustered_head_attention_v2;
+namespace op = schema::clustered_head_attention;
 
 class ClusteredHeadAttention final : public nvinfer1::IPluginV3,
                                      public nvinfer1::IPluginV3OneCore,

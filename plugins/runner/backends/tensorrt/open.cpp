@@ -24,8 +24,8 @@ bool fits(const Geometry& engine, const Geometry& model) {
 
 }  // namespace
 
-std::unique_ptr<PagedSession> open_tensorrt_session(const std::string& bundle, const Manifest& manifest,
-                                                    const Options& options, const std::string& plugin) {
+std::unique_ptr<Session> open_tensorrt_session(const std::string& bundle, const Manifest& manifest,
+                                               const Options& options, const std::string& plugin) {
   require(manifest.geometry.num_caches() == manifest.geometry.kept_heads.size(),
           bundle +
               " has layers that read another layer's KV cache, which TensorRT engines do not have; use "

@@ -6,13 +6,13 @@
 
 #include "chai/runner.h"
 #include "runner/manifest.h"
-#include "runner/paged_session.h"
+#include "runner/session.h"
 
 namespace chai {
 
 // `plugin` is the path of libchai_tensorrt.so. Throws std::runtime_error if the engine is missing, is not of
 // this model, or does not fit the manifest.
-std::unique_ptr<PagedSession> open_tensorrt_session(const std::string& bundle, const Manifest& manifest,
-                                                    const Options& options, const std::string& plugin);
+std::unique_ptr<Session> open_tensorrt_session(const std::string& bundle, const Manifest& manifest,
+                                               const Options& options, const std::string& plugin);
 
 }  // namespace chai

@@ -171,7 +171,7 @@ std::int64_t TensorRtSession::page_bytes() const {
   return bytes * page_length_;
 }
 
-PagedSession::Room TensorRtSession::room() const {
+Session::Room TensorRtSession::room() const {
   std::size_t free = 0;
   std::size_t total = 0;
   require(cudaMemGetInfo(&free, &total), "asking for free GPU memory");

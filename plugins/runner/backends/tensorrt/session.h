@@ -20,13 +20,13 @@
 
 #include "runner/backends/tensorrt/device_memory.h"
 #include "runner/geometry.h"
-#include "runner/paged_session.h"
 #include "runner/pages.h"
 #include "runner/row_maps.h"
+#include "runner/session.h"
 
 namespace chai {
 
-class TensorRtSession final : public PagedSession {
+class TensorRtSession final : public Session {
  public:
   // Shapes of decode steps that have a graph at one time.
   static constexpr std::size_t kMostGraphs = 16;

@@ -1,4 +1,4 @@
-"""The function bodies of version 2 in ONNX Runtime and in onnx's reference, on the table of cases."""
+"""The function bodies in ONNX Runtime and in onnx's reference, on the table of cases."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import onnx
 import onnx.reference
 import pytest
 
-from chai_export.op.cache_storage import PAGED_VERSION
-from chai_export.op.model import one_node_model
+from chai_export.op.cases import CACHES, CASES, TERM_CASES, check
+from chai_export.op.function import Form, function_proto, plain_forms
+from chai_export.op.model import node_model, one_node_model
+from chai_export.op.reference import AttentionResult
 from chai_export.op.schema import OP_TYPE, SHARED_OP_TYPE, signature
-from chai_export.op.v2.cases import CACHES, CASES, TERM_CASES, check
-from chai_export.op.v2.function import Form, function_proto
-from chai_export.op.v2.model import node_model
-from chai_export.op.v2.reference import AttentionResult
-from chai_export.op.v2.shared_cases import SHARED_CASES, SHARED_TERM_CASES, check_shared
-from chai_export.op.v2.shared_reference import SharedAttentionResult
+from chai_export.op.shared_cases import SHARED_CASES, SHARED_TERM_CASES, check_shared
+from chai_export.op.shared_reference import SharedAttentionResult
 
 EVERY = (*CASES, *TERM_CASES)
 by_name = {case.name: case for case in EVERY}
@@ -131,7 +129,7 @@ def test_rows_outside_their_limits_stay_inside_the_buffers():
     bad["page_table"][2] = 1 << 20
     bad["past_head_map"][3] = 99
     model = one_node_model(
-        signature(OP_TYPE, PAGED_VERSION),
+        signature(),
         case.attributes.as_onnx(),
         {"T": "float32", "K": "float32", "V": "float32"},
         function=function_proto(18, Form()),
@@ -144,3 +142,24 @@ def test_rows_outside_their_limits_stay_inside_the_buffers():
     touched = {int(page) for row in (0, 4) for page in inputs["page_table"][row] if 0 <= page < 1 << 20}
     others = sorted(set(range(len(inputs["key_cache"]))) - touched)
     np.testing.assert_array_equal(outputs["present_value_cache"][others], inputs["value_cache"][others])
+
+
+def unused_values(body: onnx.FunctionProto) -> set[str]:
+    """Values of a function that neither a node, a subgraph nor an output reads."""
+    produced = {name for node in body.node for name in node.output if name}
+    used = set(body.output)
+    nodes = list(body.node)
+    while nodes:
+        node = nodes.pop()
+        used.update(node.input)
+        for attribute in node.attribute:
+            nodes.extend(attribute.g.node)
+            used.update(output.name for output in attribute.g.output)
+    return produced - used
+
+
+@pytest.mark.parametrize("op_type", [OP_TYPE, SHARED_OP_TYPE])
+def test_function_bodies_leave_no_value_unused(op_type):
+    forms = [*plain_forms(), Form(8, 4, sinks=True, slopes=True, softcap=True)]
+    unused = {form.overload: unused_values(function_proto(18, form, op_type)) for form in forms}
+    assert not {overload: names for overload, names in unused.items() if names}

@@ -1,4 +1,4 @@
-"""The loop over pages against a session that only keeps books: any prompts, any pool, the same texts."""
+"""The generation loop against a session that only keeps books: any prompts, any pool, the same texts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chai_export.errors import ChaiError
-from chai_export.runtime.paged_scheduler import PagedScheduler
 from chai_export.runtime.request import Limits, Request
 from chai_export.runtime.sampling import Sampler, SamplingSettings
+from chai_export.runtime.scheduler import Scheduler
 from chai_export.runtime.stopping import StopStrings
 from tests.helpers.page_books import END, PROBE, VOCABULARY, Books, text_of
 
@@ -56,7 +56,7 @@ def test_every_text_is_what_it_is_alone_whatever_room_there_is(
     session = Books(max(needed) + spare, page_length)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("chai_export.runtime.scheduler.LONGEST_CHUNK", chunk)
-        PagedScheduler(session, slots=slots, query_heads=1, probe_tokens=PROBE).run(requests)
+        Scheduler(session, slots=slots, query_heads=1, probe_tokens=PROBE).run(requests)
     for request, prompt, count in zip(requests, prompts, new, strict=True):
         assert request.new_ids == text_of(prompt, count, positions)
         assert request.stop_reason is not None
@@ -71,7 +71,7 @@ def test_one_that_waits_is_not_overtaken():
     session = Books(6, 4)
     prompts = [[1, 1, 1, 1], [2] * 16, [3, 3, 3]]
     requests = requests_of(prompts, [5, 5, 1], 99)
-    PagedScheduler(session, slots=3, query_heads=1, probe_tokens=PROBE).run(requests)
+    Scheduler(session, slots=3, query_heads=1, probe_tokens=PROBE).run(requests)
     assert session.admitted == [8, 20, 3]
     assert session.calls[0] == (1, 4)
     assert all(request.new_ids for request in requests)
@@ -82,5 +82,5 @@ def test_memory_that_is_gone_is_an_error_when_nothing_runs_that_would_free_it():
     session.withheld = 10
     requests = requests_of([[1, 1, 1], [2] * 16], [4, 5], 99)
     with pytest.raises(ChaiError, match=r"a row of 20 tokens has no memory left.*raise --cache-memory"):
-        PagedScheduler(session, slots=2, query_heads=1, probe_tokens=PROBE).run(requests)
+        Scheduler(session, slots=2, query_heads=1, probe_tokens=PROBE).run(requests)
     assert requests[0].stop_reason is not None

@@ -1,4 +1,4 @@
-"""`bench generate` and `bench memory` of bundles whose cache has pages and bits."""
+"""`bench generate` and `bench memory` of bundles with caches in fewer bits."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def per_token(kept: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def paged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return MODEL.write(tmp_path_factory.mktemp("paged") / "b").path
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return MODEL.write(tmp_path_factory.mktemp("stored") / "b").path
 
 
-def test_generate_times_both_modes_and_an_exact_bundle(command: Command, paged, tmp_path):
+def test_generate_times_both_modes_and_an_exact_bundle(command: Command, stored, tmp_path):
     exact = TinyModel(positions=200).write(tmp_path / "exact").path
     arguments = ("--prompt-tokens", 70, "--new-tokens", 3, "--rounds", 1, "--threads", 1, "--against", exact)
-    outcome = command("bench", "generate", paged, *arguments, "--json")
+    outcome = command("bench", "generate", stored, *arguments, "--json")
     assert outcome.code == 0, outcome.err
     result = outcome.json
     assert set(result["tpot_ms"]) == set(result["ttft_ms"]) == {"chai", "chai_all_heads", "against_all_heads"}
@@ -42,14 +42,14 @@ def test_generate_times_both_modes_and_an_exact_bundle(command: Command, paged, 
     assert result["kv_bytes_per_token_float16"] == 2 * 2 * 4 * (8 + 4)
 
 
-def test_memory_counts_codes_scales_and_pages(command: Command, paged):
+def test_memory_counts_codes_scales_and_pages(command: Command, stored):
     arguments = ("--prompt-tokens", 140, "--new-tokens", 2)
-    outcome = command("bench", "memory", paged, *arguments, "--json")
+    outcome = command("bench", "memory", stored, *arguments, "--json")
     assert outcome.code == 0, outcome.err
     tokens = -(-(140 + 1) // PAGE_LENGTH) * PAGE_LENGTH
     sizes = {mode: figures["kv_cache_bytes"] for mode, figures in outcome.json["heads"].items()}
     assert sizes == {"chai": tokens * per_token(5), "all": tokens * per_token(8)}
-    shown = command("bench", "memory", paged, *arguments)
+    shown = command("bench", "memory", stored, *arguments)
     assert f"{per_token(5) / 192:.1%} of all heads in float16" in shown.err
 
 

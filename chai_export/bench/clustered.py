@@ -1,4 +1,4 @@
-"""A problem's caches as pools of pages, in the precision of the case, for version 2 of the op."""
+"""The op on a problem: its caches as pools of pages, in the precision asked for."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chai_export.bench.paged_op import PagedOp
+from chai_export.bench.op_session import OpSession
 from chai_export.bench.problem import Problem
+from chai_export.op.attributes import Attributes
 from chai_export.op.probe import PAPER_PROBE_TOKENS
-from chai_export.op.v2.attributes import Attributes
-from chai_export.op.v2.storage import Storage
-from chai_export.runtime.native import ONNXRUNTIME_LIBRARY_V2, find_library
+from chai_export.op.storage import Storage
+from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
 
 Tensor = NDArray[Any]
 PAGE_LENGTH = 128
 _STEP = 1024
 
 
-def paged(
+def clustered_head_attention(
     problem: Problem, kept: int, bits: tuple[int, int], threads: int, *, page_length: int = PAGE_LENGTH
 ) -> Callable[[], Tensor]:
     """The op on pages that lie in random order; the function returns the output [B, S, H*D].
@@ -32,24 +32,22 @@ def paged(
         threads: of ONNX Runtime's pool.
         page_length: positions of a page.
     """
-    library = find_library(ONNXRUNTIME_LIBRARY_V2)
+    library = find_library(ONNXRUNTIME_LIBRARY)
     assert library is not None, "the native library is not installed"
     case = problem.case
     attributes = Attributes(
         probe_tokens=PAPER_PROBE_TOKENS, key_bits=bits[0], value_bits=bits[1], group=case.group
     )
-    inputs = problem.op_inputs(kept)
     entries = -(-case.length // page_length)
     table = np.random.default_rng(1).permutation(case.batch * entries).astype(np.int32)
     table = table.reshape(case.batch, entries)
-    feeds = {
-        name: inputs[name] for name in ("query", "key", "value", "past_head_map", "past_lengths", "lengths")
-    }
-    feeds["page_table"] = table
-    for name, cache, stored in (("key", "past_key", bits[0]), ("value", "past_value", bits[1])):
-        storage = Storage(stored, case.head_dim, case.group)
-        feeds |= _pool(name, inputs[cache], storage, table, page_length)
-    bound = PagedOp(attributes, case.dtype, library, threads=threads).bind(feeds, in_place=True)
+    feeds = {**problem.op_inputs(kept), "page_table": table}
+    for name, cache, stored in (
+        ("key", problem.compact_keys(kept), bits[0]),
+        ("value", problem.value_cache, bits[1]),
+    ):
+        feeds |= _pool(name, cache, Storage(stored, case.head_dim, case.group), table, page_length)
+    bound = OpSession(attributes, case.dtype, library, threads=threads).bind(feeds, in_place=True)
     return lambda: bound.run()["output"]
 
 

@@ -1,4 +1,4 @@
-"""Bundles of version 2 of the op: caches in pages, stored as asked, proven with exact storage."""
+"""Bundles with caches stored as asked, proven with exact storage."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bundles(tmp_path_factory):
     def make(key_bits: int, value_bits: int) -> Bundle:
         bits = key_bits, value_bits
         if bits not in made:
-            out = tmp_path_factory.mktemp("paged") / "bundle"
+            out = tmp_path_factory.mktemp("stored") / "bundle"
             clusters = Clusters((2, 1))
             made[bits] = ce.rewrite(exported(NAME), clusters, out, key_bits=key_bits, value_bits=value_bits)
         return made[bits]
@@ -101,10 +101,6 @@ def test_nodes_and_manifest_go_together(bits, bundles):
         ({"key_bits": [8, 4]}, "key_bits of node .* is 8 and should be 4"),
         ({"value_bits": [8, 4]}, "value_bits of node .* is 4 and should be 8"),
         ({"group": 2}, "group of node .* is 4 and should be 2"),
-        (
-            {"op_version": 1, "key_bits": None, "value_bits": None, "group": None},
-            "version is 2 and should be 1",
-        ),
     ],
 )
 def test_a_manifest_of_another_storage_is_refused(change, message, tmp_path):
@@ -138,14 +134,14 @@ def test_a_half_precision_model_has_its_caches_stored_alike(tmp_path):
     assert np.abs(found - model_logits(model_of(NAME), ids)).max() < 0.2
 
 
-def test_static_maps_stand_in_nodes_of_version_2(tmp_path):
+def test_static_maps_and_fewer_bits_go_together(tmp_path):
     model, text = family_model("llama-mha"), np.random.default_rng(0).integers(3, 96, 3000).tolist()
     options = {"membership": "static", "text": [text]}
     plain = ce.export(model, Clusters((4, 4)), tmp_path / "plain", **options)
-    paged = ce.export(model, Clusters((4, 4)), tmp_path / "paged", value_bits=16, **options)
-    check_op_nodes(paged)
-    assert paged.manifest.static == plain.manifest.static
-    found, wanted = (ce.load(bundle.path).logits(TOKENS) for bundle in (paged, plain))
+    stored = ce.export(model, Clusters((4, 4)), tmp_path / "stored", value_bits=16, **options)
+    check_op_nodes(stored)
+    assert stored.manifest.static == plain.manifest.static
+    found, wanted = (ce.load(bundle.path).logits(TOKENS) for bundle in (stored, plain))
     np.testing.assert_allclose(found, wanted, atol=0.02)
 
 

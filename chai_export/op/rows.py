@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from chai_export.op import pages
+from chai_export.op.attend import Int32Array, Tensor
+from chai_export.op.attributes import Attributes
 from chai_export.op.head_map import kept_kv_heads
-from chai_export.op.v2 import pages
-from chai_export.op.v2.attend import Int32Array, Tensor
-from chai_export.op.v2.attributes import Attributes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The runner over pages: the texts of version 1, whatever the pages, the company and the room there is."""
+"""The runner's pages: the same texts whatever their length, the company and the room there is."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import chai_export as ce
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.choices import Backend, Heads
 from chai_export.errors import ChaiError, UsageError
-from chai_export.runtime import onnxruntime_paged_session, paged_cache, scheduler
-from chai_export.runtime.native import ONNXRUNTIME_LIBRARY_V2, SWITCH, find_library
-from chai_export.runtime.onnxruntime_paged_session import OnnxRuntimePagedSession
+from chai_export.runtime import cache, onnxruntime_session, scheduler
+from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, SWITCH, find_library
+from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
 from chai_export.runtime.pages import PAGE_LENGTH
 from chai_export.runtime.runner import Runner
 from tests.helpers.tiny_graph import TinyModel, letters_tokenizer
@@ -34,11 +34,7 @@ STORED: dict[str, dict[str, Any]] = {
     "mixed": {"bits": ((4, 16), (0, 8))},
     "shared 4/8": {**SHARED, "bits": ((4, 8), (8, 4), (0, 0))},
 }
-MODELS = {
-    name: TinyModel(**{"positions": 400, "bits": (0, 0), **options})
-    for name, options in {**EXACT, **STORED}.items()
-}
-VERSION_1 = {name: TinyModel(positions=400, **options) for name, options in EXACT.items()}
+MODELS = {name: TinyModel(positions=400, **options) for name, options in {**EXACT, **STORED}.items()}
 TOLERANCE = 1e-4
 SHORT, MIDDLE, LONG = [5, 9], [7, 8, 20, 21, 6, 30], list(range(4, 33))
 PROMPTS = [SHORT, LONG, [11], MIDDLE, LONG[:7]]
@@ -50,8 +46,8 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     before = os.environ.get(SWITCH)
     os.environ[SWITCH] = "0" if request.param == "function body" else "1"
     try:
-        if request.param == "library" and find_library(ONNXRUNTIME_LIBRARY_V2) is None:
-            pytest.skip("libchai_onnxruntime_v2.so was not built")
+        if request.param == "library" and find_library(ONNXRUNTIME_LIBRARY) is None:
+            pytest.skip("libchai_onnxruntime.so was not built")
         yield request.param
     finally:
         os.environ.pop(SWITCH)
@@ -61,8 +57,8 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def library() -> None:
-    if find_library(ONNXRUNTIME_LIBRARY_V2) is None:
-        pytest.skip("libchai_onnxruntime_v2.so was not built")
+    if find_library(ONNXRUNTIME_LIBRARY) is None:
+        pytest.skip("libchai_onnxruntime.so was not built")
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +71,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(scope="module")
-def version_1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("version_1")
-    tokenizer = letters_tokenizer()
-    return {name: model.write(root / name, tokenizer=tokenizer).path for name, model in VERSION_1.items()}
-
-
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill new pools with NaN, or with 0x7F where codes cannot be NaN."""
-    real = onnxruntime_paged_session.PagedCache
+    real = onnxruntime_session.KvCache
 
     def poisoned_cache(*arguments: Any) -> Any:
         cache = real(*arguments)
@@ -93,18 +82,18 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
             array[...] = np.nan if array.dtype.kind == "f" else 0x7F
         return cache
 
-    monkeypatch.setattr(onnxruntime_paged_session, "PagedCache", poisoned_cache)
+    monkeypatch.setattr(onnxruntime_session, "KvCache", poisoned_cache)
 
 
 def opened(path: Path, heads: str = "chai", max_batch: int | None = None, **options: Any) -> Runner:
     """A runner whose session has options that `load` does not offer."""
     bundle = Bundle.load(path)
-    session = OnnxRuntimePagedSession(bundle, heads, threads=1, **options)
+    session = OnnxRuntimeSession(bundle, heads, threads=1, **options)
     return Runner(bundle, session, Backend.ONNXRUNTIME, Heads(heads), max_batch)
 
 
-def session_of(runner: Runner) -> OnnxRuntimePagedSession:
-    assert isinstance(runner.session, OnnxRuntimePagedSession)
+def session_of(runner: Runner) -> OnnxRuntimeSession:
+    assert isinstance(runner.session, OnnxRuntimeSession)
     return runner.session
 
 
@@ -158,21 +147,19 @@ def test_chunks_and_pages_make_no_difference(implementation, bundles, name, chun
 @pytest.mark.parametrize("heads", ["chai", "all"])
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_exact_storage_gives_the_results_of_version_1(
-    implementation, bundles, version_1, monkeypatch, name, heads, temperature
-):
+def test_texts_do_not_depend_on_company(implementation, bundles, monkeypatch, name, heads, temperature):
     """Prompts below the probe, of several chunks, and such that cross a switch length alone or in company."""
     monkeypatch.setattr(scheduler, "LONGEST_CHUNK", 11)
     settings = {"max_new_tokens": 19, "temperature": temperature, "seed": 4}
-    before = ce.load(version_1[name], heads=heads, max_batch=3)
-    expected = before.generate(PROMPTS, **settings)
+    alone = opened(bundles[name], heads, 1)
+    expected = alone.generate(PROMPTS, **settings)
     if not temperature:
         for prompt, generation in zip(PROMPTS, expected, strict=True):
-            assert generation.token_ids == VERSION_1[name].greedy(prompt, 19, heads)
-    for max_batch in (1, 3, 8):
+            assert generation.token_ids == MODELS[name].greedy(prompt, 19, heads)
+    for max_batch in (3, 8):
         runner = opened(bundles[name], heads, max_batch, page_length=4)
         assert runner.generate(PROMPTS, **settings) == expected
-        assert np.array_equal(runner.head_maps, before.head_maps)
+        assert np.array_equal(runner.head_maps, alone.head_maps)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -182,21 +169,6 @@ def test_quantised_texts_in_company_are_those_of_the_reference(implementation, b
     runner = opened(bundles[name], max_batch=max_batch, page_length=4)
     for prompt, result in zip(PROMPTS, runner.generate(PROMPTS, max_new_tokens=12), strict=True):
         assert result.token_ids == MODELS[name].greedy(prompt, 12)
-
-
-def test_texts_stream_end_and_stop_as_in_version_1(implementation, bundles, version_1):
-    def everything(path: Path) -> Any:
-        shown: dict[int, str] = {0: "", 1: ""}
-        runner = ce.load(path, max_batch=1)
-        (free,) = runner.generate(["hello"], max_new_tokens=12)
-        results = runner.generate(
-            ["hello", "good day"], 30, stop=[free.text[4:6]], temperature=1.5, seed=3,
-            on_text=lambda i, text: shown.update({i: shown[i] + text}),
-        )  # fmt: skip
-        assert [result.text for result in results] == list(shown.values())
-        return free, results, runner.generate([MIDDLE], max_seq=10), runner.generate([MIDDLE], max_seq=6)
-
-    assert everything(bundles["mha"]) == everything(version_1["mha"])
 
 
 def test_a_text_that_fails_in_the_middle_leaves_the_runner_usable(implementation, bundles):
@@ -261,11 +233,9 @@ def test_a_line_of_a_step_without_tokens_is_not_computed(implementation, bundles
 def test_a_row_grows_from_64_to_16384_tokens_without_a_copy_of_its_cache(tmp_path, monkeypatch, name):
     model = replace(MODELS[name], positions=16384)
     made: list[Any] = []
-    real = onnxruntime_paged_session.PagedCache
-    monkeypatch.setattr(
-        onnxruntime_paged_session, "PagedCache", lambda *a: (made.append(real(*a)), made[-1])[1]
-    )
-    session = OnnxRuntimePagedSession(model.write(tmp_path / "b"), threads=1)
+    real = onnxruntime_session.KvCache
+    monkeypatch.setattr(onnxruntime_session, "KvCache", lambda *a: (made.append(real(*a)), made[-1])[1])
+    session = OnnxRuntimeSession(model.write(tmp_path / "b"), threads=1)
     ids = np.random.default_rng(0).integers(4, 39, 16384)
 
     def feed(start: int, count: int) -> Any:
@@ -305,7 +275,7 @@ def test_a_row_grows_from_64_to_16384_tokens_without_a_copy_of_its_cache(tmp_pat
 def test_a_pool_takes_no_memory_before_it_is_written(bundles):
     if psutil.virtual_memory().available < 3 << 30:
         pytest.skip("needs 3 GiB of free memory")
-    session = OnnxRuntimePagedSession(Bundle.load(bundles["mha"]), threads=1)
+    session = OnnxRuntimeSession(Bundle.load(bundles["mha"]), threads=1)
     resident = psutil.Process().memory_info().rss
     session.begin(1, (1 << 30) // session.page_bytes * session.page_length)
     session.step(np.array([LONG]), np.array([29], np.int32), np.zeros(1, np.int32), np.array([[28]]))
@@ -315,7 +285,7 @@ def test_a_pool_takes_no_memory_before_it_is_written(bundles):
 
 
 def test_the_library_appends_in_place_and_the_function_body_does_not(implementation, bundles):
-    session = OnnxRuntimePagedSession(Bundle.load(bundles["mha"]))
+    session = OnnxRuntimeSession(Bundle.load(bundles["mha"]))
     session.begin(1, 32)
     assert len(session.caches) == (1 if implementation == "library" else 2)
 
@@ -345,10 +315,10 @@ def test_pools_are_as_large_as_the_longest_texts_that_run_together_need(implemen
 
 
 @pytest.mark.parametrize("pages", [11, 12, 19, 40])
-def test_rows_wait_for_pages_and_give_the_same_texts(implementation, bundles, version_1, monkeypatch, pages):
+def test_rows_wait_for_pages_and_give_the_same_texts(implementation, bundles, monkeypatch, pages):
     """The longest text needs 11 pages of 4 positions."""
-    expected = ce.load(version_1["mha"]).generate(PROMPTS, max_new_tokens=14)
     plenty = opened(bundles["mha"], page_length=4)
+    expected = plenty.generate(PROMPTS, max_new_tokens=14)
     memory = pages * session_of(plenty).page_bytes * len(_buffers(plenty))
     runner = opened(bundles["mha"], page_length=4, cache_memory=memory)
     shapes = computed(runner, monkeypatch)
@@ -394,7 +364,7 @@ def test_a_prompt_that_the_pool_cannot_hold_names_the_flag(implementation, bundl
 
 def test_memory_that_is_not_there_is_one_line(implementation, bundles, monkeypatch):
     runner = ce.load(bundles["mha"])
-    monkeypatch.setattr(paged_cache, "available_memory", lambda: 1000)
+    monkeypatch.setattr(cache, "available_memory", lambda: 1000)
     with pytest.raises(ChaiError, match=r"has 2 tokens and 0 fit; .* free memory \(1000 B are free\)"):
         runner.generate([SHORT])
     with pytest.raises(ChaiError, match=r"KV cache for 3 rows of 70 tokens takes .* --max-seq.* free memory"):
@@ -428,7 +398,7 @@ def test_memory_that_goes_while_rows_wait_is_one_line_and_rows_that_run_go_on(bu
     def available() -> int:
         return (free - session_of(runner).pool.touched) * page
 
-    monkeypatch.setattr(onnxruntime_paged_session, "available_memory", available)
+    monkeypatch.setattr(onnxruntime_session, "available_memory", available)
     expected = [MODELS["mha"].greedy(prompt, 10) for prompt in PROMPTS]
     shapes = computed(runner, monkeypatch)
     assert [r.token_ids for r in runner.generate(PROMPTS, max_new_tokens=10)] == expected
@@ -459,8 +429,6 @@ def test_cache_bytes_are_those_of_the_pages_that_rows_held(implementation, bundl
 # What is refused
 
 
-def test_a_pool_for_version_1_and_a_size_of_nothing_are_refused(bundles, version_1):
-    with pytest.raises(ChaiError, match=r"version 1 of the op.*leave --cache-memory out.*--max-seq"):
-        ce.load(version_1["mha"], cache_memory=1 << 20)
+def test_a_size_of_nothing_is_refused(bundles):
     with pytest.raises(UsageError, match="--cache-memory is 0; give 1 or more"):
         ce.load(bundles["mha"], cache_memory=0)
