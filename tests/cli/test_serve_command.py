@@ -135,7 +135,8 @@ def test_a_second_signal_cuts_texts_off(tiny):
         httpx.Client(base_url=served.url, timeout=60) as client,
         client.stream("POST", "/v1/completions", json=body) as answer,
     ):
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
         served.process.send_signal(signal.SIGINT)
         assert served.process.stderr is not None
         while "once more cuts them off" not in served.process.stderr.readline():
@@ -264,7 +265,8 @@ def test_a_body_that_takes_too_long_is_refused():
 def test_a_full_queue_sends_clients_away_and_the_rest_goes_on(server, client):
     body = {"prompt": "hello", "max_tokens": 19000, "stream": True, "n": 5}
     with client.stream("POST", "/v1/completions", json=body) as first:
-        next(first.iter_lines())
+        lines = first.iter_lines()  # kept: httpx closes the stream with it
+        next(lines)
         answer = completed(client)
         error = refused(answer, 429)
         assert error["code"] == "queue_full"
