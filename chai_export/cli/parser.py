@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from chai_export.cli import (
     bench,
     calibrate,
+    chat,
     compare,
     doctor,
     evaluate,
@@ -33,6 +34,7 @@ _COMMANDS = (
     rewrite,
     build_command,
     run,
+    chat,
     serve,
     verify,
     evaluate,
