@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle
     from chai_export.clustering.calibrate import calibrate
     from chai_export.clustering.clusters import Clusters
+    from chai_export.clustering.plan import Plan
     from chai_export.engines.build import build
     from chai_export.errors import ChaiError
     from chai_export.exporter.stage import export
@@ -30,6 +31,7 @@ _HOME = {
     "ChaiError": "chai_export.errors",
     "Clusters": "chai_export.clustering.clusters",
     "Generation": "chai_export.runtime.runner",
+    "Plan": "chai_export.clustering.plan",
     "Runner": "chai_export.runtime.runner",
     "build": "chai_export.engines.build",
     "calibrate": "chai_export.clustering.calibrate",
@@ -45,6 +47,7 @@ __all__ = [
     "ChaiError",
     "Clusters",
     "Generation",
+    "Plan",
     "Runner",
     "__version__",
     "build",

@@ -15,7 +15,7 @@ from chai_export.errors import ChaiError
 
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
-CLUSTERS_FILE = "clusters.json"
+CLUSTERS_FILE, PLAN_FILE = "clusters.json", "plan.json"
 ENGINES_DIRECTORY = "engines"
 
 
@@ -64,8 +64,8 @@ class Bundle:
 
     @property
     def clusters_path(self) -> Path:
-        """The numbers of kept heads the bundle was made with."""
-        return self.path / CLUSTERS_FILE
+        """The plan, or the numbers of kept heads, that the bundle was made with."""
+        return self.path / (PLAN_FILE if PLAN_FILE in self.manifest.files else CLUSTERS_FILE)
 
     def tokenizer(self) -> Any | None:
         """The transformers tokenizer of the bundle, or None if it was made without one.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from chai_export.bundle.bundle import CLUSTERS_FILE, finalise
+from chai_export.bundle.bundle import finalise
 from chai_export.bundle.environment import save_environment
 from chai_export.bundle.manifest import Manifest, RopeRecord, Source
 
@@ -28,7 +28,11 @@ class Surroundings:
 
 
 class ClustersFile(Protocol):
-    """What knows the content of clusters.json (:class:`chai_export.clustering.clusters.Clusters`)."""
+    """What a bundle is made with: a plan, or numbers of kept heads, and the name that it has in a bundle."""
+
+    @property
+    def file_name(self) -> str:
+        """Relative to the bundle."""
 
     def to_text(self) -> str:
         """The text of the file."""
@@ -54,7 +58,7 @@ def write_bundle(
     Raises:
         OSError: the directory cannot be written.
     """
-    (directory / CLUSTERS_FILE).write_text(clusters.to_text(), encoding="utf-8")
+    (directory / clusters.file_name).write_text(clusters.to_text(), encoding="utf-8")
     generation = save_environment(
         directory,
         tokenizer=surroundings.tokenizer,

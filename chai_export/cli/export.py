@@ -7,22 +7,20 @@ from pathlib import Path
 
 from chai_export.bundle.choices import Membership
 from chai_export.cli.inspect import print_bundle
-from chai_export.cli.storage_options import add_storage_options
+from chai_export.cli.storage_options import add_plan_options, add_storage_options, bits_asked
 from chai_export.op.dtypes import Dtype
 from chai_export.op.probe import PAPER_PROBE_TOKENS
 from chai_export.progress import note
 
 NAME = "export"
 HELP = "Export a Hugging Face model, rewrite its attention and write a bundle."
-EXAMPLE = "chai-export export ./model --clusters clusters.json -o ./bundle"
+EXAMPLE = "chai-export export ./model --plan plan.json -o ./bundle"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("model", metavar="MODEL", help="directory of a Hugging Face model, or a hub id")
-    parser.add_argument(
-        "--clusters", metavar="FILE", type=Path, required=True, help="from `chai-export calibrate`"
-    )
+    add_plan_options(parser)
     parser.add_argument(
         "-o", "--output", metavar="BUNDLE", type=Path, required=True, help="directory to write"
     )
@@ -48,14 +46,14 @@ def execute(arguments: argparse.Namespace) -> int:
     """Export, rewrite, prove and write."""
     from chai_export.exporter.stage import export
 
+    bits = bits_asked(arguments)
     bundle = export(
         arguments.model,
         arguments.clusters,
         arguments.output,
         dtype=arguments.dtype,
         probe_tokens=arguments.probe_tokens,
-        key_bits=arguments.key_bits,
-        value_bits=arguments.value_bits,
+        **bits,
         membership=arguments.membership,
         text=arguments.text,
         trust_remote_code=arguments.trust_remote_code,

@@ -48,5 +48,7 @@ def execute(arguments: argparse.Namespace) -> int:
     )
     if arguments.json:
         print_json(data)
+    if data["plan"] is not None and data["plan"]["warning"] is not None:
+        note(f"warning: {data['plan']['warning']}")
     note(f"wrote {arguments.output} ({arguments.output.stat().st_size / 1024:.0f} KiB)")
     return 0

@@ -1,10 +1,52 @@
-"""`--key-bits` and `--value-bits`, of the commands that write bundles."""
+"""`--plan`, `--key-bits` and `--value-bits`, of the commands that write bundles."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-_CHOICES = (16, 8, 4)
+from chai_export.op.precision import SAFE_BITS
+from chai_export.progress import note
+
+if TYPE_CHECKING:
+    from chai_export.clustering.plan import Chosen
+
+_CHOICES = (16, 8, 4, 0)
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """What the bundle is made with."""
+    plan = parser.add_mutually_exclusive_group()
+    plan.add_argument(
+        "--plan", metavar="FILE", type=Path, dest="clusters",
+        help="plan.json or clusters.json from `chai-export calibrate` (default: every head, in 8 bits)",
+    )  # fmt: skip
+    plan.add_argument("--clusters", metavar="FILE", type=Path, help="the same")
+
+
+def bits_asked(arguments: argparse.Namespace) -> dict[str, int | None]:
+    """Bits that override the plan, or stand in for one. A forced plan is warned of.
+
+    Raises:
+        ChaiError: the file is missing or malformed.
+    """
+    from chai_export.clustering.plan import Plan, load_plan
+
+    chosen: Chosen | None = None if arguments.clusters is None else load_plan(arguments.clusters)
+    warn_of(chosen)
+    safe = None if isinstance(chosen, Plan) else SAFE_BITS
+    bits = {"key_bits": arguments.key_bits, "value_bits": arguments.value_bits}
+    return {name: safe if given is None else given for name, given in bits.items()}
+
+
+def warn_of(chosen: Chosen | None) -> None:
+    """Say so if it is a plan that was forced."""
+    from chai_export.clustering.plan import Plan
+
+    warning = chosen.forced_warning() if isinstance(chosen, Plan) else None
+    if warning is not None:
+        note(f"warning: {warning}")
 
 
 def add_storage_options(parser: argparse.ArgumentParser) -> None:
@@ -12,5 +54,6 @@ def add_storage_options(parser: argparse.ArgumentParser) -> None:
     for what in ("key", "value"):
         parser.add_argument(
             f"--{what}-bits", type=int, choices=_CHOICES,
-            help=f"of cached {what}s: float16, or 8 or 4 bits with scales (default: the model's dtype)",
+            help=f"of cached {what}s: float16, 8 or 4 bits with scales, 0 for the model's dtype (default: as "
+            "planned, 8 without a plan)",
         )  # fmt: skip

@@ -1,4 +1,5 @@
-"""The offline phase (paper section 3.2): error curves from text, and from them R of each layer.
+"""The offline phase: a plan by measured loss (:mod:`chai_export.clustering.planner`), or the paper's (section
+3.2): error curves from text, and from them R of each layer.
 
 Online, a sequence's head map comes from its first P tokens. The curves must describe the same thing, so
 a window here is the start of a sequence: the special tokens that the tokenizer puts in front, then text,
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, overload
 
 from chai_export.arguments import path_of, whole
 from chai_export.clustering.clusters import Clusters
@@ -18,6 +19,9 @@ from chai_export.clustering.curves import ErrorCurves
 from chai_export.clustering.keep import Budget, Elbow, parse_keep
 from chai_export.clustering.measure import Measure
 from chai_export.clustering.measured_budget import measure_damage, spend
+from chai_export.clustering.plan import Plan
+from chai_export.clustering.plan_state import PlanState
+from chai_export.clustering.planner import MOST_WINDOWS, Rule, plan_cache, text_windows
 from chai_export.clustering.state import load_state, remove_state, require_state_place, save_state, state_key
 from chai_export.errors import UsageError
 from chai_export.models.families import family_of
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WINDOWS_PER_SAMPLE = 8
+_SAMPLES = 128
 _SAMPLES_PER_SAVE = 8
 _DAMAGE_SEQUENCES = 8
 _PEAK_SEQUENCES = 4
@@ -40,27 +45,109 @@ _PEAK_SEQUENCES = 4
 _PEAK_DIGITS = 4
 
 
+class _Common(TypedDict):
+    seq_len: int
+    state: str | Path | None
+    probe_tokens: int
+    tokenizer: PreTrainedTokenizerBase | None
+    trust_remote_code: bool
+
+
+@overload
 def calibrate(
     model: str | Path | PreTrainedModel,
-    texts: Text | Iterable[Text],
+    texts: Text | Iterable[Text] | None,
     *,
-    keep: str = "elbow",
-    samples: int = 128,
+    keep: str,
+    samples: int | None = None,
     seq_len: int = 256,
     state: str | Path | None = None,
     probe_tokens: int = MEASURED_PROBE_TOKENS,
     measure: Measure | str = Measure.ERROR,
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
-) -> Clusters:
-    """Measure the error curves of a model on text and choose how many KV heads each layer keeps.
+) -> Clusters: ...
+
+
+@overload
+def calibrate(
+    model: str | Path | PreTrainedModel,
+    texts: Text | Iterable[Text] | None,
+    *,
+    keep: str | None,
+    loss: float | None,
+    bytes_share: float | None,
+    check: Text | Iterable[Text] | None,
+    force: bool,
+    known: Plan | str | Path | None = None,
+    samples: int | None = None,
+    seq_len: int = 256,
+    state: str | Path | None = None,
+    probe_tokens: int = MEASURED_PROBE_TOKENS,
+    measure: Measure | str = Measure.ERROR,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+) -> Clusters | Plan: ...
+
+
+@overload
+def calibrate(
+    model: str | Path | PreTrainedModel,
+    texts: Text | Iterable[Text] | None,
+    *,
+    keep: None = None,
+    loss: float | None = None,
+    bytes_share: float | None = None,
+    check: Text | Iterable[Text] | None = None,
+    known: Plan | str | Path | None = None,
+    force: bool = False,
+    samples: int | None = None,
+    seq_len: int = 256,
+    state: str | Path | None = None,
+    probe_tokens: int = MEASURED_PROBE_TOKENS,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+) -> Plan: ...
+
+
+def calibrate(
+    model: str | Path | PreTrainedModel,
+    texts: Text | Iterable[Text] | None,
+    *,
+    keep: str | None = None,
+    loss: float | None = None,
+    bytes_share: float | None = None,
+    check: Text | Iterable[Text] | None = None,
+    known: Plan | str | Path | None = None,
+    force: bool = False,
+    samples: int | None = None,
+    seq_len: int = 256,
+    state: str | Path | None = None,
+    probe_tokens: int = MEASURED_PROBE_TOKENS,
+    measure: Measure | str = Measure.ERROR,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+) -> Clusters | Plan:
+    """Choose what each layer's cache keeps: a plan of heads and precision by measured loss, or heads alone.
+
+    Without any rule the plan is one for a loss of at most 1 %.
 
     Args:
         model: a directory, a hub id or a loaded model.
-        texts: files (Path, or a str naming one), texts, or lists of token ids; one or several.
-        keep: the rule, see :mod:`chai_export.clustering.keep`.
-        samples: pieces of text to use, spread evenly over it; fewer if the text has fewer.
-        seq_len: tokens per piece; 8 windows of ``probe_tokens`` tokens are cut from each.
+        texts: files (Path, or a str naming one), texts, or lists of token ids; one or several. None where
+            ``known`` and ``check`` are all that is needed.
+        keep: a rule for heads alone, see :mod:`chai_export.clustering.keep`; the result is then Clusters.
+        loss: the share that perplexity may rise by on text that the choice did not see, such as 0.01: the
+            smallest cache that keeps to it is planned.
+        bytes_share: the share of float16's cache with all heads that a token may take, such as 0.4: the plan
+            that loses least is chosen.
+        check: the unseen text; unless given, a part of ``texts`` is held out.
+        known: a plan of the same model, or its path, whose measurements are used instead of new ones.
+        force: return a plan that breaks its promise, marked, instead of raising.
+        samples: pieces of text to use at most, spread evenly over it: of a plan 24 windows for damage, of
+            ``keep`` 128 pieces.
+        seq_len: tokens per piece. For ``keep`` 8 windows of ``probe_tokens`` tokens are cut from each; whole
+            plans are run on windows twice as long.
         state: file in which progress is kept, so that an interrupted calibration goes on from there with
             exactly the same result; removed at the end. No other file may be in its place.
         probe_tokens: P, the length of the online probe to calibrate for; exports of the result run with it.
@@ -71,24 +158,112 @@ def calibrate(
         trust_remote_code: run code that the model brings along.
 
     Returns:
-        The chosen numbers with the curves.
+        A plan, or the numbers of heads with the curves that decided them.
 
     Raises:
+        BrokenPromiseError: the plan costs more on unseen text than ``loss``.
         ChaiError: the model or a text cannot be used, a text is empty or shorter than a sample, the rule
             cannot be met.
         UsageError: a setting makes no sense.
     """
+    whole(seq_len, "--seq-len")
+    whole(probe_tokens, "--probe-tokens")
+    if samples is not None:
+        whole(samples, "--samples")
+    if seq_len < probe_tokens:
+        raise UsageError(f"--seq-len {seq_len} is shorter than the probe of {probe_tokens} tokens; raise it")
+    measure = Measure(measure)
+    if state is not None:
+        require_state_place(path_of(state, "state"))
+    common: _Common = {
+        "seq_len": seq_len, "state": state, "probe_tokens": probe_tokens, "tokenizer": tokenizer,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    if keep is None:
+        rule = Rule.asked(loss, bytes_share)
+        if measure is Measure.KL:
+            raise UsageError("--measure kl needs a budget to spend; use --keep budget:SHARE")
+        return _plan(model, texts, rule, check, known, force=force, samples=samples or MOST_WINDOWS, **common)
+    given = {
+        "--loss": loss,
+        "--bytes": bytes_share,
+        "--from": known,
+        "--check": check,
+        "--force": force or None,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"--keep {keep} and {name} exclude each other; --keep chooses heads alone")
+    if texts is None:
+        raise UsageError("--keep needs --text FILE to measure on")
+    return _clusters(model, texts, keep, measure=measure, samples=samples or _SAMPLES, **common)
+
+
+def _plan(
+    model: str | Path | PreTrainedModel,
+    texts: Text | Iterable[Text] | None,
+    rule: Rule,
+    check: Text | Iterable[Text] | None,
+    known: Plan | str | Path | None,
+    *,
+    force: bool,
+    samples: int,
+    seq_len: int,
+    state: str | Path | None,
+    probe_tokens: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    trust_remote_code: bool,
+) -> Plan:
+    from chai_export.models.kv_sources import describe_model
+    from chai_export.models.oracle import require_same_with_all_heads
+
+    earlier = known if known is None or isinstance(known, Plan) else Plan.load(known)
+    if texts is None and (earlier is None or check is None):
+        raise UsageError("calibrate needs --text FILE; only --from PLAN with --check FILE does without")
+    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    geometry = describe_model(loaded)
+    if earlier is not None:
+        earlier.check(geometry)
+        probe_tokens = earlier.probe_tokens or probe_tokens
+    elif not family_of(geometry.model_type).tested:
+        require_same_with_all_heads(loaded)
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(model)
+    leading = leading_special_tokens(tokenizer)
+    windows = text_windows(
+        texts, check, loaded, tokenizer, leading[: seq_len - 1], samples=samples, seq_len=seq_len,
+        checked_only=earlier is not None,
+    )  # fmt: skip
+    kept = PlanState.of(
+        None if state is None or earlier is not None else Path(state), loaded, windows.damage,
+        {"plan": 1, "probe_tokens": probe_tokens},
+    )  # fmt: skip
+    return plan_cache(
+        loaded, geometry, windows, rule, name=_name_of(model), probe_tokens=probe_tokens, known=earlier,
+        force=force, state=kept,
+    )  # fmt: skip
+
+
+def _clusters(
+    model: str | Path | PreTrainedModel,
+    texts: Text | Iterable[Text],
+    keep: str,
+    *,
+    measure: Measure,
+    samples: int,
+    seq_len: int,
+    state: str | Path | None,
+    probe_tokens: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    trust_remote_code: bool,
+) -> Clusters:
     from chai_export.models.key_peaks import key_peaks
     from chai_export.models.kv_sources import describe_model
     from chai_export.models.oracle import probe_features, require_same_with_all_heads
 
-    _check_settings(samples, seq_len, probe_tokens)
     rule = parse_keep(keep)
-    measure = Measure(measure)
     if measure is Measure.KL and not isinstance(rule, Budget):
         raise UsageError(f"--measure kl needs a budget to spend, not --keep {keep}; use --keep budget:SHARE")
-    if state is not None:
-        require_state_place(path_of(state, "state"))
     loaded = load_model(model, trust_remote_code=trust_remote_code)
     geometry = describe_model(loaded)
     rule.check(geometry)
@@ -164,14 +339,6 @@ class _Progress:
 
 def _rounded(peak: float) -> float:
     return float(f"{peak:.{_PEAK_DIGITS}g}")
-
-
-def _check_settings(samples: int, seq_len: int, probe_tokens: int) -> None:
-    whole(samples, "--samples")
-    whole(seq_len, "--seq-len")
-    whole(probe_tokens, "--probe-tokens")
-    if seq_len < probe_tokens:
-        raise UsageError(f"--seq-len {seq_len} is shorter than the probe of {probe_tokens} tokens; raise it")
 
 
 def _tokenizer_of(model: str | Path | PreTrainedModel) -> PreTrainedTokenizerBase | None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from chai_export.arguments import path_of, shown, whole
 from chai_export.bundle.atomic import atomic_file
+from chai_export.bundle.bundle import CLUSTERS_FILE
 from chai_export.bundle.manifest import first_problem
 from chai_export.bundle.targets import FileKind, json_with_format
 from chai_export.errors import ChaiError, UsageError
@@ -132,6 +133,11 @@ class Clusters:
             return cls(**_File.model_validate(content).model_dump(exclude={"format"}), origin=str(path))
         except ValidationError as error:
             raise ChaiError(f"{path}: {first_problem(error)}; {again}") from None
+
+    @property
+    def file_name(self) -> str:
+        """In a bundle."""
+        return CLUSTERS_FILE
 
     def save(self, path: str | Path) -> None:
         """Write clusters.json, whole or not at all.

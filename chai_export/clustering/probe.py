@@ -9,10 +9,10 @@ from chai_export.errors import ChaiError
 from chai_export.op.probe import PAPER_PROBE_TOKENS
 
 if TYPE_CHECKING:
-    from chai_export.clustering.clusters import Clusters
+    from chai_export.clustering.plan import Chosen
 
 
-def probe_length(given: int | None, clusters: Clusters) -> int:
+def probe_length(given: int | None, clusters: Chosen | None) -> int:
     """P for a bundle: as given, else as calibrated, else the paper's.
 
     The numbers of kept heads were chosen for one length of probe, so that is the one to run with.
@@ -23,8 +23,8 @@ def probe_length(given: int | None, clusters: Clusters) -> int:
     """
     if given is not None:
         return whole(given, "--probe-tokens")
-    stated = clusters.probe_tokens
-    if stated is None:
+    stated = None if clusters is None else clusters.probe_tokens
+    if clusters is None or stated is None:
         return PAPER_PROBE_TOKENS
     if stated < 1:
         raise ChaiError(

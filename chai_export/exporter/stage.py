@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle
     from chai_export.bundle.manifest import Source
     from chai_export.bundle.write import Surroundings
-    from chai_export.clustering.clusters import Clusters
+    from chai_export.clustering.plan import Chosen
     from chai_export.models.text import Text
 
 _WORK = ".source"
@@ -37,7 +37,7 @@ _WORK = ".source"
 
 def export(
     model: str | Path | PreTrainedModel,
-    clusters: Clusters | str | Path,
+    clusters: Chosen | str | Path | None,
     out_dir: str | Path,
     *,
     dtype: Dtype | str = Dtype.FLOAT32,
@@ -52,12 +52,13 @@ def export(
 
     Args:
         model: directory or hub id, or a loaded causal language model.
-        clusters: how many KV heads each layer keeps, or the path of a clusters.json.
+        clusters: a plan, or how many KV heads each layer keeps, or the path of either; None keeps them all.
         out_dir: the bundle's directory; an earlier bundle there is replaced in one step.
         dtype: "float32", "float16" or "bfloat16", of weights and caches.
         probe_tokens: P, the tokens that decide the head map of a request; unless given, what ``clusters`` was
             calibrated with (the paper's 5 where it does not say).
-        key_bits: keys are cached in 16 (float16), 8 or 4 bits. Unless given, in the model's dtype.
+        key_bits: keys are cached in 16 (float16), 8 or 4 bits. Unless given, as planned, or in the
+            model's dtype where there is no plan.
         value_bits: likewise for values.
         membership: "online", head maps from each sequence's first tokens, or "static", maps fixed now on
             ``text`` and the projections of unused heads cut away.
@@ -72,21 +73,23 @@ def export(
     from chai_export.bundle.bundle import MODEL_FILE, Bundle, finalise
     from chai_export.bundle.parts import BUNDLE
     from chai_export.bundle.write import write_bundle
-    from chai_export.clustering.clusters import load_clusters
+    from chai_export.clustering.plan import every_head, load_plan, precision_of
     from chai_export.exporter.static_membership import choose_and_slice, fix_head_maps
     from chai_export.graph.pipeline import rewrite_model
-    from chai_export.models.kv_sources import kv_source_layers
+    from chai_export.models.kv_sources import describe_model, kv_source_layers
 
     dtype, membership = Dtype(dtype), Membership(membership)
     if membership is Membership.STATIC and text is None:
         raise UsageError("--membership static decides the head maps now; give calibration text with --text")
-    precision = Precision.asked(key_bits, value_bits)
+    Precision.asked(key_bits, value_bits)  # before a file is read: what is out of range is refused at once
     out_dir = path_of(out_dir, "the output")
-    chosen = load_clusters(clusters)
+    chosen = None if clusters is None else load_plan(clusters)
+    precision = precision_of(chosen, key_bits, value_bits)
     probe = probe_length(probe_tokens, chosen)
     sources = [model, clusters, *(text if isinstance(text, list | tuple) else [text])]
     with atomic_directory(out_dir, BUNDLE, sources=sources) as directory:
         loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        chosen = chosen or every_head(describe_model(loaded))
         source, surroundings = _describe(model, loaded, chosen)
         static = None
         if membership is Membership.STATIC:
@@ -115,7 +118,7 @@ def export(
 
 
 def _describe(
-    model: str | Path | PreTrainedModel, loaded: PreTrainedModel, clusters: Clusters
+    model: str | Path | PreTrainedModel, loaded: PreTrainedModel, clusters: Chosen
 ) -> tuple[Source, Surroundings]:
     """Where the model came from and what comes with it; checks the clusters before any work is done.
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from chai_export.bundle.manifest import StaticMembership
-    from chai_export.clustering.clusters import Clusters
+    from chai_export.clustering.plan import Chosen
     from chai_export.models.text import Text
 
 _TOLERANCE = 1e-3
@@ -129,7 +129,7 @@ def _has_projections(module: nn.Module) -> bool:
 
 
 def choose_and_slice(
-    model: PreTrainedModel, clusters: Clusters, text: Text | Iterable[Text], tokenizer: Any | None
+    model: PreTrainedModel, clusters: Chosen, text: Text | Iterable[Text], tokenizer: Any | None
 ) -> StaticMembership:
     """Decide head maps on a text and cut ``model`` to them, in place.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from chai_export.bundle.bundle import MODEL_FILE
 from chai_export.bundle.manifest import Manifest, Proof, RopeRecord
-from chai_export.clustering.clusters import Clusters
+from chai_export.clustering.plan import Chosen, every_head
 from chai_export.errors import ChaiError
 from chai_export.graph.explain.estimate import estimate
 from chai_export.graph.match.find import require_sites
@@ -35,7 +35,7 @@ _LARGE = 10**9
 @quiet_onnx_ir()
 def rewrite_model(
     path: Path,
-    clusters: Clusters,
+    clusters: Chosen | None,
     directory: Path,
     probe_tokens: int,
     *,
@@ -45,7 +45,8 @@ def rewrite_model(
     """Rewrite ``path`` into ``directory``/model.onnx with its weights; return a manifest of what was found.
 
     The source is read twice: to be transformed, and to be compared with. Neither holds its weights.
-    ``precision`` is what caches are stored in. ``take``: the source's data file may be moved into the bundle.
+    ``clusters`` None keeps every head. ``precision`` is what caches are stored in. ``take``: the source's
+    data file may be moved into the bundle.
 
     Raises:
         ChaiError: the file is damaged or cannot be rewritten, clusters do not fit it, or a proof fails.
@@ -66,6 +67,7 @@ def rewrite_model(
             f"run here; {DYNAMIC}"
         )
     draft = draft_manifest(path, source, sites, probe_tokens, precision)
+    clusters = clusters or every_head(draft.head_counts)
     clusters.check(draft.head_counts)
     prover = SiteProver(source.graph, roles, probe_tokens)
     prover.prove(sites)

@@ -24,12 +24,12 @@ from chai_export.op.precision import Precision
 if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle
     from chai_export.bundle.write import Surroundings
-    from chai_export.clustering.clusters import Clusters
+    from chai_export.clustering.plan import Chosen
 
 
 def rewrite(
     onnx_path: str | Path,
-    clusters: Clusters | str | Path,
+    clusters: Chosen | str | Path | None,
     out_dir: str | Path,
     *,
     tokenizer: str | Path | None = None,
@@ -44,12 +44,13 @@ def rewrite(
 
     Args:
         onnx_path: an ONNX file, or a directory with one.
-        clusters: how many KV heads each layer keeps, or the path of a clusters.json.
+        clusters: a plan, or how many KV heads each layer keeps, or the path of either; None keeps them all.
         out_dir: the bundle's directory; an earlier bundle there is replaced in one step.
         tokenizer: directory with a Hugging Face tokenizer (and config.json, generation_config.json).
         probe_tokens: P, the tokens that decide the head map of a request; unless given, what ``clusters`` was
             calibrated with (the paper's 5 where it does not say).
-        key_bits: keys are cached in 16 (float16), 8 or 4 bits. Unless given, in the model's dtype.
+        key_bits: keys are cached in 16 (float16), 8 or 4 bits. Unless given, as planned, or in the
+            model's dtype where there is no plan.
         value_bits: likewise for values.
 
     Raises:
@@ -61,12 +62,13 @@ def rewrite(
     from chai_export.bundle.manifest import Source
     from chai_export.bundle.parts import BUNDLE
     from chai_export.bundle.write import write_bundle
-    from chai_export.clustering.clusters import load_clusters
+    from chai_export.clustering.plan import every_head, load_plan, precision_of
     from chai_export.graph.pipeline import rewrite_model
 
-    precision = Precision.asked(key_bits, value_bits)
+    Precision.asked(key_bits, value_bits)  # before a file is read: what is out of range is refused at once
     path, out_dir = find_onnx(path_of(onnx_path, "the model")), path_of(out_dir, "the output")
-    chosen = load_clusters(clusters)
+    chosen = None if clusters is None else load_plan(clusters)
+    precision = precision_of(chosen, key_bits, value_bits)
     probe = probe_length(probe_tokens, chosen)
     sources = [path, *data_files(path), clusters, tokenizer]
     surroundings = _surroundings(tokenizer, path.parent)
@@ -74,11 +76,11 @@ def rewrite(
     source = Source(kind=SourceKind.ONNX, name=path.name, model_type=model_type)
     with atomic_directory(out_dir, BUNDLE, sources=sources) as directory:
         draft = rewrite_model(path, chosen, directory, probe, precision=precision)
-        write_bundle(directory, draft, chosen, source, surroundings)
+        write_bundle(directory, draft, chosen or every_head(draft.head_counts), source, surroundings)
     return Bundle.load(out_dir)
 
 
-def explain(onnx_path: str | Path, clusters: Clusters | None = None) -> Explanation:
+def explain(onnx_path: str | Path, clusters: Chosen | None = None) -> Explanation:
     """Say what the rewrite would match in an ONNX file, what stands in the way, and what it would take.
 
     Nothing is written, and no weights are read. ``clusters`` fill in the R of each layer and are checked.

@@ -103,7 +103,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     for start in range(0, tokens, _QUERY_BLOCK):
         end = min(start + _QUERY_BLOCK, tokens)
         scores = query[:, :, start:end].float() @ keys[..., :end] * scale
-        blocks.append(torch.softmax(_hide_future(scores, start), dim=-1) @ values[:, :, :end])
+        blocks.append(torch.softmax(hide_future(scores, start), dim=-1) @ values[:, :, :end])
     return torch.cat(blocks, dim=2)
 
 
@@ -119,10 +119,11 @@ def probe_probabilities(query: Tensor, key: Tensor, scale: float, tokens: int) -
     group = query.shape[1] // key.shape[1]
     keys = key[:, :, :tokens].float().repeat_interleave(group, dim=1)
     scores = query[:, :, :tokens].float() @ keys.transpose(2, 3) * scale
-    return torch.softmax(_hide_future(scores, 0), dim=-1)
+    return torch.softmax(hide_future(scores, 0), dim=-1)
 
 
-def _hide_future(scores: Tensor, start: int) -> Tensor:
+def hide_future(scores: Tensor, start: int) -> Tensor:
+    """Scores [..., S, T] of the queries at positions ``start`` …, −∞ where a key comes after its query."""
     rows, columns = scores.shape[-2:]
     future = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).triu(start + 1)
     return scores.masked_fill(future, float("-inf"))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from chai_export.clustering.clusters import load_clusters
 from chai_export.clustering.equaliser import Equalisers, equalisers
+from chai_export.clustering.plan import load_plan
 from chai_export.errors import ChaiError
 from chai_export.models.geometry import Geometry
 from chai_export.models.loading import load_model
@@ -79,7 +79,7 @@ def _equalisers(bundle: Bundle) -> Equalisers:
     key_bits, dtype = bundle.manifest.storage.key_bits, ELEMENT_TYPES[bundle.manifest.dtype].numpy
     if 4 not in key_bits:
         return {}
-    found = equalisers(load_clusters(bundle.clusters_path).key_peaks, key_bits)
+    found = equalisers(load_plan(bundle.clusters_path).key_peaks, key_bits)
     return {layer: factors.astype(dtype).astype(np.float32) for layer, factors in found.items()}
 
 

@@ -16,12 +16,16 @@ from chai_export.bundle.manifest import read_manifest
 from chai_export.bundle.parts import BUNDLE
 from chai_export.bundle.targets import require_directory_target, require_file_target
 from chai_export.clustering.calibrate import calibrate
-from chai_export.clustering.clusters import CLUSTERS
+from chai_export.clustering.clusters import Clusters
+from chai_export.clustering.plan import PLAN
+from chai_export.clustering.plan_text import plan_sentences
 from chai_export.clustering.plot import PICTURE, plot_curves
+from chai_export.clustering.state import state_file
 from chai_export.engines.build import build
 from chai_export.errors import ChaiError
 from chai_export.exporter.stage import export
 from chai_export.files import read_json
+from chai_export.op.precision import SAFE_BITS
 from chai_export.quality.evaluate import evaluate
 from chai_export.quality.verify import verify
 from chai_export.recipe.cache import StageCache, stage_key
@@ -72,7 +76,8 @@ class _Make:
         self._output = output
         self._report = report
         self._cache = StageCache(output)
-        self._clusters = output / "clusters.json"
+        planned = recipe.calibrate.keep is None
+        self._clusters = output / ("plan.json" if planned else "clusters.json")
         self._static = recipe.export.membership is Membership.STATIC
         self._result = MakeResult(output, output / "bundle")
 
@@ -89,9 +94,8 @@ class _Make:
         model = [Path(recipe.model)]
         common = {"model": recipe.model, "probe_tokens": recipe.probe_tokens}
         calibrate = {**common, **recipe.calibrate.model_dump()}
-        self._stage(
-            "calibrate", calibrate, [*model, *recipe.calibrate.text], self._clusters.exists(), self._calibrate
-        )
+        texts = [*recipe.calibrate.text, *([recipe.calibrate.check] if recipe.calibrate.check else [])]
+        self._stage("calibrate", calibrate, [*model, *texts], self._clusters.exists(), self._calibrate)
         export = {**common, **recipe.export.model_dump()}
         needed = [*model, self._clusters, *(recipe.calibrate.text if self._static else [])]
         exported = self._stage("export", export, needed, (bundle / MANIFEST).exists(), self._export)
@@ -156,7 +160,7 @@ class _Make:
         measured_on = [settings.text for settings in (recipe.verify, recipe.eval) if settings is not None]
         sources = [recipe.model, *recipe.calibrate.text, *measured_on]
         output = Path(os.path.realpath(self._output))
-        require_file_target(output / self._clusters.name, CLUSTERS, sources)
+        require_file_target(output / self._clusters.name, PLAN, sources)
         require_file_target(output / CURVES, PICTURE, sources)
         require_directory_target(output / self._result.bundle.name, BUNDLE, sources)
 
@@ -164,19 +168,27 @@ class _Make:
 
         self._require_targets()
         settings = self._recipe.calibrate
-        clusters = calibrate(
+        found = calibrate(
             self._recipe.model,
             settings.text,
             keep=settings.keep,
+            loss=settings.loss,
+            bytes_share=settings.bytes,
+            check=settings.check,
+            force=settings.force,
             samples=settings.samples,
             seq_len=settings.seq_len,
             probe_tokens=self._recipe.probe_tokens,
             measure=settings.measure,
-            state=self._output / "clusters.json.state",
+            state=state_file(self._clusters),
             trust_remote_code=self._recipe.trust_remote_code,
         )
-        clusters.save(self._clusters)
-        plot_curves(clusters, self._output / CURVES)
+        found.save(self._clusters)
+        if isinstance(found, Clusters):
+            plot_curves(found, self._output / CURVES)
+        else:
+            for line in plan_sentences(found):
+                self._report(line)
 
     def _export(self) -> None:
 
@@ -186,12 +198,17 @@ class _Make:
             self._result.bundle,
             dtype=self._recipe.export.dtype,
             probe_tokens=self._recipe.probe_tokens,
-            key_bits=self._recipe.export.key_bits,
-            value_bits=self._recipe.export.value_bits,
+            key_bits=self._bits(self._recipe.export.key_bits),
+            value_bits=self._bits(self._recipe.export.value_bits),
             membership=self._recipe.export.membership,
             text=self._recipe.calibrate.text if self._static else None,
             trust_remote_code=self._recipe.trust_remote_code,
         )
+
+    def _bits(self, given: int | None) -> int | None:
+        """As the recipe says, else as planned, else 8."""
+        planned = self._recipe.calibrate.keep is None
+        return SAFE_BITS if given is None and not planned else given
 
     def _build(self) -> None:
 

@@ -29,9 +29,13 @@ class CalibrateSettings(_Settings):
     """Settings of the offline phase; see `chai-export calibrate --help`."""
 
     text: list[Path]
-    samples: Count = 128
+    samples: Count | None = None
     seq_len: Count = 256
-    keep: str = "elbow"
+    loss: float | None = None
+    bytes: float | None = None
+    check: Path | None = None
+    force: bool = False
+    keep: str | None = None
     measure: Measure = Measure.ERROR
 
 
@@ -40,8 +44,8 @@ class ExportSettings(_Settings):
 
     dtype: Dtype = Dtype.FLOAT32
     membership: Membership = Membership.ONLINE  # static maps are decided on calibrate.text
-    key_bits: Literal[16, 8, 4] | None = None
-    value_bits: Literal[16, 8, 4] | None = None
+    key_bits: Literal[16, 8, 4, 0] | None = None  # as planned, 8 without a plan
+    value_bits: Literal[16, 8, 4, 0] | None = None
 
 
 class BuildSettings(_Settings):
@@ -128,6 +132,9 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
             update={"text": [folder / text for text in recipe.calibrate.text]}
         ),
     }
+    if recipe.calibrate.check is not None:
+        checked = {"check": folder / recipe.calibrate.check}
+        update["calibrate"] = update["calibrate"].model_copy(update=checked)
     if recipe.eval is not None:
         update["eval"] = recipe.eval.model_copy(update={"text": folder / recipe.eval.text})
     if recipe.verify is not None and recipe.verify.text is not None:

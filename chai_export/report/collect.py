@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.bundle.tokenizer import encode
+from chai_export.clustering.plan_parts import part_sentences
+from chai_export.clustering.plan_tradeoff import tradeoff
 from chai_export.errors import ChaiError
 from chai_export.files import read_json
 from chai_export.models.loading import load_model
@@ -24,6 +26,7 @@ from chai_export.models.loading import load_model
 if TYPE_CHECKING:
     from chai_export.bundle.bundle import Bundle
     from chai_export.bundle.manifest import Manifest
+    from chai_export.clustering.plan import Plan
     from chai_export.runtime.runner import Runner
 
 SAMPLE_PROMPTS = (
@@ -54,6 +57,17 @@ def compiled(bundle: Bundle) -> dict[str, Any]:
         "kv_bytes_per_token_float16": manifest.kv_bytes_per_token_float16,
         "kv_bytes_by_part": {heads: asdict(manifest.kv_bytes_by_part(heads)) for heads in ("chai", "all")},
         "kv_bytes_saved": manifest.head_counts.kv_bytes_saved(manifest.kept_heads),
+    }
+
+
+def planned(plan: Plan) -> dict[str, Any]:
+    """What a plan says, with the trade-off that was measured; without the measurement itself."""
+    content = plan.to_json()
+    return {
+        **{name: content.get(name) for name in ("rule", "layers", "expected", "checked", "kv_bytes_share")},
+        "warning": plan.forced_warning(),
+        "parts": [] if plan.heads is None else part_sentences(plan, plan.heads),
+        "tradeoff": tradeoff(plan),
     }
 
 

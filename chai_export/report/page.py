@@ -12,6 +12,9 @@ from chai_export.units import bytes_text
 
 _TEMPLATE = "template.html"
 _MOST_NUMBERED_HEADS = 40
+_EXACT_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+_MOST_GROWTH = 100.0
+"""Per cent of perplexity that the chart of a plan goes to."""
 _GROWTH_TICKS = (-3, -1, 0, 1, 3, 10, 30, 100, 300, 1000, 10000)
 
 
@@ -30,6 +33,8 @@ def render(data: dict[str, Any]) -> str:
         damage=_curves(data["clusters"].get("kl_curves") or [], data["bundle"]["kept_heads"], "divergence"),
         matrices=_matrices(data["correlations"], data["head_maps"]["together"]),
         maps=_maps(data["head_maps"]),
+        stored=_stored(data["bundle"]),
+        plan_chart=_plan_chart(data["plan"]),
         cache_chart=_cache_chart(data["cache"]),
         tradeoff=tradeoff(data),
         tradeoff_chart=_tradeoff_chart(tradeoff(data), chosen_point(data)),
@@ -165,6 +170,51 @@ def _tradeoff_chart(rows: list[dict[str, Any]], chosen: dict[str, float] | None)
         mark = ((here[0], _squeeze(here[1])), "this bundle")
     line = svg.Series("chai", [(a, _squeeze(b)) for a, b in points])
     return svg.line_chart(text, [line], x, y, mark=mark, dots=True)
+
+
+def _stored(bundle: dict[str, Any]) -> Any:
+    """The cache of every layer as a picture: heads, their bits as colour."""
+    every, exact = bundle["num_kv_heads"], _EXACT_BITS[bundle["dtype"]]
+    rows = [
+        ([key or exact] * kept + [0] * (every - kept), [value or exact] * every)
+        for kept, key, value in zip(
+            bundle["kept_heads"], bundle["key_bits"], bundle["value_bits"], strict=True
+        )
+    ]
+    text = "What each layer caches: " + "; ".join(
+        f"layer {layer}: keys of {sum(b > 0 for b in keys)} of {every} heads in {keys[0]} bits, values in "
+        f"{values[0]} bits"
+        for layer, (keys, values) in enumerate(rows)
+    )
+    return {
+        "image": svg.cache_rows(text, rows, ("keys", "values")),
+        "bits": sorted({b for keys, values in rows for b in (*keys, *values) if b}, reverse=True),
+    }
+
+
+def _plan_chart(plan: dict[str, Any] | None) -> Any:
+    """Expected loss against bytes, with the chosen plan."""
+    if plan is None or not plan["tradeoff"]:
+        return None
+    points = [
+        (100 * point["kv_bytes_share"], 100 * (point["perplexity_ratio"] - 1)) for point in plan["tradeoff"]
+    ]
+    points = [(a, max(b, 0.0)) for a, b in points if b <= _MOST_GROWTH]
+    chosen = plan["checked"] or plan["expected"]
+    here = (100 * plan["kv_bytes_share"], 100 * (chosen["perplexity_ratio"] - 1))
+    low, top = min(0.0, here[1]), max(1.0, here[1], *(b for _, b in points))
+    x = svg.Axis("bytes, % of float16's", 0, 100, svg.ticks(0, 100))
+    labelled = [tick for tick in _GROWTH_TICKS if low <= tick <= top]
+    y = svg.Axis(
+        "perplexity, % more", _squeeze(low), _squeeze(top), [_squeeze(tick) for tick in labelled],
+        lambda value: f"{labelled[[_squeeze(tick) for tick in labelled].index(value)]:g}",
+    )  # fmt: skip
+    text = "Expected perplexity against bytes of the cache: " + "; ".join(
+        f"{a:.0f} %, {b:+.2f} %" for a, b in points
+    )
+    text += f". The plan: {here[0]:.1f} %, {here[1]:+.2f} %."
+    line = svg.Series("best plans", [(a, _squeeze(b)) for a, b in points])
+    return svg.line_chart(text, [line], x, y, mark=((here[0], _squeeze(here[1])), "this plan"), dots=True)
 
 
 def _squeeze(percent: float) -> float:

@@ -70,15 +70,20 @@ def _collect(
 ) -> dict[str, Any]:
     """What the page shows besides the figures of other commands."""
     from chai_export.clustering.clusters import Clusters
+    from chai_export.clustering.plan import load_plan
     from chai_export.runtime.runner import load
 
     runner = load(bundle, backend=backend, heads="chai")
     correlations = None
     if reference is not None:
         correlations = collect.correlations(reference, [collect.prompt_ids(runner, text) for text in samples])
+    chosen = load_plan(runner.bundle.clusters_path)
+    plan = None if isinstance(chosen, Clusters) else collect.planned(chosen)
+    clusters = chosen if isinstance(chosen, Clusters) else Clusters(chosen.kept_heads)
     return {
         "bundle": collect.compiled(runner.bundle),
-        "clusters": Clusters.load(runner.bundle.clusters_path).to_json(),
+        "clusters": clusters.to_json(),
+        "plan": plan,
         "cache": collect.cache_growth(runner.bundle.manifest),
         "head_maps": collect.head_maps(runner, samples),
         "correlations": correlations,

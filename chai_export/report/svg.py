@@ -135,6 +135,35 @@ def map_rows(alternative: str, maps: Sequence[Sequence[int]], *, numbers: bool) 
     return _image(alternative, label + heads * cell, len(maps) * (cell + 3), parts)
 
 
+def cache_rows(
+    alternative: str, layers: Sequence[tuple[Sequence[int], Sequence[int]]], names: tuple[str, str]
+) -> Markup:
+    """What each layer's cache holds: a row per layer, a cell per KV head, first of keys and then of values.
+
+    Args:
+        alternative: what the picture says, for readers who cannot see it.
+        layers: bits of the heads of keys and of values of each layer; 0 is a head that is not there.
+        names: of the two parts.
+    """
+    cell, gap, label, top = 14, 18, 26, 18
+    heads = max(len(keys) for keys, _ in layers)
+    second = label + heads * cell + gap
+    parts = [_text(name, x, 11, "") for name, x in zip(names, (label, second), strict=True)]
+    for layer, of_parts in enumerate(layers):
+        y = top + layer * (cell + 1)
+        parts.append(f'<text class="small" x="0" y="{y + 11}">{layer}</text>')
+        for name, x, bits in zip(names, (label, second), of_parts, strict=True):
+            title = f"layer {layer}, {name}: {', '.join(map(str, bits))} bits"
+            size = f'y="{y}" width="{cell - 1.5}" height="{cell - 1}"'
+            cells = "".join(
+                f'<rect class="bits{of_head}" x="{x + head * cell}" {size}/>'
+                for head, of_head in enumerate(bits)
+            )
+            parts.append(f"<g><title>{title}</title>{cells}</g>")
+    width = max(second + max(len(values) for _, values in layers) * cell, 240)
+    return _image(alternative, width, top + len(layers) * (cell + 1), parts)
+
+
 def _number(value: int, x: float, y: float) -> str:
     return f'<text class="cell" x="{x}" y="{y}">{value}</text>'
 

@@ -73,5 +73,6 @@ def clusters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(tmp_path_factory: pytest.TempPathFactory, clusters: Path) -> Path:
     """A bundle of the tiny model; tests must not change it."""
     path = tmp_path_factory.mktemp("bundle") / "bundle"
-    assert main(["export", str(TINY), "--clusters", str(clusters), "-o", str(path), "--json"]) == 0
+    exact = ["--key-bits", "0", "--value-bits", "0"]
+    assert main(["export", str(TINY), "--clusters", str(clusters), *exact, "-o", str(path), "--json"]) == 0
     return path

@@ -108,8 +108,9 @@ def test_text_that_is_empty_or_shorter_than_a_sample(command: Command, tmp_path,
     output = tmp_path / "clusters.json"
     assert fails(command("calibrate", tiny_model, "--text", text, "-o", output), "text.txt", "empty")
     text.write_text("just a few words")
-    outcome = command("calibrate", tiny_model, "--text", text, "-o", output, "--seq-len", 100)
+    outcome = command("calibrate", tiny_model, "--text", text, "-o", output, "--keep", "all")
     assert fails(outcome, "--seq-len")
+    assert fails(command("calibrate", tiny_model, "--text", text, "-o", output), "give more text")
     assert leftovers(tmp_path) == ["text.txt"]
 
 

@@ -290,7 +290,7 @@ def test_the_state_of_a_calibration_takes_the_place_of_nothing_else(inputs, refu
 def test_clusters_and_their_picture_need_two_names(inputs, refuses):
     refuses(FILES["plot"], inputs, inputs.folder / "c", "choose a name that ends in .png", code=2)
     same = Writer(
-        lambda i, target: ("calibrate", i.model, "--text", i.text, "-o", target, "--plot", target),
+        lambda i, target: ("calibrate", i.model, "--text", i.text, *QUICK, "-o", target, "--plot", target),
         lambda i: [],
         FILES["plot"].work,
     )

@@ -31,7 +31,7 @@ PLANTED = [(MHA_GROUPS, 8), (GQA_GROUPS, 8), (GQA_GROUPS, 4)]
 @pytest.mark.parametrize(("groups", "query_heads"), PLANTED)
 def test_planted_clusters_are_found_and_cost_nothing(groups, query_heads):
     model = planted_model(groups, query_heads)
-    clusters = calibrate(model, TOKENS, samples=4, seq_len=64)
+    clusters = calibrate(model, TOKENS, keep="elbow", samples=4, seq_len=64)
     assert list(clusters.kept_heads) == distinct(groups)
 
     tokens = TOKENS[:40]
@@ -122,7 +122,7 @@ def test_the_state_of_another_calibration_is_not_used(tmp_path, monkeypatch, cha
 def test_a_damaged_state_starts_over(tmp_path):
     state = tmp_path / "state"
     state.write_text('{"format": "chai-calibration-state/1", "key": 3}')
-    model, options = family_model("llama-mha"), {"samples": 2, "seq_len": 64}
+    model, options = family_model("llama-mha"), {"samples": 2, "seq_len": 64, "keep": "elbow"}
     assert calibrate(model, TOKENS, state=state, **options) == calibrate(model, TOKENS, **options)
 
 
@@ -136,7 +136,7 @@ def test_text_that_cannot_be_used_is_named(tmp_path):
         calibrate(model, [text])
     text.write_text("a few words")
     with pytest.raises(ChaiError, match="a sequence takes 256; give more text or lower --seq-len"):
-        calibrate(model, [text])
+        calibrate(model, [text], keep="elbow")
     text.write_bytes(b"\xff\xfe\x00bad")
     with pytest.raises(ChaiError, match=r"text\.txt is not UTF-8"):
         calibrate(model, [text])
@@ -159,7 +159,7 @@ def test_a_rule_that_cannot_be_met_fails_before_the_work(monkeypatch):
 def test_the_demo_model_shows_its_planted_groups(tmp_path):
     model = ROOT / "examples" / "pydoc-5m"
     text = ROOT / "examples" / "text" / "calibration.txt"
-    clusters = calibrate(model, text, samples=24)
+    clusters = calibrate(model, text, keep="elbow", samples=24)
     assert clusters.kept_heads == (16, 16, 8, 5, 4, 4)
     assert clusters.model == "pydoc-5m"
     assert clusters.kv_bytes_saved == pytest.approx(43 / 192)

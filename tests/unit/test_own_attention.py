@@ -54,7 +54,7 @@ def test_padding_is_refused(name: str) -> None:
 def test_one_kv_head_leaves_nothing_to_share(capsys: pytest.CaptureFixture[str]) -> None:
     model = family_model("falcon-mqa")
     tokens = np.random.default_rng(0).integers(3, 96, 400)
-    clusters = calibrate(model, tokens, samples=2, seq_len=64, probe_tokens=5)
+    clusters = calibrate(model, tokens, keep="elbow", samples=2, seq_len=64, probe_tokens=5)
     assert clusters.kept_heads == (1, 1)
     assert "one KV head per layer (multi-query attention): nothing to share" in capsys.readouterr().err
     with pytest.raises(ChaiError, match="out of reach"):

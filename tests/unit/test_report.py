@@ -54,12 +54,14 @@ def data(**changes):
             "head_dim": 16, "probe_tokens": 5, "static": None, "kept_heads": [8, 4, 4], "op_version": 2,
             "opset": 23, "created_with": "chai_export 0", "engines": [], "file_bytes": 12345,
             "kv_bytes_per_token": 300, "kv_bytes_per_token_all_heads": 400, "kv_bytes_saved": 0.25,
-            "kv_bytes_per_token_float16": 200, "kv_bytes_by_part": {
+            "kv_bytes_per_token_float16": 200, "key_bits": [8, 4, 0], "value_bits": [4, 4, 16],
+            "kv_bytes_by_part": {
                 "all": {"keys": 200, "values": 200, "scales": 0},
                 "chai": {"keys": 100, "values": 200, "scales": 0},
             },
             "proof": {"compared": "logits", "max_abs_diff": 1e-6, "tolerance": 1e-4},
         },
+        "plan": None,
         "clusters": {"method": "elbow", "error_curves": [[8.0, 4, 2, 1, 0.5, 0.2, 0.1, 0.0]] * LAYERS},
         "cache": [{"tokens": n, "chai": 300 * n, "all": 400 * n} for n in (64, 128, 100000)],
         "head_maps": {
@@ -91,7 +93,20 @@ EMPTY = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, EMPTY])
+PLANNED = {
+    "plan": {
+        "rule": "loss 0.01", "layers": [], "kv_bytes_share": 0.4, "warning": None,
+        "expected": {"perplexity_ratio": 1.008, "kl": 0.0075},
+        "checked": {"perplexity_ratio": 1.0061, "kl": 0.0071, "tokens": 8176, "windows": 16,
+                    "top1_agreement": 0.956, "perplexity_error": 0.0017},
+        "parts": ["heads: none redundant", "keys in 8 bits: -23%", "values in 4 bits: -34%"],
+        "tradeoff": [{"kv_bytes_share": share, "kl": kl, "perplexity_ratio": 1 + kl}
+                     for share, kl in ((0.3, 4.0), (0.4, 0.008), (0.6, 0.0001), (1.0, 0.0))],
+    }
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, EMPTY, PLANNED])
 def test_the_page_is_self_contained_and_escapes_what_it_shows(changes):
     page = render(data(**changes))
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
@@ -100,7 +115,7 @@ def test_the_page_is_self_contained_and_escapes_what_it_shows(changes):
     assert page.count("<figure>") == page.count("</figure>") > LAYERS
 
 
-@pytest.mark.parametrize("changes", [{}, EMPTY])
+@pytest.mark.parametrize("changes", [{}, EMPTY, PLANNED])
 def test_every_picture_has_a_text_alternative(changes):
     page = render(data(**changes))
     pictures = re.findall(r"<svg [^>]*>|<img [^>]*>", page)
@@ -126,6 +141,19 @@ def test_the_trade_off_shows_the_best_allocation_of_each_size_and_this_bundle():
     assert chosen_point(content)["perplexity_change"] == pytest.approx(8.2 / 7.4 - 1)
     assert chosen_point(data(eval=None))["perplexity_change"] == pytest.approx(0.1)
     assert chosen_point(data(eval=None, compare=None)) is None
+
+
+def test_a_plan_is_shown_with_what_was_expected_and_what_was_checked():
+    page = render(data(**PLANNED))
+    assert page.count('class="bits8"') > LAYERS
+    assert 'class="bits0"' in page
+    assert re.search(r"checked on 8176 unseen tokens</td><td class=.number.>\+0\.61 ± 0\.17 %", page)
+    assert re.search(r"<td>expected</td><td class=.number.>\+0\.80 %", page)
+    assert "heads: none redundant; keys in 8 bits: -23%" in page
+    assert "The plan: 40.0 %, +0.61 %." in page
+    assert "layer 1: keys of 4 of 8 heads in 4 bits, values in 4 bits" in page
+    assert "Warning" not in page
+    assert "Warning: it was forced." in render(data(plan={**PLANNED["plan"], "warning": "it was forced"}))
 
 
 def test_divergence_by_position_and_of_texts_is_shown():
@@ -189,11 +217,13 @@ def test_a_file_that_is_not_a_command_s_output_is_named(tmp_path):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
+@pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("width", [400, 1000])
-def test_a_browser_shows_the_page_without_overflow(tmp_path, width):
+def test_a_browser_shows_the_page_without_overflow(tmp_path, width, planned):
     """The page in a frame of the given width; the outer page reports what the inner one measures."""
+    content = data(**PLANNED if planned else {})
     style = f"width:{width}px;height:900px;border:0"
-    frame = f'<iframe id="frame" style="{style}" srcdoc="{html.escape(render(data()))}"></iframe>'
+    frame = f'<iframe id="frame" style="{style}" srcdoc="{html.escape(render(content))}"></iframe>'
     outer = tmp_path / "outer.html"
     outer.write_text(f"<!doctype html><title>not run</title><body>{frame}{MEASURE}", encoding="utf-8")
     command = [
@@ -208,7 +238,7 @@ def test_a_browser_shows_the_page_without_overflow(tmp_path, width):
     assert seen["outside"] == []
     assert (seen["broken"], seen["images"]) == (0, LAYERS)
     assert seen["tables"] == 0
-    assert seen["charts"] == LAYERS + 2 + 2
+    assert seen["charts"] == (6 if planned else LAYERS + 5)
 
 
 def test_the_cache_of_fewer_bits_is_shown_by_part(tmp_path):

@@ -37,6 +37,7 @@ def draft_manifest(
     """
     opset = require_opset(path, source)
     heads = _common_heads(sites)
+    key_bits, value_bits = precision.by_layer(len(sites))
     return Manifest(
         op_version=VERSION,
         dtype=_dtype(sites),
@@ -45,8 +46,8 @@ def draft_manifest(
         vocab_size=_vocabulary(source),
         kept_heads=[heads.num_kv_heads] * len(sites),
         kv_source_layers=kv_sources(sites),
-        key_bits=[precision.key_bits] * len(sites),
-        value_bits=[precision.value_bits] * len(sites),
+        key_bits=key_bits,
+        value_bits=value_bits,
         group=precision.group(heads),
         probe_tokens=probe_tokens,
         opset=opset,

@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 
 from chai_export.bundle.manifest import Manifest
 from chai_export.clustering import equaliser
-from chai_export.clustering.clusters import Clusters
+from chai_export.clustering.plan import Chosen
 from chai_export.errors import ChaiError
 from chai_export.graph.match.site import AttentionSite
 from chai_export.graph.read.builder import Builder
 from chai_export.progress import note
 
 
-def equalisers(clusters: Clusters, draft: Manifest) -> equaliser.Equalisers:
+def equalisers(clusters: Chosen, draft: Manifest) -> equaliser.Equalisers:
     """Those of the layers whose keys are stored in 4 bits.
 
     Raises:
