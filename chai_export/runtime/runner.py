@@ -24,7 +24,7 @@ from chai_export.runtime.prompts import Prompt, encode_prompt, require_fits, req
 from chai_export.runtime.request import Limits, Request
 from chai_export.runtime.sampling import Sampler, settings_for
 from chai_export.runtime.scheduler import Scheduler, chunk_length
-from chai_export.runtime.session import Session, open_session
+from chai_export.runtime.session import Session, open_session, require_heads
 from chai_export.runtime.stopping import StopReason, StopStrings
 
 DEFAULT_MAX_BATCH = 8
@@ -89,11 +89,7 @@ def load(
     if cache_memory is not None:
         whole(cache_memory, "--cache-memory", most=2**63 - 1)
     bundle = Bundle.load(path)
-    if heads is Heads.ALL and bundle.manifest.static is not None:
-        raise ChaiError(
-            f"{path} has static membership: the heads it does not keep were cut away; use heads chai, or "
-            "export with --membership online"
-        )
+    require_heads(bundle, heads)
     session = open_session(bundle, backend, heads, threads=threads, cache_memory=cache_memory)
     runner = Runner(bundle, session, backend, heads, max_batch)
     if bundle.was_replaced():  # between its check and its opening

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.choices import Backend, Heads
+from chai_export.errors import ChaiError
 from chai_export.runtime.cache import Budget
 from chai_export.runtime.pages import PagePool
 
@@ -126,6 +127,19 @@ class SharingSession(Session, Protocol):
     def copy_page(self, page: int, row: int, tokens: int) -> None:
         """Extend a row to its first ``tokens``, whose last page begins as a copy of ``page``."""
         ...
+
+
+def require_heads(bundle: Bundle, heads: Heads) -> None:
+    """Raise unless a bundle has the heads that it is to run with.
+
+    Raises:
+        ChaiError: all are wanted, and some were cut away.
+    """
+    if heads is Heads.ALL and bundle.manifest.static is not None:
+        raise ChaiError(
+            f"{bundle.path} has static membership: the heads it does not keep were cut away; use heads chai, "
+            "or export with --membership online"
+        )
 
 
 def open_session(bundle: Bundle, backend: Backend | str, heads: Heads | str, **options: Any) -> Session:

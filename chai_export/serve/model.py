@@ -14,7 +14,7 @@ from chai_export.runtime.detokenizer import Detokenizer
 from chai_export.runtime.prompts import require_fits
 from chai_export.runtime.request import Limits, Request
 from chai_export.runtime.sampling import Sampler, SamplingSettings
-from chai_export.runtime.session import SharingSession, open_session
+from chai_export.runtime.session import SharingSession, open_session, require_heads
 from chai_export.runtime.stopping import StopStrings
 from chai_export.serve.batch import Batch, Shape
 from chai_export.serve.engine import Engine
@@ -137,7 +137,9 @@ def open_model(
     whole(max_waiting, "--max-waiting", least=0)
     if max_seq is not None:
         whole(max_seq, "--max-seq")
+    backend, heads = Backend(backend), Heads(heads)
     bundle = Bundle.load(path)
+    require_heads(bundle, heads)
     tokenizer = _tokenizer(bundle)  # before the weights are read
     session = open_session(bundle, backend, heads, threads=threads, cache_memory=cache_memory)
     if not hasattr(session, "adopt"):
