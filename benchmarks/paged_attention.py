@@ -4,8 +4,8 @@
 
 The op with all heads and with those kept, against itself in float32 with all heads and against ONNX Runtime's
 GroupQueryAttention with float32, int8 and 4-bit caches, all in one interleaved run. Run it on a machine that
-does nothing else. (The result of milan-3 has one column more, that of the op's version 1 on one contiguous
-cache.)
+does nothing else. (A column ``contiguous_32_all_heads`` of older results is
+version 1 of the op, which had one contiguous cache.)
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from tests.helpers.tensorrt_probe import (
 )
 
 ARCHITECTURE = 90
-SIGNATURE = signature(version=2)
+SIGNATURE = signature()
 SPEC = Spec(4, 2, 16, 8, "float16", 5, key_bits=8, value_bits=4, group_size=8, softcap=True, sinks=True)
 PLUGIN_TYPES = {
     "float32": FLOAT,
