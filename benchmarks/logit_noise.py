@@ -38,10 +38,10 @@ from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
 from chai_export.models.kv_sources import describe_model
 from chai_export.models.loading import load_model
-from chai_export.models.tokenizer import load_tokenizer
 from chai_export.models.logits import differences
 from chai_export.models.oracle import Oracle, model_logits
 from chai_export.models.text import read_tokens
+from chai_export.models.tokenizer import load_tokenizer
 from chai_export.progress import note
 from chai_export.quality.rounding import rounding, tolerances
 from chai_export.runtime.native import SWITCH

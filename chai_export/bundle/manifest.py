@@ -111,8 +111,9 @@ class GenerationSettings(_Strict):
 class EngineRecord(_Strict):
     """An engine inside the bundle: what it was built with, for which limits, and its files.
 
-    ``model_sha256`` is the hash of the model.onnx it was built from. Fields that a backend does not have
-    are None: ONNX Runtime has neither a GPU architecture nor (with the function body) a plugin.
+    ``model_sha256`` is the hash of the model.onnx it was built from, ``cache_memory`` the bytes that caches
+    may take unless a run says otherwise. Fields that a backend does not have are None: ONNX Runtime has
+    neither a GPU architecture nor (with the function body) a plugin.
     """
 
     backend: Backend
@@ -120,6 +121,7 @@ class EngineRecord(_Strict):
     model_sha256: str
     max_batch: Count
     max_seq: Count
+    cache_memory: Large | None = Field(default=None, exclude_if=lambda size: size is None)
     op_version: Count
     gpu_architecture: str | None = None
     plugin_version: str | None = None

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from chai_export.cli.output import print_json
+from chai_export.units import bytes_of
 
 NAME = "build"
 HELP = "Build an engine for a backend inside a bundle."
@@ -22,6 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-seq", metavar="N", type=int, help="largest capacity in tokens (default: the model's)"
     )
+    parser.add_argument(
+        "--cache-memory", metavar="SIZE",
+        help="most memory for KV caches, such as 2GiB (default: room for the largest batch of longest texts)",
+    )  # fmt: skip
     parser.add_argument(
         "--builder-memory",
         metavar="GIB",
@@ -45,11 +50,13 @@ def execute(arguments: argparse.Namespace) -> int:
     """Build and show the record."""
     from chai_export.engines.build import build
 
+    memory = arguments.cache_memory
     record = build(
         arguments.bundle,
         backend=arguments.backend,
         max_batch=arguments.max_batch,
         max_seq=arguments.max_seq,
+        cache_memory=bytes_of(memory, "--cache-memory") if memory is not None else None,
         builder_memory=None if arguments.builder_memory is None else int(arguments.builder_memory * 2**30),
         kernels=arguments.kernels,
         alias_caches=arguments.alias_caches,

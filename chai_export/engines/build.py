@@ -21,6 +21,7 @@ def build(
     max_batch: int = 8,
     max_seq: int | None = None,
     *,
+    cache_memory: int | None = None,
     builder_memory: int | None = None,
     kernels: str | Path | None = None,
     alias_caches: bool | None = None,
@@ -32,6 +33,8 @@ def build(
         backend: "onnxruntime" or "tensorrt".
         max_batch: most rows computed at one time.
         max_seq: most tokens of prompt and text together. Default: what the model was trained for.
+        cache_memory: bytes that the KV caches of a run may take, so that rows wait for each other's pages.
+            Default: room for ``max_batch`` rows of ``max_seq`` tokens, which must be there now.
         builder_memory: "tensorrt" only: bytes of GPU memory that the builder may use as workspace.
         kernels: "tensorrt" only: directory of kernels compiled elsewhere, instead of compiling them.
         alias_caches: "tensorrt" only: whether the builder is told that caches are appended to in place
@@ -53,6 +56,8 @@ def build(
             raise UsageError(f"{flag} is for --backend tensorrt; leave it out for {backend}")
     whole(max_batch, "--max-batch")
     require_at_least_one(max_seq=max_seq)
+    if cache_memory is not None:
+        whole(cache_memory, "--cache-memory", most=2**63 - 1)
     if builder_memory is not None:
         whole(builder_memory, "--builder-memory", most=2**63 - 1)
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
@@ -78,6 +83,7 @@ def build(
     else:
         from chai_export.engines.onnxruntime import build_onnxruntime
 
-        record = build_onnxruntime(bundle, max_batch, max_seq)
+        record = build_onnxruntime(bundle, max_batch, max_seq, cache_memory)
+    record = record.model_copy(update={"cache_memory": cache_memory})
     add_engine(bundle, record)
     return record

@@ -20,22 +20,25 @@ from chai_export.runtime.session import open_session
 from chai_export.version import CREATED_WITH
 
 
-def build_onnxruntime(bundle: Bundle, max_batch: int, max_seq: int) -> EngineRecord:
+def build_onnxruntime(
+    bundle: Bundle, max_batch: int, max_seq: int, cache_memory: int | None = None
+) -> EngineRecord:
     """Load the bundle, run one step at the largest batch, and return the record of it.
 
     Raises:
         ChaiError: ONNX Runtime cannot run the bundle, its result is not finite, or caches of
-            ``max_batch`` × ``max_seq`` tokens do not fit in memory.
+            ``max_batch`` × ``max_seq`` tokens do not fit in memory, or one row of them in ``cache_memory``.
     """
     manifest = bundle.manifest
-    session = open_session(bundle, Backend.ONNXRUNTIME, Heads.CHAI)
-    session.begin(max_batch, max_seq)
+    session = open_session(bundle, Backend.ONNXRUNTIME, Heads.CHAI, cache_memory=cache_memory)
+    rows = max_batch if cache_memory is None else 1  # the others may wait
+    session.begin(rows, max_seq)
     tokens = min(manifest.probe_tokens + 1, max_seq)
     logits = session.step(
-        np.zeros((max_batch, tokens), np.int64),
-        np.full(max_batch, tokens, np.int32),
-        np.zeros(max_batch, np.int32),
-        np.full((max_batch, 1), tokens - 1, np.int64),
+        np.zeros((rows, tokens), np.int64),
+        np.full(rows, tokens, np.int32),
+        np.zeros(rows, np.int32),
+        np.full((rows, 1), tokens - 1, np.int64),
     )
     if not np.isfinite(logits).all():
         raise ChaiError(f"{bundle.model_path} gives logits that are not finite; export with --dtype float32")

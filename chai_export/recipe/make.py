@@ -30,6 +30,7 @@ from chai_export.quality.evaluate import evaluate
 from chai_export.quality.verify import verify
 from chai_export.recipe.cache import StageCache, stage_key
 from chai_export.recipe.recipe import Recipe, RunSettings
+from chai_export.units import bytes_of
 
 CURVES = "error_curves.png"
 Report = Callable[[str], None]
@@ -213,11 +214,13 @@ class _Make:
     def _build(self) -> None:
 
         settings = self._recipe.build
+        memory = settings.cache_memory
         build(
             self._result.bundle,
             backend=settings.backend,
             max_batch=settings.max_batch,
             max_seq=settings.max_seq,
+            cache_memory=None if memory is None else bytes_of(memory, "build.cache_memory"),
         )
 
     def _verify(self) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class BuildSettings(_Settings):
     backend: Backend = Backend.ONNXRUNTIME
     max_batch: Count = 8
     max_seq: Count | None = None
+    cache_memory: str | None = None  # such as 2GiB
 
 
 class VerifySettings(_Settings):

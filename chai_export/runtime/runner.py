@@ -75,7 +75,8 @@ def load(
         heads: "chai", or "all" for the same graph as plain multi-head attention.
         max_batch: prompts computed at one time; more wait their turn. Default: the engine's, else 8.
         threads: threads within an operator; 0 lets the backend decide.
-        cache_memory: bytes that KV caches may take; prompts that find no room wait. Default: what is free.
+        cache_memory: bytes that KV caches may take; prompts that find no room wait. Default: the engine's,
+            else what is free.
 
     Raises:
         UsageError: ``backend``, ``heads``, ``max_batch`` or ``cache_memory`` is wrong.
@@ -90,7 +91,9 @@ def load(
         whole(cache_memory, "--cache-memory", most=2**63 - 1)
     bundle = Bundle.load(path)
     require_heads(bundle, heads)
-    session = open_session(bundle, backend, heads, threads=threads, cache_memory=cache_memory)
+    engine = bundle.manifest.engines.get(backend)
+    memory = engine.cache_memory if engine is not None and cache_memory is None else cache_memory
+    session = open_session(bundle, backend, heads, threads=threads, cache_memory=memory)
     runner = Runner(bundle, session, backend, heads, max_batch)
     if bundle.was_replaced():  # between its check and its opening
         return load(path, backend, heads, max_batch=max_batch, threads=threads, cache_memory=cache_memory)

@@ -91,6 +91,7 @@ EngineRecord read_engine(const std::string& backend, const Json& json, const std
   record.is_of_this_model = json.at("model_sha256").string() == model_sha256;
   record.max_batch = json.at("max_batch").integer();
   record.max_seq = json.at("max_seq").integer();
+  if (const auto memory = json.find("cache_memory")) record.cache_memory = memory->integer();
   record.has_plugin = json.find("plugin_version").has_value();
   if (const auto files = json.find("files")) record.files = read_files(*files);
   return record;

@@ -26,6 +26,7 @@ using Files = std::map<std::string, std::int64_t>;
 struct EngineRecord {
   std::int64_t max_batch = 0;
   std::int64_t max_seq = 0;
+  std::int64_t cache_memory = 0;  // bytes that caches may take unless a program says otherwise; 0: no limit
   bool has_plugin = false;
   bool is_of_this_model = false;
   Files files;

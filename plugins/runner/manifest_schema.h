@@ -408,6 +408,17 @@ inline constexpr char kManifestSchema[] = R"json({
       "minimum": 1,
       "type": "integer"
      },
+     "cache_memory": {
+      "anyOf": [
+       {
+        "minimum": 1,
+        "type": "integer"
+       },
+       {
+        "type": "null"
+       }
+      ]
+     },
      "op_version": {
       "maximum": 2147483647,
       "minimum": 1,

@@ -92,7 +92,9 @@ Runner Runner::open(const std::string& bundle, const Options& options) {
                                          " and the engine was built for " + std::to_string(most) +
                                          "; give less, or build with a higher --max-batch");
   state->max_batch = options.max_batch > 0 ? options.max_batch : most > 0 ? most : kDefaultMaxBatch;
-  state->session = open_session(bundle, state->manifest, options);
+  Options chosen = options;
+  if (state->engine != nullptr && chosen.cache_memory == 0) chosen.cache_memory = state->engine->cache_memory;
+  state->session = open_session(bundle, state->manifest, chosen);
   return Runner(std::move(state));
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -115,6 +116,19 @@ def test_prompts_wait_for_pages_and_one_that_never_fits_names_the_option(tmp_pat
     one = generate("--cache-memory", memory, bundle.path, 4, as_argument([3] * 257))
     assert one.returncode == 1
     assert "a prompt has 257 tokens and 256 fit; shorten it or raise cache_memory (" in one.stderr
+
+
+def test_the_memory_that_the_engine_was_built_for_bounds_the_pool(tmp_path, generate):
+    bundle = TinyModel(positions=400).write(tmp_path / "bundle")
+    two_pages = 2 * PAGE_LENGTH * bundle.manifest.kv_bytes_per_token()
+    ce.build(bundle.path, max_seq=128, cache_memory=two_pages)
+    record = bundle.path / "manifest.json"
+    content = json.loads(record.read_text())
+    content["engines"]["onnxruntime"]["max_seq"] = 300
+    record.write_text(json.dumps(content))
+    few = generate(bundle.path, 4, as_argument([3] * 257))
+    assert few.returncode == 1
+    assert "fit; shorten it or raise cache_memory (" in few.stderr
 
 
 @pytest.mark.slow

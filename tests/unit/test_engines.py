@@ -7,6 +7,8 @@ import pytest
 import chai_export as ce
 from chai_export.bundle.bundle import Bundle
 from chai_export.errors import ChaiError, UsageError
+from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
+from chai_export.runtime.pages import PAGE_LENGTH
 from tests.helpers.tiny_graph import TinyModel
 
 
@@ -46,6 +48,27 @@ def test_limits_beyond_memory_are_refused(tmp_path):
     bundle = TinyModel().write(tmp_path / "b", max_positions=None)
     with pytest.raises(ChaiError, match="lower --max-seq"):
         ce.build(bundle, max_batch=1 << 20, max_seq=1 << 24)
+
+
+def test_the_memory_of_the_engine_bounds_runs_that_name_none(path):
+    page = Bundle.load(path).manifest.kv_bytes_per_token() * PAGE_LENGTH
+    buffers = 1 if find_library(ONNXRUNTIME_LIBRARY) else 2
+    record = ce.build(path, max_batch=1 << 20, max_seq=90, cache_memory=buffers * page)
+    assert Bundle.load(path).manifest.engines["onnxruntime"].cache_memory == record.cache_memory
+    runner = ce.load(path, max_batch=3)
+    prompts = [[4, 5], [6, 7, 8], [9]]
+    assert [r.token_ids for r in runner.generate(prompts, 4)] == [TinyModel().greedy(p, 4) for p in prompts]
+    assert runner.kv_cache_bytes == page
+    more = ce.load(path, max_batch=3, cache_memory=3 * buffers * page)
+    more.generate(prompts, 4)
+    assert more.kv_cache_bytes == 3 * page
+
+
+def test_a_memory_in_which_no_row_fits_is_refused(path):
+    with pytest.raises(ChaiError, match=r"1 rows of 90 tokens.*raise --cache-memory"):
+        ce.build(path, max_seq=90, cache_memory=100)
+    with pytest.raises(UsageError, match="--cache-memory is 0"):
+        ce.build(path, cache_memory=0)
 
 
 @pytest.mark.parametrize("limits", [{"max_batch": 0}, {"max_seq": 0}])

@@ -153,6 +153,7 @@ TEST_CASE("a manifest's fields are read") {
   CHECK_FALSE(geometry.has_cache(1));
   CHECK(geometry.num_caches() == 2);
   CHECK(manifest.engines.at("tensorrt").has_plugin);
+  CHECK(manifest.engines.at("tensorrt").cache_memory == std::int64_t{1} << 40);
   CHECK(manifest.engines.at("tensorrt").is_of_this_model);
   CHECK(manifest.engines.at("tensorrt").files.count("engines/tensorrt/engine.plan") == 1);
 }

@@ -31,7 +31,8 @@ struct Options {
   int threads = 0;
   // Prompts computed at one time; more wait their turn. 0: what the engine was built for, else 8.
   std::int64_t max_batch = 0;
-  // Bytes that KV caches may take; prompts that find no room wait. 0: most of the memory that is free.
+  // Bytes that KV caches may take; prompts that find no room wait. 0: what the engine was built for, else
+  // most of the memory that is free.
   std::int64_t cache_memory = 0;
   // libonnxruntime.so. Empty: $CHAI_ONNXRUNTIME_LIBRARY, the one already loaded, the one named when this
   // library was built, or the loader's. A process has one; the first one loaded stays.
