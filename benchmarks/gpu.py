@@ -13,6 +13,7 @@ import gc
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpu_timing import Buffers, copy_bandwidth, graph_seconds, rotations
+from gpu_timing import PAGE_LENGTH, Buffers, copy_bandwidth, graph_seconds, one_pool, rotations
 
 from chai_export.kernels import Shape, Spec
 from chai_export.kernels.blocks import choose
 from chai_export.kernels.case_runner import run_case
-from chai_export.kernels.program import Program, build_program
+from chai_export.kernels.launches import build_program
+from chai_export.kernels.program import Program
 from chai_export.kernels.traffic import cache_bytes, call_traffic, count_pieces
-from chai_export.op.cases import CASES, Case
+from chai_export.op.v2.attributes import Attributes
+from chai_export.op.v2.cases import CASES, TERM_CASES, Case
 
 RESULTS = Path(__file__).parent / "results"
-SPEC = Spec(32, 32, 128, 128, "bfloat16")
+EXACT = Spec(32, 32, 128, 128, "bfloat16")
+SPECS = {
+    "as given": EXACT,
+    "8/8": replace(EXACT, key_bits=8, value_bits=8),
+    "8/4": replace(EXACT, key_bits=8, value_bits=4),
+}
+"""By bits of keys and values."""
 KEPT = 8
 BATCHES = (1, 16, 64)
 LENGTHS = (2048, 8192, 32768)
@@ -48,38 +57,54 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTEN
 LARGE_STEP = 300e6
 SHARE_OF_COPY, OVER_SDPA, PREFILL_GAIN = 0.8, 1.4, 1.2
 
+STORED = Attributes(key_bits=8, value_bits=4)
 LARGE_CASES = (
-    Case("gpu_prefill", 32, 32, 8, ((0, 700), (300, 257)), head_dim=128, capacity=768),
-    Case("gpu_decode", 32, 32, 8, ((3000, 1), (777, 1), (0, 1)), head_dim=128, capacity=3072),
-    Case("gpu_grouped", 64, 8, 3, ((0, 300), (900, 1)), head_dim=128, capacity=1024),
-    Case("gpu_grouped_decode", 64, 8, 3, ((2000, 1), (900, 1)), head_dim=128, capacity=2048),
-    Case("gpu_multi_query", 128, 1, 1, ((500, 1), (129, 1)), head_dim=256, capacity=512),
-    Case("gpu_many_heads", 128, 128, 40, ((0, 200),), head_dim=64, capacity=256, probe_tokens=8),
-)
+    Case("gpu_prefill", 32, 32, 8, ((0, 700), (300, 257)), head_dim=128, page=32, capacity=768),
+    Case("gpu_decode", 32, 32, 8, ((3000, 1), (777, 1), (0, 1)), head_dim=128, page=128, capacity=3072),
+    Case(
+        "gpu_grouped", 64, 8, 3, ((0, 300), (900, 1)), head_dim=128, page=64, capacity=1024, attributes=STORED
+    ),
+    Case(
+        "gpu_grouped_decode", 64, 8, 3, ((2000, 1), (900, 1)), head_dim=128, page=128, capacity=2048,
+        attributes=STORED,
+    ),
+    Case("gpu_multi_query", 128, 1, 1, ((500, 1), (129, 1)), head_dim=256, page=64, capacity=512),
+    Case(
+        "gpu_many_heads", 128, 128, 40, ((0, 200),), head_dim=64, page=64, capacity=256,
+        attributes=Attributes(probe_tokens=8),
+    ),
+)  # fmt: skip
+ALL_CASES = (*CASES, *TERM_CASES, *LARGE_CASES)
 
 
 def check_all() -> dict[str, str]:
     """Every case in every dtype; the failures, by case and dtype."""
     failures = {}
-    for case in (*CASES, *LARGE_CASES):
+    for case in ALL_CASES:
         for dtype in ("float32", "float16", "bfloat16"):
             try:
                 run_case(case, dtype, "cuda")
             except AssertionError as error:
                 failures[f"{case.name} {dtype}"] = str(error)
-    print(f"cases: {3 * len((*CASES, *LARGE_CASES)) - len(failures)} passed, {len(failures)} failed")
+    print(f"cases: {3 * len(ALL_CASES) - len(failures)} passed, {len(failures)} failed")
     for name, message in failures.items():
         print(f"  FAILED {name}: {message}")
     return failures
 
 
+def all_heads_bytes(length: int) -> int:
+    """Of one row's keys and values with all heads in T: what SDPA reads."""
+    stored = cache_bytes(EXACT, one_pool(1, 1, EXACT.num_kv_heads, length), length)
+    return stored.keys + stored.values
+
+
 def sdpa_seconds(batch: int, queries: int, length: int) -> dict[str, float | str]:
     """Median seconds per torch back end, or why it does not run."""
-    sets = rotations(batch * cache_bytes(SPEC, SPEC.num_kv_heads, length))
-    shape = (batch, SPEC.num_query_heads)
+    sets = rotations(batch * all_heads_bytes(length))
+    shape = (batch, EXACT.num_query_heads)
 
     def draw(tokens: int) -> torch.Tensor:
-        return torch.randn(*shape, tokens, SPEC.head_dim, dtype=torch.bfloat16, device="cuda")
+        return torch.randn(*shape, tokens, EXACT.head_dim, dtype=torch.bfloat16, device="cuda")
 
     tensors = [(draw(queries), draw(length), draw(length)) for _ in range(sets)]
     result: dict[str, float | str] = {}
@@ -123,47 +148,53 @@ def own_seconds(
     }
 
 
-def measure_decode(program: Program, bandwidth: float) -> list[dict[str, Any]]:
-    """One token per row at every batch size and length that fits in memory."""
+def measure_decode(architecture: int, bandwidth: float) -> list[dict[str, Any]]:
+    """One token per row at every batch size, length and storage that fits in memory."""
     results = []
     for batch in BATCHES:
         for length in LENGTHS:
-            if 2.5 * batch * cache_bytes(SPEC, 32, length) > torch.cuda.mem_get_info()[1]:
+            if 2.5 * batch * all_heads_bytes(length) > torch.cuda.mem_get_info()[1]:
                 print(f"decode B={batch} T={length}: skipped, does not fit in memory")
                 continue
             entry: dict[str, Any] = {"batch": batch, "length": length, "sdpa": sdpa_seconds(batch, 1, length)}
-            for name, head_map, kept in (
-                *((n, m, KEPT) for n, m in MAPS.items()),
-                ("all heads", ALL_HEADS, 32),
-            ):
-                print(f"decode B={batch} T={length} {name}")
-                gc.collect()
-                torch.cuda.empty_cache()
-                shape = Shape(batch, 1, kept, length)
-                own = own_seconds(program, shape, length - 1, head_map, bandwidth)
-                fastest = min((s for s in entry["sdpa"].values() if isinstance(s, float)), default=math.nan)
-                own["over_sdpa"] = fastest / own["seconds"]
-                if kept == KEPT and own["bytes"] > LARGE_STEP:
-                    own["meets_target"] = (
-                        own["share_of_copy"] >= SHARE_OF_COPY and own["over_sdpa"] >= OVER_SDPA
+            for bits, spec in SPECS.items():
+                program = build_program(spec, choose(spec, architecture))
+                for name, head_map, kept in (
+                    *((n, m, KEPT) for n, m in MAPS.items()),
+                    ("all heads", ALL_HEADS, 32),
+                ):
+                    print(f"decode B={batch} T={length} {bits} {name}")
+                    gc.collect()
+                    torch.cuda.empty_cache()
+                    shape = one_pool(batch, 1, kept, length)
+                    own = own_seconds(program, shape, length - 1, head_map, bandwidth)
+                    fastest = min(
+                        (s for s in entry["sdpa"].values() if isinstance(s, float)), default=math.nan
                     )
-                print(
-                    f"  {own['seconds'] * 1e6:9.1f} us, {own['share_of_copy']:.0%} of copy bandwidth, "
-                    f"{own['over_sdpa']:.2f}x the fastest SDPA {entry['sdpa']}"
-                )
-                entry[name] = own
+                    own["over_sdpa"] = fastest / own["seconds"]
+                    if kept == KEPT and spec is EXACT and own["bytes"] > LARGE_STEP:
+                        own["meets_target"] = (
+                            own["share_of_copy"] >= SHARE_OF_COPY and own["over_sdpa"] >= OVER_SDPA
+                        )
+                    print(
+                        f"  {own['seconds'] * 1e6:9.1f} us, {own['share_of_copy']:.0%} of copy bandwidth, "
+                        f"{own['over_sdpa']:.2f}x the fastest SDPA {entry['sdpa']}"
+                    )
+                    entry[f"{bits}, {name}"] = own
             results.append(entry)
     return results
 
 
-def measure_prefill(program: Program, bandwidth: float) -> dict[str, Any]:
+def measure_prefill(architecture: int, bandwidth: float) -> dict[str, Any]:
     """One row of S new tokens with fixed maps, with the whole online call, and with all heads."""
     entry: dict[str, Any] = {"tokens": PREFILL, "sdpa": sdpa_seconds(1, PREFILL, PREFILL)}
     runs = [(name, head_map, KEPT, False) for name, head_map in MAPS.items()]
     runs += [("all heads", ALL_HEADS, 32, False), ("online", ALL_HEADS, KEPT, True)]
+    program = build_program(EXACT, choose(EXACT, architecture))
     for name, head_map, kept, online in runs:
         print(f"prefill S={PREFILL} {name}")
-        entry[name] = own_seconds(program, Shape(1, PREFILL, kept, PREFILL), 0, head_map, bandwidth, online)
+        shape = one_pool(1, PREFILL, kept, PREFILL)
+        entry[name] = own_seconds(program, shape, 0, head_map, bandwidth, online)
     for name in MAPS:
         gain = entry["all heads"]["seconds"] / entry[name]["seconds"]
         entry[name] |= {"over_all_heads": gain, "meets_target": gain >= PREFILL_GAIN}
@@ -172,25 +203,24 @@ def measure_prefill(program: Program, bandwidth: float) -> dict[str, Any]:
 
 
 def print_model(architecture: int) -> None:
-    """Bytes, operations and ceilings without a GPU, as the tables of docs/kernels.md."""
-    program = build_program(SPEC, choose(SPEC, architecture))
-    print("| B | T | kernel | MB | GFLOP |\n|---|---|---|---|---|")
-    for batch in BATCHES:
-        for length in LENGTHS:
-            shape = Shape(batch, 1, KEPT, length)
-            traffic = call_traffic(program, shape, length - 1, 1, MAPS["8 clusters of 4"])
-            for name, kernel in traffic.items():
-                print(
-                    f"| {batch} | {length} | {name} | {kernel.bytes / 1e6:.2f} | {kernel.flops / 1e9:.2f} |"
-                )
-            ours, theirs = (
-                sum(kernel.bytes for kernel in traffic.values()),
-                batch * cache_bytes(SPEC, 32, length),
-            )
-            print(f"| {batch} | {length} | together | {ours / 1e6:.2f} | gain at most {theirs / ours:.3f} |")
-    members = choose(SPEC, architecture).kernels["prefill"].constants["MEMBERS"]
+    """Bytes, operations and ceilings without a GPU, as the tables of docs/performance.md."""
+    print("| bits | B | T | kernel | MB | GFLOP |\n|---|---|---|---|---|---|")
+    for bits, spec in SPECS.items():
+        program = build_program(spec, choose(spec, architecture))
+        for batch in BATCHES:
+            for length in LENGTHS:
+                shape = one_pool(batch, 1, KEPT, length)
+                traffic = call_traffic(program, shape, length - 1, 1, MAPS["8 clusters of 4"])
+                where = f"| {bits} | {batch} | {length} |"
+                for name, kernel in traffic.items():
+                    print(f"{where} {name} | {kernel.bytes / 1e6:.2f} | {kernel.flops / 1e9:.2f} |")
+                ours = sum(kernel.bytes for kernel in traffic.values())
+                theirs = batch * all_heads_bytes(length)
+                print(f"{where} together | {ours / 1e6:.2f} | gain at most {theirs / ours:.3f} |")
+    program = build_program(EXACT, choose(EXACT, architecture))
+    members = choose(EXACT, architecture).kernels["prefill"].constants["MEMBERS"]
     print("\n| map | pieces | GFLOP | all heads / ours |\n|---|---|---|---|")
-    shape, every = Shape(1, PREFILL, KEPT, PREFILL), Shape(1, PREFILL, 32, PREFILL)
+    shape, every = (one_pool(1, PREFILL, kept, PREFILL) for kept in (KEPT, 32))
     base = call_traffic(program, every, 0, PREFILL, ALL_HEADS)["prefill_kernel"].flops
     for name, head_map in {**MAPS, "all heads": ALL_HEADS}.items():
         flops = call_traffic(program, shape, 0, PREFILL, head_map)["prefill_kernel"].flops
@@ -218,7 +248,7 @@ def main() -> int:
         return int(bool(failures))
     device = torch.cuda.get_device_name()
     major, minor = torch.cuda.get_device_capability()
-    program = build_program(SPEC, choose(SPEC, major * 10 + minor))
+    architecture = major * 10 + minor
     bandwidth = copy_bandwidth()
     print(f"{device}: copy {bandwidth / 1e12:.2f} TB/s read plus written")
     results = {
@@ -226,9 +256,10 @@ def main() -> int:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "copy_bytes_per_second": bandwidth,
-        "cases_checked": 3 * len((*CASES, *LARGE_CASES)),
-        "decode": measure_decode(program, bandwidth),
-        "prefill": measure_prefill(program, bandwidth),
+        "cases_checked": 3 * len(ALL_CASES),
+        "page_length": PAGE_LENGTH,
+        "decode": measure_decode(architecture, bandwidth),
+        "prefill": measure_prefill(architecture, bandwidth),
     }
     RESULTS.mkdir(exist_ok=True)
     name = arguments.name or device.lower().replace(" ", "-")

@@ -27,21 +27,22 @@ from chai_export.kernels import Spec, compile
 RECORD = Path(__file__).parent / "results" / "gpu-kernel-resources.json"
 
 SPECS = {
-    "small": Spec(4, 2, 32, 32, "float16"),
+    "small": Spec(4, 2, 32, 32, "float16", key_bits=8, value_bits=4),
     "llama-7b": Spec(32, 32, 128, 128, "bfloat16"),
-    "grouped": Spec(32, 8, 64, 64, "float16"),
+    "llama-7b-8-8": Spec(32, 32, 128, 128, "bfloat16", key_bits=8, value_bits=8),
+    "llama-7b-8-4": Spec(32, 32, 128, 128, "bfloat16", key_bits=8, value_bits=4),
+    "grouped": Spec(32, 8, 64, 64, "float16", key_bits=8, value_bits=4),
     "multi-query": Spec(128, 1, 256, 256, "bfloat16", probe_tokens=16),
     "float32": Spec(32, 8, 128, 128, "float32"),
-    "float32-256": Spec(8, 4, 256, 256, "float32"),
-    "odd": Spec(25, 5, 80, 112, "float16"),
+    "odd-4-4": Spec(25, 5, 80, 112, "float16", key_bits=4, value_bits=4, group_size=16),
 }
 
-EVERYWHERE = [80, 86, 89, 90, 100, 120]
+EVERYWHERE = [80, 89, 90, 100, 120]
 
 
 def recorded_architectures(name: str) -> list[int]:
-    """The small model and the usual one everywhere; the others where shared memory is plenty and scarce."""
-    return EVERYWHERE if name in ("small", "llama-7b") else [89, 90]
+    """The usual model in few bits everywhere; the others where shared memory is plenty."""
+    return EVERYWHERE if name == "llama-7b-8-4" else [90]
 
 
 def measure(name: str, arch: int, kernels: list[str]) -> tuple[str, dict[str, Any]]:

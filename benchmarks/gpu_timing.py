@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from chai_export.kernels.launch import run
+from chai_export.kernels.launches import tensor_types
 from chai_export.kernels.program import Program
+from chai_export.kernels.run import TORCH_DTYPES, run_launches
 from chai_export.kernels.spec import Shape
 
+PAGE_LENGTH = 128
 REPLAYS = 30
 WARM_UP = 5
 CACHE_FACTOR = 3
@@ -53,31 +55,48 @@ def copy_bandwidth() -> float:
 
 
 class Buffers:
-    """Rotating tensors of one shape; every row has ``past`` cached and S new tokens, and the same map."""
+    """Rotating tensors of one shape; every row has ``past`` cached and S new tokens, and the same map.
+
+    Rows hold pages of the pool in random order.
+    """
 
     def __init__(self, program: Program, shape: Shape, past: int, head_map: Sequence[int], sets: int) -> None:
         spec = program.spec
-        dtype = getattr(torch, spec.dtype)
-        batch, tokens, kept, capacity = shape.batch, shape.tokens, shape.kept, shape.capacity
+        batch, tokens = shape.batch, shape.tokens
         heads, kv_heads = spec.num_query_heads, spec.num_kv_heads
+        of_keys, of_values = ((shape.pages, n, shape.page_length) for n in (shape.kept, kv_heads))
+        shapes = {
+            "query": (batch, heads, tokens, spec.head_dim),
+            "key": (batch, kv_heads, tokens, spec.head_dim),
+            "value": (batch, kv_heads, tokens, spec.value_head_dim),
+            "key_cache": (*of_keys, spec.storage_k.columns),
+            "value_cache": (*of_values, spec.storage_v.columns),
+            "key_scales": (*of_keys, spec.storage_k.scale_columns),
+            "value_scales": (*of_values, spec.storage_v.scale_columns),
+            "output": (batch, tokens, heads * spec.value_head_dim),
+        }
+        types = tensor_types(spec)
 
-        def draw(*size: int) -> torch.Tensor:
-            return torch.randn(size, dtype=dtype, device="cuda")
+        def draw(name: str) -> torch.Tensor:
+            dtype = TORCH_DTYPES[types[name]]
+            if dtype.is_floating_point:
+                return torch.randn(shapes[name], dtype=dtype, device="cuda").abs_()
+            return torch.randint(0, 127, shapes[name], dtype=dtype, device="cuda")
 
         def integers(values: Sequence[int], *size: int) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int32, device="cuda").expand(size).contiguous()
+
+        def table() -> torch.Tensor:
+            pages = torch.randperm(shape.pages, dtype=torch.int32, device="cuda")
+            return pages[: batch * shape.row_pages].view(batch, shape.row_pages)
 
         self.program, self.shape = program, shape
         self.scale = spec.head_dim**-0.5
         self.workspace = torch.empty(program.workspace_bytes(shape), dtype=torch.uint8, device="cuda")
         self.sets = [
             {
-                "query": draw(batch, heads, tokens, spec.head_dim),
-                "key": draw(batch, kv_heads, tokens, spec.head_dim),
-                "value": draw(batch, kv_heads, tokens, spec.value_head_dim),
-                "present_key": draw(batch, kept, capacity, spec.head_dim),
-                "present_value": draw(batch, kv_heads, capacity, spec.value_head_dim),
-                "output": draw(batch, tokens, heads * spec.value_head_dim),
+                **{name: draw(name) for name in shapes if name in types},
+                "page_table": table(),
                 "past_head_map": integers(list(head_map), batch, heads),
                 "present_head_map": integers([0], batch, heads),
                 "past_lengths": integers([past], batch),
@@ -88,12 +107,18 @@ class Buffers:
 
     def seconds(self, only: str = "", online: bool = False) -> float:
         """Median seconds of a call, or of one of its kernels (whose workspace a whole call has filled)."""
+        symbols = self.shape.symbols(self.program.spec) | {"online": int(online), "window": 0}
+        floats = {"scale": self.scale, "softcap": 0.0}
 
         def step(tensors: dict[str, torch.Tensor], name: str) -> Callable[[], None]:
-            return lambda: run(
-                self.program, self.shape, tensors, self.workspace, scale=self.scale, online=online, only=name
-            )
+            return lambda: run_launches(self.program, symbols, tensors, self.workspace, floats, name)
 
         for tensors in self.sets:
             step(tensors, "")()
         return graph_seconds([step(tensors, only) for tensors in self.sets])
+
+
+def one_pool(batch: int, tokens: int, kept: int, length: int) -> Shape:
+    """B rows of ``length`` tokens, S of them new, in a pool that holds just their pages."""
+    row_pages = -(-length // PAGE_LENGTH)
+    return Shape(batch, tokens, kept, row_pages * PAGE_LENGTH, batch * row_pages, PAGE_LENGTH)

@@ -23,11 +23,11 @@ from triton.runtime.errors import OutOfResources
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpu_timing import Buffers, rotations
+from gpu_timing import Buffers, one_pool, rotations
 
 from chai_export.kernels import Shape, Spec
 from chai_export.kernels.blocks import BLOCKS_FILE, Blocks, KernelBlocks, choose, padded
-from chai_export.kernels.program import build_program
+from chai_export.kernels.launches import build_program
 from chai_export.kernels.traffic import cache_bytes
 
 PREFILL_TOKENS = 4096
@@ -54,7 +54,7 @@ def decode_candidates(processors: int) -> Iterator[tuple[KernelBlocks, int]]:
 def seconds(spec: Spec, blocks: Blocks, shape: Shape, past: int, head_map: list[int]) -> float:
     """Time of a call with a choice, infinite if it does not fit on this GPU."""
     program = build_program(spec, blocks)
-    sets = rotations(shape.batch * cache_bytes(spec, shape.kept, past + shape.tokens))
+    sets = rotations(shape.batch * cache_bytes(spec, shape, past + shape.tokens).together)
     try:
         return Buffers(program, shape, past, head_map, sets).seconds()
     except OutOfResources:
@@ -63,7 +63,8 @@ def seconds(spec: Spec, blocks: Blocks, shape: Shape, past: int, head_map: list[
 
 def with_decode(blocks: Blocks, kernel: KernelBlocks, programs: int) -> Blocks:
     """A choice with other decode kernels; values run with as many programs as scores."""
-    values = KernelBlocks({}, kernel.num_warps, kernel.num_stages)
+    merged = blocks.kernels["decode_values"].constants  # BLOCK_SPLITS
+    values = KernelBlocks(merged, kernel.num_warps, kernel.num_stages)
     kernels = {**blocks.kernels, "decode_scores": kernel, "decode_values": values}
     return replace(blocks, kernels=kernels, score_programs=programs, value_programs=programs)
 
@@ -74,7 +75,7 @@ def tune(spec: Spec, kept: int, blocks: Blocks) -> Blocks:
     kept_of = [head // group * kept // spec.num_kv_heads for head in range(spec.num_query_heads)]
     first = {slot: kept_of.index(slot) for slot in kept_of}
     head_map = [first[slot] for slot in kept_of]
-    shape = Shape(1, PREFILL_TOKENS, kept, PREFILL_TOKENS)
+    shape = one_pool(1, PREFILL_TOKENS, kept, PREFILL_TOKENS)
     best = seconds(spec, blocks, shape, 0, head_map)
     for kernel in prefill_candidates():
         tried = replace(blocks, kernels={**blocks.kernels, "prefill": kernel})
@@ -82,7 +83,7 @@ def tune(spec: Spec, kept: int, blocks: Blocks) -> Blocks:
         print(f"prefill {kernel}: {time * 1e6:.1f} us")
         if time < best:
             best, blocks = time, tried
-    shape = Shape(DECODE_BATCH, 1, kept, DECODE_LENGTH)
+    shape = one_pool(DECODE_BATCH, 1, kept, DECODE_LENGTH)
     best = seconds(spec, blocks, shape, DECODE_LENGTH - 1, head_map)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     for kernel, programs in decode_candidates(processors):

@@ -31,7 +31,7 @@ from chai_export.errors import ChaiError, reason
 from chai_export.files import MissingFileError, read_bytes, read_json
 from chai_export.kernels.ahead_of_time import INDEX_NAME
 from chai_export.kernels.ahead_of_time import compile as compile_kernels
-from chai_export.kernels.v2.spec import Spec
+from chai_export.kernels.spec import Spec
 from chai_export.op.schema import SHARED_OP_TYPE
 from chai_export.runtime.tensorrt_environment import (
     PLUGIN_NAMESPACE,

@@ -19,9 +19,10 @@ from typing import Any
 from chai_export.errors import ChaiError, last_line
 from chai_export.kernels.blocks import architectures
 from chai_export.kernels.spec import Spec
-from chai_export.kernels.v2.spec import Spec as SpecOfVersion2
 
 INDEX_NAME = "index.json"
+FORMAT = "chai-kernels/2"
+"""Of the index; its number is the op's version."""
 
 # Line info would put folder names into the cubins; fusion's default changes between Triton versions.
 PINNED_ENVIRONMENT = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
@@ -32,8 +33,7 @@ def compile(spec: Spec, arch: int, directory: str | Path, *, only: Sequence[str]
     """Compile every kernel of a model for one architecture.
 
     Args:
-        spec: the model's constants; R, C, B and S stay run-time values, so all layers share the result.
-            A :class:`chai_export.kernels.v2.spec.Spec` gives the kernels of version 2 of the op.
+        spec: a layer's constants; R, C, B and S stay run-time values, so that layers share the result.
         arch: compute capability as a number, 90 for sm_90. The cubins run on exactly this architecture.
         directory: receives one ``<kernel>.cubin`` per kernel and ``index.json`` (``docs/kernels.md``
             describes it). Created if needed; files of the same names are replaced, the index last.
@@ -52,7 +52,6 @@ def compile(spec: Spec, arch: int, directory: str | Path, *, only: Sequence[str]
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="chai-kernels-") as scratch:
         request = {
-            "op_version": 2 if isinstance(spec, SpecOfVersion2) else 1,
             "spec": asdict(spec),
             "arch": arch,
             "directory": scratch,

@@ -19,24 +19,16 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from chai_export.kernels.ahead_of_time import INDEX_NAME
+from chai_export.kernels.ahead_of_time import FORMAT, INDEX_NAME
 from chai_export.kernels.blocks import BLOCKS_FILE, choose
-from chai_export.kernels.program import (
-    FLOAT_ARGUMENTS,
-    INT32_TENSORS,
-    WORKSPACE_ALIGNMENT,
-    Launch,
-    Program,
-    build_program,
-)
+from chai_export.kernels.launches import INT32_TENSORS, build_program
+from chai_export.kernels.program import FLOAT_ARGUMENTS, WORKSPACE_ALIGNMENT, Launch, Program
 from chai_export.kernels.spec import Spec
-from chai_export.kernels.v2 import program as program_2
-from chai_export.kernels.v2 import spec as spec_2
 from chai_export.op.dtypes import ELEMENT_TYPES
 
 POINTER_ALIGNMENT = 16
 # A layer's map or sinks may lie anywhere inside a block of all layers'.
-UNALIGNED_TENSORS = (*INT32_TENSORS, "page_table", "sinks", "alibi_slopes")
+UNALIGNED_TENSORS = (*INT32_TENSORS, "sinks", "alibi_slopes")
 SCRATCH_POINTERS = ("global_scratch", "profile_scratch")
 PTX_TYPES = {"pointer": "u64", "int32": "u32", "float32": "f32"}
 
@@ -46,8 +38,8 @@ def main() -> None:
     request = json.load(sys.stdin)
     directory = Path(request["directory"])
     arch = int(request["arch"])
-    program = _program(request["op_version"], request["spec"], arch)
-    spec = program.spec
+    spec = Spec(**request["spec"])
+    program = build_program(spec, choose(spec, arch))
     knobs.nvidia.dump_ptxas_log = True
     launches = [
         _compile(launch, program, arch, directory)
@@ -55,7 +47,7 @@ def main() -> None:
         if not request["only"] or launch.name in request["only"]
     ]
     index = {
-        "format": f"chai-kernels/{request['op_version']}",
+        "format": FORMAT,
         "architecture": arch,
         "spec": request["spec"],
         "triton": triton.__version__,
@@ -79,20 +71,11 @@ def main() -> None:
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
 
 
-def _program(op_version: int, spec: dict[str, Any], arch: int) -> Program:
-    if op_version == 1:
-        of_model = Spec(**spec)
-        return build_program(of_model, choose(of_model, arch))
-    of_layer = spec_2.Spec(**spec)
-    return program_2.build_program(of_layer, choose(of_layer, arch))
-
-
 def source_hash() -> str:
     """Hash of every file that decides the cubins' bytes: device code, program, block sizes."""
     folder = Path(__file__).parent
-    files = [Path(__file__), BLOCKS_FILE]
-    for part in (folder, folder / "v2"):
-        files += [*sorted((part / "device").glob("*.py")), part / "program.py"]
+    files = [Path(__file__), BLOCKS_FILE, folder / "program.py", folder / "launches.py"]
+    files += sorted((folder / "device").glob("*.py"))
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")

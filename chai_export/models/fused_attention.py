@@ -33,26 +33,25 @@ def fresh_prefill(
     Returns:
         Attended values [B, H, S, Dv] in the dtype of ``query``, and the head maps, int32 [B, H].
     """
-    from chai_export.kernels.v2.launch import clustered_head_attention
-    from chai_export.op.attributes import Attributes
+    from chai_export.kernels import clustered_head_attention
+    from chai_export.op.v2.attributes import Attributes
 
     batch, heads, tokens, head_dim = query.shape
     groups, value_dim = key.shape[1], value.shape[3]
     past_lengths = torch.zeros(batch, dtype=torch.int32, device=query.device)
-    page_table = torch.arange(batch, dtype=torch.int32, device=query.device)[:, None]  # a page a row
     result = clustered_head_attention(
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),
-        query.new_empty(batch, kept, tokens, head_dim),
+        query.new_empty(batch, kept, tokens, head_dim),  # a page for each row
         query.new_empty(batch, groups, tokens, value_dim),
         None,
         None,
-        page_table,
+        torch.arange(batch, dtype=torch.int32, device=query.device)[:, None],
         past_lengths.new_zeros(batch, heads),
         past_lengths,
         past_lengths + tokens,
-        attributes=Attributes(scale, probe_tokens),
+        attributes=Attributes(scale=scale, probe_tokens=probe_tokens),
     )
     attended = result.output.view(batch, tokens, heads, value_dim).transpose(1, 2)
     return attended, result.present_head_map

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from chai_export.op.cases import Case
 from chai_export.op.dtypes import ELEMENT_TYPES
+from chai_export.op.v2.attributes import Attributes
+from chai_export.op.v2.cases import CACHES, Case
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,24 +32,31 @@ def test_cubins_launched_from_the_index_agree_with_the_reference(
     phase: str, dtype: str, tmp_path: Path
 ) -> None:
     from chai_export.kernels import Spec, compile
-    from chai_export.kernels.case_runner import case_inputs, check_result, to_tensors
+    from chai_export.kernels.case_runner import check_result, to_tensors
     from chai_export.kernels.launch import Result
 
-    case = Case(f"cubin_{phase}", 16, 4, 2, ROWS[phase], head_dim=64, value_dim=96, capacity=128)
+    stored = Attributes(key_bits=8, value_bits=4)
+    case = Case(
+        f"cubin_{phase}", 16, 4, 2, ROWS[phase], head_dim=64, value_dim=96, page=32, capacity=128,
+        attributes=stored,
+    )  # fmt: skip
     major, minor = torch.cuda.get_device_capability()
-    index_path = compile(Spec(16, 4, 64, 96, dtype), major * 10 + minor, tmp_path)
+    spec = Spec(16, 4, 64, 96, dtype, key_bits=8, value_bits=4)
+    index_path = compile(spec, major * 10 + minor, tmp_path)
     index = json.loads(index_path.read_text())
-    inputs = case_inputs(case, dtype)
-    tensors = to_tensors(inputs, dtype, "cuda")
+    inputs = case.inputs(dtype)
+    tensors = {name: tensor for name, tensor in to_tensors(inputs, "cuda").items() if tensor is not None}
     batch, heads, tokens, _ = tensors["query"].shape
     tensors["output"] = tensors["query"].new_empty(batch, tokens, heads * 96)
-    tensors["present_key"], tensors["present_value"] = tensors["past_key"], tensors["past_value"]
     tensors["present_head_map"] = torch.empty_like(tensors["past_head_map"])
-    kept, capacity = tensors["past_key"].shape[1:3]
+    pages, kept, length = tensors["key_cache"].shape[:3]
     symbols = {name: value for name, value in index["symbols"].items() if isinstance(value, int)}
-    symbols |= {"B": batch, "S": tokens, "R": kept, "C": capacity, "online": 1}
+    symbols |= {"B": batch, "S": tokens, "R": kept, "C": tensors["page_table"].shape[1] * length}
+    symbols |= {"N": pages, "L": length, "online": 1, "window": 0}
     _launch_all(index, tmp_path, tensors, symbols, 64**-0.5)
-    check_result(case, inputs, Result(*(tensors[name] for name in Result._fields)), dtype)
+    caches = [tensors[name] for name in CACHES]
+    result = Result(tensors["output"], *caches, tensors["present_head_map"])
+    check_result(case, inputs, result, dtype)
 
 
 def _launch_all(
@@ -82,7 +90,7 @@ def _launch_all(
             if argument["type"] == "pointer":
                 values.append(ctypes.c_void_p(addresses.get(argument.get("tensor", ""), 0)))
             elif argument["type"] == "float32":
-                values.append(ctypes.c_float(scale))
+                values.append(ctypes.c_float(scale if argument["attribute"] == "scale" else 0.0))
             else:
                 values.append(ctypes.c_int32(evaluate(argument["value"], symbols)))
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))

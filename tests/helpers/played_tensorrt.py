@@ -13,7 +13,7 @@ import pytest
 
 from chai_export.bundle.bundle import Bundle
 from chai_export.engines import tensorrt as engine_module
-from chai_export.kernels.v2.spec import Spec
+from chai_export.kernels.spec import Spec
 from chai_export.op.schema import DOMAIN, OP_TYPE
 from chai_export.runtime import tensorrt_session as session_module
 from chai_export.runtime.tensorrt_environment import Gpu

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from chai_export.kernels.blocks import choose
-from chai_export.kernels.v2.program import build_program, tensor_types
-from chai_export.kernels.v2.spec import Shape, Spec
+from chai_export.kernels.launches import build_program, tensor_types
+from chai_export.kernels.spec import Shape, Spec
 from chai_export.op.schema import signature
 from tests.helpers.tensorrt_probe import (
     BF16,

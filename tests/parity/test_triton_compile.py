@@ -1,4 +1,4 @@
-"""Compilation ahead of time without a GPU: every architecture, a complete index, the same bytes each time."""
+"""Compilation ahead of time without a GPU: forms, architectures, a complete index, equal bytes each time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +16,51 @@ import pytest
 
 import chai_export
 from chai_export.errors import ChaiError
-from chai_export.kernels import Spec, compile
+from chai_export.kernels import compile
 from chai_export.kernels.blocks import architectures
 from chai_export.kernels.formula import evaluate
+from chai_export.kernels.launches import tensor_types
+from chai_export.kernels.spec import Spec
 
 triton = pytest.importorskip("triton")
 
-SMALL = Spec(4, 2, 32, 32, "float16")
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-kernel-resources.json"
-# The architectures whose figures are recorded; the others are compiled by test_triton_v2_compile.py.
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB per block, CUDA programming guide
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SYMBOLS = {"B": 3, "S": 1, "R": 1, "C": 100, "online": 1, "H": 4, "G": 2, "D": 32, "Dv": 32, "P": 5}
 
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, Path]:
-    """Index of the small model for each architecture."""
-    root = tmp_path_factory.mktemp("kernels")
-    with ThreadPoolExecutor(2) as pool:
-        indexes = pool.map(lambda arch: compile(SMALL, arch, root / f"sm_{arch}"), SHARED_LIMIT)
-        return dict(zip(SHARED_LIMIT, indexes, strict=True))
+# KiB of shared memory per block, CUDA programming guide.
+SHARED_LIMIT = {
+    75: 64,
+    80: 163,
+    86: 99,
+    87: 163,
+    89: 99,
+    90: 227,
+    100: 227,
+    103: 227,
+    110: 227,
+    120: 99,
+    121: 99,
+}
+SMALL = Spec(4, 2, 32, 32, "float16", key_bits=8, value_bits=4, softcap=True, sinks=True)
+FORMS = {
+    "float16_8_4_terms": SMALL,
+    "bfloat16_8_8": Spec(32, 32, 128, 128, "bfloat16", key_bits=8, value_bits=8),
+    "float32_4_4_slopes": Spec(8, 2, 128, 128, "float32", key_bits=4, value_bits=4, slopes=True),
+    "float16_as_given": Spec(32, 8, 64, 64, "float16"),
+    "bfloat16_16_256": Spec(16, 4, 256, 256, "bfloat16", key_bits=16, value_bits=8),
+}
+ALL = [
+    "probe_kernel",
+    "head_map_kernel",
+    "append_kernel",
+    "prefill_kernel",
+    "decode_scores_kernel",
+    "decode_values_kernel",
+]
+SYMBOLS = {
+    "B": 3, "S": 1, "R": 1, "C": 96, "N": 20, "L": 32, "online": 1, "window": 0, "H": 4, "G": 2, "D": 32,
+    "Dv": 32, "P": 5,
+}  # fmt: skip
 
 
 def _load(index: Path) -> dict[str, Any]:
@@ -46,31 +68,26 @@ def _load(index: Path) -> dict[str, Any]:
     return loaded
 
 
-def test_every_architecture_has_all_kernels(compiled: Mapping[int, Path]) -> None:
-    assert set(compiled) <= set(architectures())
-    for arch, index_path in compiled.items():
-        index = _load(index_path)
-        assert index["architecture"] == arch
-        assert [launch["kernel"] for launch in index["launches"]] == [
-            "probe_kernel",
-            "head_map_kernel",
-            "append_kernel",
-            "prefill_kernel",
-            "decode_begin_kernel",
-            "decode_scores_kernel",
-            "decode_values_kernel",
-            "decode_merge_kernel",
-        ]
-        for launch in index["launches"]:
-            cubin = (index_path.parent / launch["file"]).read_bytes()
-            assert cubin.startswith(b"\x7fELF")
-            assert hashlib.sha256(cubin).hexdigest() == launch["sha256"]
-            assert launch["target"] == f"sm_{arch}{'a' if arch >= 90 else ''}"
-            assert launch["shared_bytes"] <= SHARED_LIMIT[arch] * 1024
+def _check(index_path: Path, arch: int, kernels: list[str]) -> dict[str, Any]:
+    index = _load(index_path)
+    assert index["format"] == "chai-kernels/2"
+    assert [launch["kernel"] for launch in index["launches"]] == kernels
+    for launch in index["launches"]:
+        cubin = (index_path.parent / launch["file"]).read_bytes()
+        assert cubin.startswith(b"\x7fELF")
+        assert hashlib.sha256(cubin).hexdigest() == launch["sha256"]
+        assert launch["target"].startswith(f"sm_{arch}")
+        assert launch["shared_bytes"] <= SHARED_LIMIT[arch] * 1024
+    return index
 
 
-def test_formulas_of_the_index_need_only_its_symbols(compiled: Mapping[int, Path]) -> None:
-    index = _load(compiled[90])
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile(SMALL, 90, tmp_path_factory.mktemp("sm_90"))
+
+
+def test_all_kernels_compile_and_formulas_need_only_the_index_s_symbols(small: Path) -> None:
+    index = _check(small, 90, ALL)
     assert set(index["symbols"]) == set(SYMBOLS)
     for launch in index["launches"]:
         assert evaluate(launch["when"], SYMBOLS) in (0, 1)
@@ -82,23 +99,47 @@ def test_formulas_of_the_index_need_only_its_symbols(compiled: Mapping[int, Path
         assert evaluate(section["count"], SYMBOLS) > 0
 
 
-def test_every_tensor_argument_is_known(compiled: Mapping[int, Path]) -> None:
-    index = _load(compiled[90])
-    known = {section["name"] for section in index["workspace"]} | {
-        "query", "key", "value", "past_head_map", "past_lengths", "lengths",
-        "output", "present_key", "present_value", "present_head_map",
-    }  # fmt: skip
+def test_kernels_ask_for_the_tensors_that_a_node_of_the_form_has(small: Path) -> None:
+    index = _load(small)
+    sections = {section["name"] for section in index["workspace"]}
     used = {argument.get("tensor") for launch in index["launches"] for argument in launch["arguments"]}
-    assert used - {None} == known
+    assert used - {None} - sections == set(tensor_types(SMALL))
+    assert "alibi_slopes" not in used
+    assert {"key_scales", "value_scales", "sinks", "page_table"} <= used
+    attributes = {
+        a["attribute"] for launch in index["launches"] for a in launch["arguments"] if "attribute" in a
+    }
+    assert attributes == {"scale", "softcap"}
+
+
+@pytest.mark.parametrize("arch", [75, 121])
+def test_decode_compiles_for_the_oldest_and_the_newest_architecture(arch: int, tmp_path: Path) -> None:
+    decode = ALL[-2:]
+    _check(compile(SMALL, arch, tmp_path, only=decode), arch, decode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", sorted(SHARED_LIMIT))
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_compiles_for_every_architecture(form: str, arch: int, tmp_path: Path) -> None:
+    _check(compile(FORMS[form], arch, tmp_path), arch, ALL)
+
+
+def test_every_architecture_is_compiled_here() -> None:
+    assert architectures() == sorted(SHARED_LIMIT)
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ChaiError, match="no GPU kernels for sm_70; choose one of 75, 80"):
+        compile(SMALL, 70, tmp_path)
 
 
 @pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton carries no cuobjdump")
-@pytest.mark.parametrize("arch", [80, 90, 120])
-def test_index_lists_the_parameters_that_the_cubin_has(compiled: Mapping[int, Path], arch: int) -> None:
+def test_index_lists_the_parameters_that_the_cubin_has(small: Path) -> None:
     """Sizes of all parameters, hidden ones included, as the cubin itself declares them."""
     size = {"pointer": 8, "int32": 4, "float32": 4}
-    for launch in _load(compiled[arch])["launches"]:
-        cubin = compiled[arch].parent / launch["file"]
+    for launch in _load(small)["launches"]:
+        cubin = small.parent / launch["file"]
         dump = subprocess.run([CUOBJDUMP, "-elf", cubin], capture_output=True, text=True, check=True).stdout
         found = re.findall(r"Ordinal\s*:\s*0x(\w+)\s+Offset\s*:\s*0x\w+\s+Size\s*:\s*0x(\w+)", dump)
         sizes = [int(bytes_, 16) for _, bytes_ in sorted(found, key=lambda pair: int(pair[0], 16))]
@@ -106,7 +147,7 @@ def test_index_lists_the_parameters_that_the_cubin_has(compiled: Mapping[int, Pa
 
 
 def test_same_source_gives_the_same_bytes_in_another_folder(
-    compiled: Mapping[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy of the package elsewhere, and settings of the caller that would change the code if used."""
     package = tmp_path / "elsewhere" / "chai_export"
@@ -120,43 +161,45 @@ def test_same_source_gives_the_same_bytes_in_another_folder(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     program = (
         "import chai_export\nfrom chai_export.kernels import Spec, compile\n"
-        "compile(Spec(4, 2, 32, 32, 'float16'), 90, 'out', only=['decode_scores_kernel', 'append_kernel'])\n"
+        f"compile({SMALL!r}, 90, 'out', only=['decode_scores_kernel', 'append_kernel'])\n"
         f"assert chai_export.__file__.startswith({str(tmp_path)!r})\n"
     )
     search = os.pathsep.join([str(package.parent), *sys.path])
     command = [sys.executable, "-S", "-c", program]  # -S: an editable install would bring its own copy
     subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": search}, check=True)
-    first = {launch["kernel"]: launch for launch in _load(compiled[90])["launches"]}
+    first = {launch["kernel"]: launch for launch in _load(small)["launches"]}
     second = _load(tmp_path / "out" / "index.json")
-    assert second["source_sha256"] == _load(compiled[90])["source_sha256"]
+    assert second["source_sha256"] == _load(small)["source_sha256"]
     assert len(second["launches"]) == 2
     for launch in second["launches"]:
         assert launch == first[launch["kernel"]]
         file = tmp_path / "out" / launch["file"]
-        assert file.read_bytes() == (compiled[90].parent / launch["file"]).read_bytes()
+        assert file.read_bytes() == (small.parent / launch["file"]).read_bytes()
         assert str(tmp_path).encode() not in file.read_bytes()
 
 
-def test_registers_and_spills_are_as_recorded(compiled: Mapping[int, Path]) -> None:
+@pytest.mark.parametrize("kernels", [ALL[:4], ALL[4:]], ids=["prefill", "decode"])
+def test_registers_and_spills_are_as_recorded(kernels: list[str], tmp_path: Path) -> None:
     """With the recorded Triton the figures are equal; with another one, nothing of the small model spills."""
     record = json.loads(RECORD.read_text())
-    for arch, index_path in compiled.items():
-        _compare_with_record(_load(index_path), record, "small", arch)
+    _compare_with_record(
+        _load(compile(_spec(record, "small"), 90, tmp_path, only=kernels)), record, "small", 90
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [89, 90])
-@pytest.mark.parametrize("name", ["llama-7b", "grouped", "multi-query", "float32", "float32-256", "odd"])
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        (name, int(arch.removeprefix("sm_")))
+        for name, figures in json.loads(RECORD.read_text())["figures"].items()
+        for arch in figures
+    ],
+)
 def test_larger_models_compile_and_keep_their_registers(name: str, arch: int, tmp_path: Path) -> None:
     record = json.loads(RECORD.read_text())
-    index = _load(compile(Spec(**record["specs"][name]), arch, tmp_path))
-    assert all(launch["shared_bytes"] <= SHARED_LIMIT[arch] * 1024 for launch in index["launches"])
+    index = _check(compile(_spec(record, name), arch, tmp_path), arch, ALL)
     _compare_with_record(index, record, name, arch)
-
-
-def test_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ChaiError, match="no GPU kernels for sm_70; choose one of 75, 80, 86"):
-        compile(SMALL, 70, tmp_path)
 
 
 def test_a_failing_compiler_leaves_no_files(tmp_path: Path) -> None:
@@ -196,6 +239,10 @@ def test_formulas_are_evaluated_left_to_right(formula: str, value: int) -> None:
 def test_a_broken_formula_is_an_error(formula: str) -> None:
     with pytest.raises(ValueError, match="formula"):
         evaluate(formula, SYMBOLS)
+
+
+def _spec(record: dict[str, Any], name: str) -> Spec:
+    return Spec(**record["specs"][name])
 
 
 def _compare_with_record(index: dict[str, Any], record: dict[str, Any], name: str, arch: int) -> None:

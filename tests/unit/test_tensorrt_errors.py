@@ -17,7 +17,7 @@ from chai_export.engines.doctor import diagnose
 from chai_export.engines.tensorrt import place_kernels
 from chai_export.engines.tensorrt_network import specs
 from chai_export.errors import ChaiError, UsageError
-from chai_export.kernels.v2.spec import Spec
+from chai_export.kernels.spec import Spec
 from chai_export.runtime import tensorrt_environment as environment
 from chai_export.runtime.native import SWITCH
 from tests.helpers.played_tensorrt import GPU, MODEL, Played, make_played, write_kernels

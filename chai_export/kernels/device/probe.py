@@ -2,8 +2,8 @@
 
 Contract
     grid      (H, B); programs of rows that are not fresh return at once
-    reads     query [B,H,S,D], key [B,G,S,D], value [B,G,S,Dv] of tokens 0 … t-1, t = min(P, m)
-    writes    quantised int32 [B, P*P, H]: rint(1024 p) half to even, zero past t and above the diagonal
+    reads     query [B,H,S,D], key [B,G,S,D], value [B,G,S,Dv] of tokens 0 … t-1, t = min(P, m), unquantised
+    writes    quantised int32 [B, P*P, H]: rint(1024 p) half to even, zero past t and where nothing is seen
               output [B,S,H*Dv] rows 0 … t-1
     numerics  products and softmax in float32 (IEEE, never TF32) whatever the tensors' dtype
 """
@@ -14,24 +14,28 @@ import triton
 import triton.language as tl
 
 from chai_export.kernels.device.rows import row_lengths
+from chai_export.kernels.device.storage import ROUNDING_MAGIC
+from chai_export.kernels.device.terms import capped
 
-# 1.5 * 2**23: adding and subtracting it rounds a float32 below 2**22 to an integer, half to even.
-ROUNDING_MAGIC = tl.constexpr(12582912.0)
 QUANTISATION_STEPS = tl.constexpr(1024.0)
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity"])
+@triton.jit(do_not_specialize=["tokens", "capacity", "window"])
 def probe_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
     past_lengths_ptr,
     lengths_ptr,
+    sinks_ptr,
+    alibi_slopes_ptr,
     quantised_ptr,
     output_ptr,
     tokens,
     capacity,
+    window,
     scale,
+    softcap,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -40,6 +44,9 @@ def probe_kernel(
     HEAD_DIM_PADDED: tl.constexpr,
     VALUE_DIM_PADDED: tl.constexpr,
     PROBE_PADDED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    SLOPES: tl.constexpr,
 ):
     """One query head of one fresh row."""
     head = tl.program_id(0)
@@ -58,11 +65,22 @@ def probe_kernel(
     query = tl.load(query_ptr + (row * HEADS + head) * tokens * HEAD_DIM + offsets, mask=in_query, other=0.0)
     key = tl.load(key_ptr + kv_row * tokens * HEAD_DIM + offsets, mask=in_query, other=0.0)
     scores = tl.dot(query.to(tl.float32), tl.trans(key.to(tl.float32)), input_precision="ieee") * scale
+    scores = capped(scores, softcap, SOFTCAP)
+    distance = i[None, :] - i[:, None]
+    if SLOPES:
+        scores += tl.load(alibi_slopes_ptr + head) * distance.to(tl.float32)
 
-    causal = (i[None, :] <= i[:, None]) & (i < probe)[:, None]
-    scores = tl.where(causal, scores, -1.0e30)
-    weights = tl.where(causal, tl.exp(scores - tl.max(scores, axis=1)[:, None]), 0.0)
-    total = tl.where(i < probe, tl.sum(weights, axis=1), 1.0)
+    seen = (distance <= 0) & (i < probe)[:, None] & ((window == 0) | (distance > -window))
+    scores = tl.where(seen, scores, -1.0e30)
+    largest = tl.max(scores, axis=1)
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        largest = tl.maximum(largest, sink)
+    weights = tl.where(seen, tl.exp(scores - largest[:, None]), 0.0)
+    total = tl.sum(weights, axis=1)
+    if SINKS:
+        total += tl.exp(sink - largest)
+    total = tl.where(i < probe, total, 1.0)
     probabilities = tl.div_rn(weights, tl.broadcast_to(total[:, None], [PROBE_PADDED, PROBE_PADDED]))
 
     steps = (probabilities * QUANTISATION_STEPS + ROUNDING_MAGIC) - ROUNDING_MAGIC

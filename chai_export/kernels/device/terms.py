@@ -1,9 +1,15 @@
-"""What changes a score after query times key: the soft cap. Sinks and slopes are a line where they count."""
+"""What changes a score after query times key: the soft cap. Sinks and slopes are a line where they count.
+
+Softmax is computed in base 2, so scores and sinks are multiplied by log2(e).
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1.0e30)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The launches of one call of version 2, as data; see :mod:`chai_export.kernels.program`.
+"""The launches of one call; see :mod:`chai_export.kernels.program`.
 
 A decode step is two launches, a prefill step four.
 """
@@ -8,29 +8,31 @@ from __future__ import annotations
 from typing import Any
 
 from chai_export.kernels.blocks import Blocks, padded
-from chai_export.kernels.device import head_map
+from chai_export.kernels.device import append, decode_scores, decode_values, head_map, prefill, probe
 from chai_export.kernels.formula import Formula, Operand, cdiv, minimum, symbols
-from chai_export.kernels.program import (
-    CALL_SYMBOLS,
-    INT32_TENSORS,
-    MAX_GROUP_BLOCK,
-    SEVERAL,
-    Launch,
-    Program,
-    Section,
-    parameters,
-)
-from chai_export.kernels.v2.device import append, decode, prefill, probe
-from chai_export.kernels.v2.spec import Spec
-from chai_export.op.storage import Storage
+from chai_export.kernels.program import Launch, Program, Section, parameters
+from chai_export.kernels.spec import Spec
+from chai_export.op.v2.storage import Storage
 
 B, H, G, S, R, C, N, L, P, DV = symbols("B H G S R C N L P Dv")
 ONLINE, WINDOW = symbols("online window")
 
-_CALL_SYMBOLS = CALL_SYMBOLS | {
+SEVERAL = Formula("1") < S
+"""More tokens than one in some row: prefill."""
+
+INT32_TENSORS = ("past_head_map", "present_head_map", "past_lengths", "lengths", "page_table")
+
+# Query heads of one KV head that a decode program takes: more accumulators do not fit in registers.
+_MAX_GROUP_BLOCK = 64
+
+_CALL_SYMBOLS = {
+    "B": "batch rows",
+    "S": "new tokens",
+    "R": "KV heads kept",
     "C": "capacity of a row, pages per row times L",
     "N": "pages in the pools",
     "L": "positions per page",
+    "online": "attribute, 0 or 1",
     "window": "attribute, 0 is none",
 }
 
@@ -38,7 +40,7 @@ _CALL_SYMBOLS = CALL_SYMBOLS | {
 def build_program(spec: Spec, blocks: Blocks) -> Program:
     """Launch list of a layer with a choice of block sizes."""
     prefill_blocks = blocks.kernels["prefill"].constants
-    group_block = min(padded(spec.group), MAX_GROUP_BLOCK)
+    group_block = min(padded(spec.group), _MAX_GROUP_BLOCK)
     group_blocks = -(-spec.group // group_block)
     tile = blocks.kernels["decode_scores"].constants["BLOCK_N"]
     members = 1 if spec.slopes else prefill_blocks["MEMBERS"]
@@ -62,7 +64,7 @@ def build_program(spec: Spec, blocks: Blocks) -> Program:
         "GROUP_BLOCK": group_block,
         "INTERPRETED": int(blocks.interpreted),
         "BLOCK_TOKENS": blocks.kernels["append"].constants["BLOCK_TOKENS"],
-        "BLOCK_SPLITS": blocks.kernels["decode_merge"].constants["BLOCK_SPLITS"],
+        "BLOCK_SPLITS": blocks.kernels["decode_values"].constants["BLOCK_SPLITS"],
     }
     absent: dict[str, Any] = {f"{name}_ptr": None for name in _absent(spec)}
     tiles = cdiv(C, tile)
@@ -104,8 +106,8 @@ def build_program(spec: Spec, blocks: Blocks) -> Program:
         launch("head_map", head_map.head_map_kernel, SEVERAL, (B, 1, 1)),
         launch("append", append.append_kernel, SEVERAL, (cdiv(S, block_tokens), G, B)),
         launch("prefill", prefill.prefill_kernel, SEVERAL, (cdiv(S, prefill_blocks["BLOCK_M"]), H, B)),
-        launch("decode_scores", decode.decode_scores_kernel, one, (score_splits, R * group_blocks, B)),
-        launch("decode_values", decode.decode_values_kernel, one, (value_splits, G * group_blocks, B)),
+        launch("decode_scores", decode_scores.decode_scores_kernel, one, (score_splits, R * group_blocks, B)),
+        launch("decode_values", decode_values.decode_values_kernel, one, (value_splits, G * group_blocks, B)),
     )
     # B * splits is at most programs / G + B: an upper bound that does not shrink as B grows.
     partials = (cdiv(blocks.value_programs, G) + B) * H
@@ -124,7 +126,7 @@ def build_program(spec: Spec, blocks: Blocks) -> Program:
 def tensor_types(spec: Spec) -> dict[str, str]:
     """Element type of every input and output that a node of this form has, by name."""
     types = dict.fromkeys(("query", "key", "value", "output", "sinks"), spec.dtype)
-    types |= dict.fromkeys((*INT32_TENSORS, "page_table"), "int32")
+    types |= dict.fromkeys(INT32_TENSORS, "int32")
     types |= {"alibi_slopes": "float32", "key_scales": "float16", "value_scales": "float16"}
     types |= {
         "key_cache": _stored_type(spec.storage_k, spec.dtype),

@@ -1,4 +1,4 @@
-"""The cases of version 2 of the op on the Triton kernels: interpreted, or compiled where there is a GPU."""
+"""The op's cases on the Triton kernels: in the interpreter, or compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 
 from chai_export.errors import ChaiError
 from chai_export.kernels.blocks import INTERPRETER, Blocks, choose
+from chai_export.kernels.case_runner import check_result, run_case, to_tensors
+from chai_export.kernels.device.head_map import head_map_kernel
 from chai_export.kernels.formula import evaluate
-from chai_export.kernels.v2.case_runner import check_result, run_case, to_tensors
-from chai_export.kernels.v2.launch import clustered_head_attention, workspace_bytes
-from chai_export.kernels.v2.program import build_program
-from chai_export.kernels.v2.spec import Shape, Spec
-from chai_export.op.attributes import Attributes
-from chai_export.op.cases import CASES, TERM_CASES, Case
+from chai_export.kernels.launch import clustered_head_attention, workspace_bytes
+from chai_export.kernels.launches import build_program
+from chai_export.kernels.spec import Shape, Spec
+from chai_export.op.head_map import cluster_heads, distances
+from chai_export.op.v2.attributes import Attributes
+from chai_export.op.v2.cases import CASES, TERM_CASES, Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL = (*CASES, *TERM_CASES)
@@ -88,6 +90,35 @@ def test_prefill_does_not_depend_on_the_size_of_pieces(members: int) -> None:
     changed = replace(old, constants=old.constants | {"MEMBERS": members})
     blocks = replace(base, kernels={**base.kernels, "prefill": changed})
     run_case(BY_NAME["twins_exact_ties_k8v4"], "float32", DEVICE, blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "kept"), [(8, 8, 3), (8, 4, 3), (12, 3, 2), (33, 11, 7), (6, 6, 1)]
+)
+def test_head_map_equals_the_reference_for_the_same_integers(heads: int, kv_heads: int, kept: int) -> None:
+    """Few distinct values, so that most distances tie."""
+    rng = np.random.default_rng(heads * 100 + kept)
+    rows, probe = 3, 4
+    quantised = rng.integers(0, 3, size=(rows, heads, probe, probe)).astype(np.int32) * 512
+    flat = torch.from_numpy(np.ascontiguousarray(quantised.reshape(rows, heads, -1).swapaxes(1, 2))).to(
+        DEVICE
+    )
+    result = torch.full((rows, heads), -1, dtype=torch.int32, device=DEVICE)
+    plan = torch.empty((rows, 2 * kv_heads + 2 * heads + 1), dtype=torch.int32, device=DEVICE)
+    lengths = torch.full((rows,), 8, dtype=torch.int32, device=DEVICE)
+    head_map_kernel[(rows,)](
+        flat, torch.full_like(result, -9), torch.zeros_like(lengths), lengths, result, plan, 8, 16, kept, 1,
+        HEADS=heads, KV_HEADS=kv_heads, PROBE=probe, MEMBERS=2,
+        HEADS_PADDED=_power_of_two(heads), KV_PADDED=_power_of_two(kv_heads),
+    )  # fmt: skip
+    expected = np.stack([cluster_heads(distances(u), kv_heads, kept) for u in quantised])
+    assert np.array_equal(result.cpu().numpy(), expected)
+    _check_pieces(plan.cpu().numpy()[:, 2 * kv_heads + heads :], expected, members=2)
+
+
+def test_largest_sizes_are_accepted() -> None:
+    run_case(Case("largest", 128, 128, 5, ((0, 6),), capacity=8), "float32", DEVICE)
+    run_case(Case("widest", 2, 2, 1, ((3, 2),), head_dim=256, capacity=8), "float32", DEVICE)
 
 
 def test_a_decode_step_is_two_launches_and_no_call_needs_the_one_before() -> None:
@@ -192,3 +223,17 @@ def test_stored_bytes_are_those_of_the_specification_at_the_edges() -> None:
 
 def _blocks() -> Blocks:
     return choose(Spec(8, 8, 16, 16, "float32"), 80 if DEVICE == "cuda" else INTERPRETER)
+
+
+def _check_pieces(order_and_full: np.ndarray, head_maps: np.ndarray, members: int) -> None:
+    """Every head once; each full piece within one cluster; as many full pieces as the clusters allow."""
+    for row, head_map in zip(order_and_full, head_maps, strict=True):
+        order, full = row[:-1], int(row[-1])
+        assert sorted(order.tolist()) == list(range(len(head_map)))
+        pieces = head_map[order[: full * members]].reshape(full, members)
+        assert (pieces == pieces[:, :1]).all()
+        assert full == sum(int(count) // members for count in np.unique(head_map, return_counts=True)[1])
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

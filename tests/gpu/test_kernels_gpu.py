@@ -1,4 +1,4 @@
-"""The kernels of version 2 on a real GPU: all cases, CUDA graphs, no synchronisation, no allocation."""
+"""The kernels on a real GPU: all cases, CUDA graphs, no synchronisation, no allocation."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from chai_export.op.attributes import Attributes
-from chai_export.op.cases import CASES, TERM_CASES, Case
+from chai_export.op.v2.attributes import Attributes
+from chai_export.op.v2.cases import CASES, TERM_CASES, Case
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,7 +31,7 @@ LONG = Case("long_decode_v2", 8, 8, 2, ((6000, 1),), head_dim=64, page=64, capac
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("case", [*CASES, *TERM_CASES, DECODE, PREFILL, LONG], ids=lambda case: case.name)
 def test_case_agrees_with_the_reference(case: Case, dtype: str) -> None:
-    from chai_export.kernels.v2.case_runner import run_case
+    from chai_export.kernels.case_runner import run_case
 
     run_case(case, dtype, "cuda")
 
@@ -39,8 +39,8 @@ def test_case_agrees_with_the_reference(case: Case, dtype: str) -> None:
 @pytest.mark.parametrize("case", [DECODE, PREFILL, LONG], ids=lambda case: case.name)
 def test_a_captured_graph_is_replayed_many_times_on_one_workspace(case: Case) -> None:
     """Counters start anew in each replay, lengths change on the device."""
-    from chai_export.kernels.v2.case_runner import check_result, to_tensors
-    from chai_export.kernels.v2.launch import Result, clustered_head_attention
+    from chai_export.kernels.case_runner import check_result, to_tensors
+    from chai_export.kernels.launch import Result, clustered_head_attention
 
     inputs = case.inputs("float16")
     tensors = to_tensors(inputs, "cuda")
@@ -69,8 +69,8 @@ def test_a_captured_graph_is_replayed_many_times_on_one_workspace(case: Case) ->
 
 @pytest.mark.parametrize("case", [DECODE, PREFILL], ids=lambda case: case.name)
 def test_a_call_with_all_buffers_neither_waits_nor_allocates(case: Case) -> None:
-    from chai_export.kernels.v2.case_runner import to_tensors
-    from chai_export.kernels.v2.launch import clustered_head_attention
+    from chai_export.kernels.case_runner import to_tensors
+    from chai_export.kernels.launch import clustered_head_attention
 
     tensors = to_tensors(case.inputs("float16"), "cuda")
     arguments: dict[str, Any] = {**tensors, **_outputs(case, tensors), "attributes": case.attributes}
@@ -86,8 +86,8 @@ def test_a_call_with_all_buffers_neither_waits_nor_allocates(case: Case) -> None
 
 
 def _outputs(case: Case, tensors: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
-    from chai_export.kernels.v2.launch import workspace_bytes
-    from chai_export.kernels.v2.spec import Shape, Spec
+    from chai_export.kernels.launch import workspace_bytes
+    from chai_export.kernels.spec import Shape, Spec
 
     query, value, cache, table = (tensors[n] for n in ("query", "value", "key_cache", "page_table"))
     assert query is not None
