@@ -33,8 +33,8 @@ from chai_export.kernels.case_runner import run_case
 from chai_export.kernels.launches import build_program
 from chai_export.kernels.program import Program
 from chai_export.kernels.traffic import cache_bytes, call_traffic, count_pieces
-from chai_export.op.v2.attributes import Attributes
-from chai_export.op.v2.cases import CASES, TERM_CASES, Case
+from chai_export.op.attributes import Attributes
+from chai_export.op.cases import CASES, TERM_CASES, Case
 
 RESULTS = Path(__file__).parent / "results"
 EXACT = Spec(32, 32, 128, 128, "bfloat16")

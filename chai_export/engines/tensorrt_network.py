@@ -7,11 +7,10 @@ import onnx
 from chai_export.bundle.bundle import Bundle
 from chai_export.errors import ChaiError
 from chai_export.kernels.spec import Spec
-from chai_export.op.cache_storage import PAGED_VERSION
+from chai_export.op.attributes import Attributes
 from chai_export.op.dtypes import ELEMENT_TYPES
+from chai_export.op.function import Form
 from chai_export.op.schema import DOMAIN, OP_TYPE, signature
-from chai_export.op.v2.attributes import Attributes
-from chai_export.op.v2.function import Form
 from chai_export.runtime.tensorrt_environment import HELD_AS
 
 PLUGIN_VERSION_ATTRIBUTE = "plugin_version"
@@ -103,7 +102,7 @@ def op_nodes(model: onnx.ModelProto, bundle: Bundle) -> list[onnx.NodeProto]:
 
 def form_of(node: onnx.NodeProto) -> Form:
     """How a node stores its caches, and what it adds to scores."""
-    names = signature(OP_TYPE, PAGED_VERSION).input_names
+    names = signature(OP_TYPE).input_names
     given = {name for name, value in zip(names, node.input, strict=False) if value}
     known = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     attributes = Attributes(**{name: known[name] for name in Attributes().as_onnx() if name in known})

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from chai_export.kernels.launch import Result, clustered_head_attention
+from chai_export.op.cases import CACHES, Case, check
 from chai_export.op.dtypes import ELEMENT_TYPES
-from chai_export.op.v2.cases import CACHES, Case, check
-from chai_export.op.v2.reference import AttentionResult
+from chai_export.op.reference import AttentionResult
 
 Arrays = Mapping[str, NDArray[Any]]
 

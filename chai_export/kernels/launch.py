@@ -17,11 +17,11 @@ from chai_export.kernels.launches import build_program, tensor_types
 from chai_export.kernels.program import Program
 from chai_export.kernels.run import architecture_of, check_tensors, dtype_name, run_launches
 from chai_export.kernels.spec import Shape, Spec
-from chai_export.op.v2.attributes import Attributes
+from chai_export.op.attributes import Attributes
 
 
 class Result(NamedTuple):
-    """The outputs of the op; shapes and dtypes as in docs/op-v2.md. Scales are None where there are none."""
+    """The outputs of the op; shapes and dtypes as in docs/op.md. Scales are None where there are none."""
 
     output: torch.Tensor
     key_cache: torch.Tensor
@@ -52,7 +52,7 @@ def clustered_head_attention(
     workspace: torch.Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> Result:
-    """Clustered head attention, version 2 (docs/op-v2.md), on a GPU; the pools are appended to in place.
+    """Clustered head attention, version 2 (docs/op.md), on a GPU; the pools are appended to in place.
 
     What is not passed is allocated; with the output, the map and the workspace passed nothing is, and the
     call can be captured in a CUDA graph (after one call outside it, which compiles). Nothing here waits for

@@ -12,7 +12,7 @@ from chai_export.kernels.device import append, decode_scores, decode_values, hea
 from chai_export.kernels.formula import Formula, Operand, cdiv, minimum, symbols
 from chai_export.kernels.program import Launch, Program, Section, parameters
 from chai_export.kernels.spec import Spec
-from chai_export.op.v2.storage import Storage
+from chai_export.op.storage import Storage
 
 B, H, G, S, R, C, N, L, P, DV = symbols("B H G S R C N L P Dv")
 ONLINE, WINDOW = symbols("online window")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chai_export.errors import ChaiError
+from chai_export.op.attributes import DEFAULT_GROUP
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.op.heads import HeadCounts
 from chai_export.op.probe import PAPER_PROBE_TOKENS
-from chai_export.op.v2.attributes import DEFAULT_GROUP
-from chai_export.op.v2.storage import Storage
+from chai_export.op.storage import Storage
 
 MAX_HEADS = 128
 MAX_HEAD_DIM = 256

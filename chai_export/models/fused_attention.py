@@ -34,7 +34,7 @@ def fresh_prefill(
         Attended values [B, H, S, Dv] in the dtype of ``query``, and the head maps, int32 [B, H].
     """
     from chai_export.kernels import clustered_head_attention
-    from chai_export.op.v2.attributes import Attributes
+    from chai_export.op.attributes import Attributes
 
     batch, heads, tokens, head_dim = query.shape
     groups, value_dim = key.shape[1], value.shape[3]

@@ -15,7 +15,7 @@ from chai_export.op.schema import DOMAIN, OP_TYPE
 from chai_export.op.signature import VERSION
 from chai_export.runtime.native import SWITCH, find_library, native_is_off
 
-TENSORRT_LIBRARY = "chai_tensorrt_v2"
+TENSORRT_LIBRARY = "chai_tensorrt"
 LEAST_TENSORRT = (10, 3)
 PLUGIN_VERSION = str(VERSION)
 PLUGIN_NAMESPACE = DOMAIN

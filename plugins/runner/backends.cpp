@@ -18,7 +18,7 @@ namespace chai {
 namespace {
 
 #ifdef CHAI_WITH_TENSORRT
-constexpr const char* kTensorRtLibrary = "libchai_tensorrt_v2.so";
+constexpr const char* kTensorRtLibrary = "libchai_tensorrt.so";
 #endif
 
 // The directory of this library.

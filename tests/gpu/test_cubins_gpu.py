@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from chai_export.op.attributes import Attributes
+from chai_export.op.cases import CACHES, Case
 from chai_export.op.dtypes import ELEMENT_TYPES
-from chai_export.op.v2.attributes import Attributes
-from chai_export.op.v2.cases import CACHES, Case
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from chai_export.op.v2.attributes import Attributes
-from chai_export.op.v2.cases import CASES, TERM_CASES, Case
+from chai_export.op.attributes import Attributes
+from chai_export.op.cases import CASES, TERM_CASES, Case
 
 pytestmark = [
     pytest.mark.gpu,

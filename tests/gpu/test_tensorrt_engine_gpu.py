@@ -20,14 +20,20 @@ pytestmark = [
 ]
 PROMPTS = [[5, 9], [7, 8, 20, 21, 6, 30], list(range(4, 33))]
 TOLERANCE = {"float32": 1e-4, "float16": 5e-2}
-MODELS = {dtype: TinyModel(positions=300, head_dim=16, value_dim=16, dtype=dtype) for dtype in TOLERANCE}
+MODELS = {
+    f"{dtype} {bits}": TinyModel(
+        positions=300, head_dim=16, value_dim=16, dtype=dtype, bits=bits, scale_group=16
+    )
+    for dtype in TOLERANCE
+    for bits in ((0, 0), (8, 4), ((4, 16), (0, 8)))
+}
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyModel, Path]:
     pytest.importorskip("tensorrt", reason="TensorRT is not installed: pip install 'chai-export[tensorrt]'")
     model = MODELS[request.param]
-    bundle = model.write(tmp_path_factory.mktemp("bundles") / request.param)
+    bundle = model.write(tmp_path_factory.mktemp("bundles") / "bundle")
     build(bundle, "tensorrt", max_batch=3, max_seq=256)
     return model, bundle.path
 

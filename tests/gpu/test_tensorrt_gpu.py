@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from chai_export.op.cases import CASES, Case
-from tests.helpers.tensorrt_probe import LIBRARY, Probe, build_probe
+from chai_export.op.cases import CACHES, CASES, TERM_CASES, Case
+from tests.helpers.tensorrt_probe import LIBRARY, Probe, build_probe, inputs_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,44 +53,54 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *TERM_CASES], ids=lambda case: case.name)
 def test_enqueue_agrees_with_the_reference(
     probe: Probe, compiled: Any, case: Case, dtype: str, in_place: bool
 ) -> None:
-    from chai_export.kernels.case_runner import case_inputs, check_result, to_tensors
+    from chai_export.kernels.case_runner import check_result, to_tensors
     from chai_export.kernels.launch import Result
     from chai_export.kernels.spec import Shape, Spec
 
-    inputs = case_inputs(case, dtype)
-    tensors = to_tensors(inputs, dtype, "cuda")
-    query, value = tensors["query"], tensors["value"]
+    inputs = case.inputs(dtype)
+    tensors = {name: tensor for name, tensor in to_tensors(inputs, "cuda").items() if tensor is not None}
+    query, value, cache = tensors["query"], tensors["value"], tensors["key_cache"]
     batch, heads, tokens, head_dim = query.shape
-    spec = Spec(heads, case.kv_heads, head_dim, value.shape[3], dtype, case.probe_tokens)
-    shape = Shape(batch, tokens, case.kept, case.capacity)
-    result = Result(
-        torch.full((batch, tokens, heads * value.shape[3]), float("nan"), dtype=query.dtype, device="cuda"),
-        tensors["past_key"] if in_place else torch.empty_like(tensors["past_key"]),
-        tensors["past_value"] if in_place else torch.empty_like(tensors["past_value"]),
-        torch.empty_like(tensors["past_head_map"]),
+    stored = case.attributes
+    spec = Spec(
+        heads, case.kv_heads, head_dim, value.shape[3], dtype, stored.probe_tokens,
+        key_bits=stored.key_bits, value_bits=stored.value_bits, group_size=stored.group,
+        softcap=stored.softcap > 0, sinks=case.sinks, slopes=case.slopes,
+    )  # fmt: skip
+    pages, kept, length = cache.shape[:3]
+    shape = Shape(batch, tokens, kept, tensors["page_table"].shape[1] * length, pages, length)
+    pools = {
+        name: tensors[name] if in_place else torch.empty_like(tensors[name])
+        for name in CACHES
+        if name in tensors
+    }
+    output = torch.full(
+        (batch, tokens, heads * value.shape[3]), float("nan"), dtype=query.dtype, device="cuda"
     )
+    head_map = torch.empty_like(tensors["past_head_map"])
     made = probe.create(
-        compiled(spec), scale=case.scale, online=int(case.online), probe_tokens=case.probe_tokens
-    )
+        compiled(spec), spec, scale=stored.scale, online=int(stored.online), window=stored.window,
+        softcap=stored.softcap,
+    )  # fmt: skip
     attached = probe.attach(made)
     assert attached.value
     workspace = torch.empty(probe.workspace(made, spec, shape), dtype=torch.uint8, device="cuda")
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
-    names = ("query", "key", "value", "past_key", "past_value", "past_head_map", "past_lengths", "lengths")
     assert probe.enqueue(
         attached,
         spec,
         shape,
-        [tensors[name].data_ptr() for name in names],
-        [tensor.data_ptr() for tensor in result],
+        [tensors[name].data_ptr() for name in inputs_of(spec, shape)],
+        [tensor.data_ptr() for tensor in (output, *pools.values(), head_map)],
         workspace.data_ptr(),
         stream.cuda_stream,
     )
     stream.synchronize()
+    result = Result(output, *(pools.get(name) for name in CACHES), head_map)  # type: ignore[arg-type]
     check_result(case, inputs, result, dtype)
     probe.destroy(made, attached)

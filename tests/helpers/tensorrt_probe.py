@@ -12,21 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import chai_export
+from chai_export.kernels.launches import tensor_types
 from chai_export.kernels.spec import Shape, Spec
+from chai_export.op.schema import signature
 
 LIBRARY = Path(chai_export.__file__).parent / "libchai_tensorrt.so"
-LIBRARY_V2 = LIBRARY.with_name("libchai_tensorrt_v2.so")
 PROBE_SOURCE = Path(__file__).parents[2] / "plugins/tests/op/tensorrt/probe.cpp"
 PROBE_VARIABLE = "CHAI_TENSORRT_PROBE"
 """Names a probe that was compiled before, for machines without TensorRT's headers."""
-NAME = ("ClusteredHeadAttention", "1", "chai")
+NAME = ("ClusteredHeadAttention", "2", "chai")
 FLOAT, HALF, INT8, INT32, BOOL, BF16 = 0, 1, 2, 3, 4, 7
 """Values of nvinfer1::DataType."""
 LINEAR, CHW2, HWC8 = 0, 1, 2
 """Values of nvinfer1::TensorFormat."""
 UNKNOWN_FIELD = 8
 """nvinfer1::PluginFieldType::kUNKNOWN: a field of bytes."""
-DTYPE_VALUES = {"float32": FLOAT, "float16": HALF, "bfloat16": BF16}
+DATA_TYPES = {
+    "float32": FLOAT,
+    "float16": HALF,
+    "bfloat16": BF16,
+    "int8": INT8,
+    "uint8": INT8,
+    "int32": INT32,
+}
+"""Codes of 4 bits are bytes to TensorRT, whose kUINT8 no plugin gets."""
+SIGNATURE = signature()
 
 
 def cuda_headers() -> Path | None:
@@ -52,11 +62,46 @@ def build_probe(directory: Path) -> Path | None:
     return output
 
 
-def _flat_dims(spec: Spec, shape: Shape) -> Any:
-    b, s, r, c = shape.batch, shape.tokens, shape.kept, shape.capacity
+def inputs_of(spec: Spec, shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Shapes of the inputs that a node of this form has, by name in the order of the op."""
+    b, s, n, r, length = shape.batch, shape.tokens, shape.pages, shape.kept, shape.page_length
     h, g, d, dv = spec.num_query_heads, spec.num_kv_heads, spec.head_dim, spec.value_head_dim
-    shapes = [(b, h, s, d), (b, g, s, d), (b, g, s, dv), (b, r, c, d), (b, g, c, dv), (b, h), (b,), (b,)]
-    flat = [size for dims in shapes for size in (*dims, 0, 0, 0)[:4]]
+    key, value = spec.storage_k, spec.storage_v
+    shapes: dict[str, tuple[int, ...]] = {
+        "query": (b, h, s, d),
+        "key": (b, g, s, d),
+        "value": (b, g, s, dv),
+        "key_cache": (n, r, length, key.columns),
+        "value_cache": (n, g, length, value.columns),
+        "key_scales": (n, r, length, key.scale_columns),
+        "value_scales": (n, g, length, value.scale_columns),
+        "page_table": (b, shape.row_pages),
+        "past_head_map": (b, h),
+        "past_lengths": (b,),
+        "lengths": (b,),
+        "sinks": (h,),
+        "alibi_slopes": (h,),
+    }
+    types = tensor_types(spec)
+    return {name: shapes[name] for name in SIGNATURE.input_names if name in types}
+
+
+def types_of(spec: Spec) -> tuple[list[int], list[int]]:
+    """DataTypes of a node's inputs and outputs."""
+    types = tensor_types(spec)
+    follows = [parameter.follows or "query" for parameter in SIGNATURE.outputs]
+    return (
+        [DATA_TYPES[types[name]] for name in SIGNATURE.input_names if name in types],
+        [DATA_TYPES[types[name]] for name in follows if name in types],
+    )
+
+
+def _integers(values: Sequence[int]) -> Any:
+    return (ctypes.c_int32 * len(values))(*values)
+
+
+def _flat_dims(spec: Spec, shape: Shape) -> Any:
+    flat = [size for dims in inputs_of(spec, shape).values() for size in (*dims, 0, 0, 0)[:4]]
     return (ctypes.c_int64 * len(flat))(*flat)
 
 
@@ -79,12 +124,22 @@ class Probe:
         return getattr(self._library, f"probe_{name}")
 
     def create(
-        self, directory: Path, scale: float = 0.0, online: int = 1, probe_tokens: int = 5
+        self,
+        directory: Path,
+        spec: Spec,
+        *,
+        scale: float = 0.0,
+        online: int = 1,
+        window: int = 0,
+        softcap: float | None = None,
     ) -> ctypes.c_void_p:
+        """A plugin whose attributes are those of the kernels; null where it refuses."""
+        if softcap is None:
+            softcap = 2.0 if spec.softcap else 0.0
+        integers = (spec.probe_tokens, online, spec.key_bits, spec.value_bits, spec.group_size, window)
+        floats = (ctypes.c_float * 2)(scale, softcap)
         path = str(directory).encode()
-        pointer = self._function("create")(self._registry, path, ctypes.c_float(scale), probe_tokens, online)
-        assert pointer
-        return ctypes.c_void_p(pointer)
+        return ctypes.c_void_p(self._function("create")(self._registry, path, _integers(integers), floats))
 
     def restore(self, plugin: ctypes.c_void_p) -> ctypes.c_void_p:
         return ctypes.c_void_p(self._function("restore")(self._registry, plugin))
@@ -107,17 +162,24 @@ class Probe:
             found[name.value.decode()] = ctypes.string_at(data, size)
         return found
 
+    def num_outputs(self, plugin: ctypes.c_void_p) -> int:
+        return int(self._function("num_outputs")(plugin))
+
     def output_types(self, plugin: ctypes.c_void_p, inputs: list[int]) -> list[int] | None:
-        outputs = (ctypes.c_int32 * 4)()
-        status = self._function("output_types")(plugin, (ctypes.c_int32 * 8)(*inputs), outputs)
+        count = self.num_outputs(plugin)
+        outputs = (ctypes.c_int32 * count)()
+        status = self._function("output_types")(plugin, _integers(inputs), len(inputs), outputs, count)
         return None if status else list(outputs)
 
     def supports(self, plugin: ctypes.c_void_p, position: int, types: list[int], formats: list[int]) -> bool:
-        arrays = [(ctypes.c_int32 * 12)(*values) for values in (types, formats)]
-        return bool(self._function("supports")(plugin, position, *arrays))
+        """Whether the plugin takes a combination of types and formats of all inputs and outputs."""
+        outputs = self.num_outputs(plugin)
+        arrays = [_integers(values) for values in (types, formats)]
+        return bool(self._function("supports")(plugin, position, *arrays, len(types) - outputs, outputs))
 
     def workspace(self, plugin: ctypes.c_void_p, spec: Spec, shape: Shape) -> int:
-        return int(self._function("workspace")(plugin, _flat_dims(spec, shape)))
+        dims, count = _flat_dims(spec, shape), len(inputs_of(spec, shape))
+        return int(self._function("workspace")(plugin, dims, count, self.num_outputs(plugin)))
 
     def attach(self, plugin: ctypes.c_void_p) -> ctypes.c_void_p:
         """The clone for an execution context: on a GPU this loads the kernels."""
@@ -134,12 +196,14 @@ class Probe:
         stream: int,
     ) -> bool:
         """Run the plugin on device addresses; True unless it reports an error."""
+        types, _ = types_of(spec)
         status = self._function("enqueue")(
             plugin,
             _flat_dims(spec, shape),
-            DTYPE_VALUES[spec.dtype],
-            (ctypes.c_void_p * 8)(*inputs),
-            (ctypes.c_void_p * 4)(*outputs),
+            _integers(types),
+            len(types),
+            (ctypes.c_void_p * len(inputs))(*inputs),
+            (ctypes.c_void_p * len(outputs))(*outputs),
             ctypes.c_void_p(workspace),
             ctypes.c_void_p(stream),
         )

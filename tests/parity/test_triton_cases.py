@@ -16,9 +16,9 @@ from chai_export.kernels.formula import evaluate
 from chai_export.kernels.launch import clustered_head_attention, workspace_bytes
 from chai_export.kernels.launches import build_program
 from chai_export.kernels.spec import Shape, Spec
+from chai_export.op.attributes import Attributes
+from chai_export.op.cases import CASES, TERM_CASES, Case
 from chai_export.op.head_map import cluster_heads, distances
-from chai_export.op.v2.attributes import Attributes
-from chai_export.op.v2.cases import CASES, TERM_CASES, Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL = (*CASES, *TERM_CASES)

@@ -11,7 +11,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from chai_export.kernels.case_runner import check_result, to_tensors
 from chai_export.kernels.launch import Result, clustered_head_attention
-from chai_export.op.v2.cases import CASES, TERM_CASES, Case
+from chai_export.op.cases import CASES, TERM_CASES, Case
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="watches the interpreter"),

@@ -11,8 +11,8 @@ from chai_export.kernels.blocks import choose
 from chai_export.kernels.launches import build_program
 from chai_export.kernels.spec import Shape, Spec
 from chai_export.kernels.traffic import append_bytes, cache_bytes, decode_bytes, prefill_bytes
-from chai_export.op.v2.attributes import Attributes
-from chai_export.op.v2.cases import Case
+from chai_export.op.attributes import Attributes
+from chai_export.op.cases import Case
 
 
 @pytest.mark.parametrize(("key_bits", "value_bits"), [(0, 0), (16, 8), (8, 4), (4, 4)])

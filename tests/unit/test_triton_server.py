@@ -79,7 +79,7 @@ def test_the_start_script_loads_the_plugin_before_the_models(bundle: Bundle, tmp
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     words = done.stdout.split("\n")
     assert words[0] == f"--model-repository={root}/models"
-    assert words[1] == f"--backend-config=tensorrt,plugins={root}/plugins/libchai_tensorrt_v2.so"
+    assert words[1] == f"--backend-config=tensorrt,plugins={root}/plugins/libchai_tensorrt.so"
     assert words[2] == "--http-port=1"
     assert "TensorRT 11.4.0.106 and a GPU of sm_90" in (root / "start.sh").read_text()
 
@@ -96,7 +96,7 @@ def test_it_is_written_again_but_nothing_of_others_is_replaced(bundle: Bundle, t
 def test_what_is_missing_is_named(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_server, "find_library", lambda name: None)
     with pytest.raises(
-        ChaiError, match=r"libchai_tensorrt_v2\.so is not installed here and the engine needs it"
+        ChaiError, match=r"libchai_tensorrt\.so is not installed here and the engine needs it"
     ):
         write_model_repository(bundle, tmp_path / "out")
     (bundle.path / "engines/tensorrt/engine.plan").write_bytes(b"changed")

@@ -11,8 +11,8 @@ namespace {
 
 using Kind = PlannedLaunch::Argument::Kind;
 
-// By version of the op.
-constexpr std::array<const char*, 2> kFormats = {"chai-kernels/1", "chai-kernels/2"};
+// Its number is the op's version.
+constexpr const char* kFormat = "chai-kernels/2";
 // Sections of the workspace start at multiples of this, as chai_export/kernels counts them.
 constexpr std::int64_t kAlignment = 256;
 constexpr std::int64_t kMaxThreads = 1024;
@@ -23,10 +23,10 @@ constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
 constexpr std::int64_t kMaxGridYZ = 65535;
 
 constexpr std::array<std::string_view, static_cast<std::size_t>(Tensor::kCount)> kTensorNames = {
-    "query",     "key",         "value",       "past_head_map", "past_lengths",
-    "lengths",   "output",      "present_key", "present_value", "present_head_map",
-    "key_cache", "value_cache", "key_scales",  "value_scales",  "page_table",
-    "sinks",     "alibi_slopes"};
+    "query",        "key",         "value",       "past_head_map",
+    "past_lengths", "lengths",     "output",      "present_head_map",
+    "key_cache",    "value_cache", "key_scales",  "value_scales",
+    "page_table",   "sinks",       "alibi_slopes"};
 
 std::int64_t bounded(const Json& json, std::int64_t low, std::int64_t high) {
   const std::int64_t value = json.integer();
@@ -55,13 +55,11 @@ std::int64_t align(std::int64_t bytes) {
 Program Program::parse(std::string_view index) {
   const Json root = Json::parse(index);
   Program program;
-  const auto* const format = std::find(kFormats.begin(), kFormats.end(), root.at("format").string());
-  if (format == kFormats.end()) {
+  if (root.at("format").string() != kFormat) {
     throw std::runtime_error("the kernel index has format '" + root.at("format").string() +
-                             "' and this library reads '" + kFormats[0] + "' and '" + kFormats[1] +
+                             "' and this library reads '" + kFormat +
                              "'; compile the kernels with the chai-export that this library came with");
   }
-  program.spec_.op_version = 1 + (format - kFormats.begin());
   const Json spec = root.at("spec");
   constexpr std::int64_t kLarge = 1 << 20;
   program.spec_.dtype = spec.at("dtype").string();
@@ -71,15 +69,13 @@ Program Program::parse(std::string_view index) {
   program.spec_.head_dim = bounded(spec.at("head_dim"), 1, kLarge);
   program.spec_.value_dim = bounded(spec.at("value_head_dim"), 1, kLarge);
   program.spec_.probe_tokens = bounded(spec.at("probe_tokens"), 1, kLarge);
-  if (program.spec_.op_version > 1) {
-    const auto flag = [&](const char* name) { return spec.at(name).text() == "true"; };
-    program.spec_.key_bits = bounded(spec.at("key_bits"), 0, 16);
-    program.spec_.value_bits = bounded(spec.at("value_bits"), 0, 16);
-    program.spec_.group = bounded(spec.at("group_size"), 1, kLarge);
-    program.spec_.softcap = flag("softcap");
-    program.spec_.sinks = flag("sinks");
-    program.spec_.slopes = flag("slopes");
-  }
+  const auto flag = [&](const char* name) { return spec.at(name).text() == "true"; };
+  program.spec_.key_bits = bounded(spec.at("key_bits"), 0, 16);
+  program.spec_.value_bits = bounded(spec.at("value_bits"), 0, 16);
+  program.spec_.group = bounded(spec.at("group_size"), 1, kLarge);
+  program.spec_.softcap = flag("softcap");
+  program.spec_.sinks = flag("sinks");
+  program.spec_.slopes = flag("slopes");
   program.spec_.architecture = bounded(root.at("architecture"), 10, 9999);
   program.pointer_alignment_ =
       static_cast<std::size_t>(bounded(root.at("pointer_alignment"), 1, kMaxPointerAlignment));

@@ -19,8 +19,8 @@ namespace chai::cuda {
 
 constexpr const char* kIndexFile = "index.json";
 
-// The tensors a kernel may ask for. Past caches are not among them: kernels work on the present ones, which
-// version 2 calls as its inputs are called.
+// The tensors a kernel may ask for. Pools go by the names of the op's inputs: kernels work on the present
+// ones.
 enum class Tensor : std::size_t {
   kQuery,
   kKey,
@@ -29,8 +29,6 @@ enum class Tensor : std::size_t {
   kPastLengths,
   kLengths,
   kOutput,
-  kPresentKey,
-  kPresentValue,
   kPresentHeadMap,
   kKeyCache,
   kValueCache,
@@ -52,8 +50,6 @@ struct KernelSpec {
   std::int64_t value_dim = 0;
   std::int64_t probe_tokens = 0;
   std::int64_t architecture = 0;  // 90: compute capability 9.0, exactly
-  std::int64_t op_version = 1;
-  // Version 2 only.
   std::int64_t key_bits = 0;
   std::int64_t value_bits = 0;
   std::int64_t group = 0;

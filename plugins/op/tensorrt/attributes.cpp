@@ -94,36 +94,30 @@ const FieldSpec* find(const std::vector<FieldSpec>& table, const char* name) {
 
 }  // namespace
 
-std::vector<FieldSpec> field_table(std::int64_t version) {
+const std::vector<FieldSpec>& field_table() {
   constexpr auto kFloat = PluginFieldType::kFLOAT32;
   constexpr auto kInt = PluginFieldType::kINT32;
-  const std::vector<FieldSpec> all = {
-      {"scale", kFloat, true, true, 1, read_scale, view_member<&Attributes::scale>},
-      {"probe_tokens", kInt, true, true, 1, read_probe_tokens, view_member<&Attributes::probe_tokens>},
-      {"online", kInt, true, true, 1, read_online, view_member<&Attributes::online>},
-      {"key_bits", kInt, true, true, 2, read_count<&Attributes::key_bits>,
-       view_member<&Attributes::key_bits>},
-      {"value_bits", kInt, true, true, 2, read_count<&Attributes::value_bits>,
+  static const std::vector<FieldSpec> table = {
+      {"scale", kFloat, true, true, read_scale, view_member<&Attributes::scale>},
+      {"probe_tokens", kInt, true, true, read_probe_tokens, view_member<&Attributes::probe_tokens>},
+      {"online", kInt, true, true, read_online, view_member<&Attributes::online>},
+      {"key_bits", kInt, true, true, read_count<&Attributes::key_bits>, view_member<&Attributes::key_bits>},
+      {"value_bits", kInt, true, true, read_count<&Attributes::value_bits>,
        view_member<&Attributes::value_bits>},
-      {"group", kInt, true, true, 2, read_count<&Attributes::group>, view_member<&Attributes::group>},
-      {"window", kInt, true, true, 2, read_count<&Attributes::window>, view_member<&Attributes::window>},
-      {"softcap", kFloat, true, true, 2, read_softcap, view_member<&Attributes::softcap>},
-      {kDirectory, PluginFieldType::kCHAR, true, false, 1, read_directory, nullptr},
-      {kKernels, PluginFieldType::kUNKNOWN, false, true, 1, read_kernels, view_kernels},
+      {"group", kInt, true, true, read_count<&Attributes::group>, view_member<&Attributes::group>},
+      {"window", kInt, true, true, read_count<&Attributes::window>, view_member<&Attributes::window>},
+      {"softcap", kFloat, true, true, read_softcap, view_member<&Attributes::softcap>},
+      {kDirectory, PluginFieldType::kCHAR, true, false, read_directory, nullptr},
+      {kKernels, PluginFieldType::kUNKNOWN, false, true, read_kernels, view_kernels},
   };
-  std::vector<FieldSpec> table;
-  for (const FieldSpec& spec : all) {
-    if (spec.since <= version) table.push_back(spec);
-  }
   return table;
 }
 
-Attributes read_attributes(const nvinfer1::PluginFieldCollection* fields, nvinfer1::TensorRTPhase phase,
-                           std::int64_t version) {
+Attributes read_attributes(const nvinfer1::PluginFieldCollection* fields, nvinfer1::TensorRTPhase phase) {
   if (fields == nullptr || (fields->nbFields > 0 && fields->fields == nullptr)) {
     throw std::runtime_error("no fields were given");
   }
-  const std::vector<FieldSpec> table = field_table(version);
+  const std::vector<FieldSpec>& table = field_table();
   Attributes attributes;
   std::vector<const FieldSpec*> given;
   for (std::int32_t i = 0; i < fields->nbFields; ++i) {
@@ -156,19 +150,12 @@ Attributes read_attributes(const nvinfer1::PluginFieldCollection* fields, nvinfe
   return attributes;
 }
 
-std::vector<PluginField> serialised_fields(const Attributes& attributes, std::int64_t version) {
+std::vector<PluginField> serialised_fields(const Attributes& attributes) {
   std::vector<PluginField> fields;
-  for (const FieldSpec& spec : field_table(version)) {
+  for (const FieldSpec& spec : field_table()) {
     if (spec.serialised) fields.push_back(spec.view(spec, attributes));
   }
   return fields;
-}
-
-void require_kernels_of_version(const cuda::Program& program, std::int64_t version) {
-  if (program.spec().op_version == version) return;
-  throw std::runtime_error("the kernels are for version " + std::to_string(program.spec().op_version) +
-                           " of the op and the node has version " + std::to_string(version) +
-                           "; build again with `chai-export build --backend tensorrt`");
 }
 
 }  // namespace chai::tensorrt

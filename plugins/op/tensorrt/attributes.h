@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "op/cuda/kernel_image.h"
-#include "op/cuda/program.h"
 
 namespace chai::tensorrt {
 
@@ -18,7 +17,6 @@ struct Attributes {
   std::int32_t probe_tokens = 0;
   std::int32_t online = 0;
   std::shared_ptr<const cuda::KernelImage> kernels;
-  // Version 2 only.
   std::int32_t key_bits = 0;
   std::int32_t value_bits = 0;
   std::int32_t group = 0;
@@ -26,31 +24,25 @@ struct Attributes {
   float softcap = 0.0f;
 };
 
-// One field. `since` is the version of the op that brought it. `advertised` ones are attributes of the ONNX
+// One field. `advertised` ones are attributes of the ONNX
 // node; `serialised` ones are what an engine carries.
 struct FieldSpec {
   const char* name;
   nvinfer1::PluginFieldType type;
   bool advertised;
   bool serialised;
-  std::int64_t since;
   void (*read)(const nvinfer1::PluginField& field, Attributes& attributes);
   // Points into `attributes`.
   nvinfer1::PluginField (*view)(const FieldSpec& spec, const Attributes& attributes);
 };
 
-// The fields that a version of the op has.
-std::vector<FieldSpec> field_table(std::int64_t version);
+const std::vector<FieldSpec>& field_table();
 
 // Attributes from the fields of a node (phase kBUILD) or of an engine (kRUNTIME). Throws std::runtime_error
 // when a field is missing, unknown, given twice, of the wrong type or out of range.
-Attributes read_attributes(const nvinfer1::PluginFieldCollection* fields, nvinfer1::TensorRTPhase phase,
-                           std::int64_t version);
+Attributes read_attributes(const nvinfer1::PluginFieldCollection* fields, nvinfer1::TensorRTPhase phase);
 
 // The serialised fields; they point into `attributes`.
-std::vector<nvinfer1::PluginField> serialised_fields(const Attributes& attributes, std::int64_t version);
-
-// Throws std::runtime_error when kernels were compiled for another version of the op.
-void require_kernels_of_version(const cuda::Program& program, std::int64_t version);
+std::vector<nvinfer1::PluginField> serialised_fields(const Attributes& attributes);
 
 }  // namespace chai::tensorrt

@@ -3,29 +3,24 @@
 
 #include <NvInferRuntime.h>
 
-#include <cstdint>
-#include <string>
 #include <vector>
 
 #include "op/tensorrt/plugin.h"
 
 namespace chai::tensorrt {
 
-// Of one version of the op.
 class ClusteredHeadAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
  public:
-  explicit ClusteredHeadAttentionCreator(std::int64_t version = 1);
+  ClusteredHeadAttentionCreator();
 
   nvinfer1::IPluginV3* createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
                                     nvinfer1::TensorRTPhase phase) noexcept override;
   const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &collection_; }
   const char* getPluginName() const noexcept override { return kPluginName; }
-  const char* getPluginVersion() const noexcept override { return version_text_.c_str(); }
+  const char* getPluginVersion() const noexcept override { return kPluginVersion; }
   const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
  private:
-  std::int64_t version_;
-  std::string version_text_;
   std::vector<nvinfer1::PluginField> fields_;
   nvinfer1::PluginFieldCollection collection_;
 };

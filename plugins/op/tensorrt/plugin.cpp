@@ -1,8 +1,11 @@
 #include "op/tensorrt/plugin.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <iterator>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 #include "op/tensorrt/kernel_resource.h"
@@ -17,6 +20,7 @@ using cuda::Plan;
 using cuda::Program;
 using cuda::Symbol;
 using cuda::Symbols;
+using cuda::Tensor;
 using nvinfer1::DataType;
 using nvinfer1::Dims;
 using nvinfer1::DynamicPluginTensorDesc;
@@ -28,68 +32,87 @@ constexpr std::int32_t kFailure = 1;
 
 using namespace op;  // kQuery, kOutput, …
 
-// The input whose type and shape an output has; only `output` has a shape of its own.
-constexpr std::array<std::int32_t, kNumOutputs> kLikeInput = {kQuery, kPastKey, kPastValue, kPastHeadMap};
+constexpr std::size_t kNumInputs = std::size(op::kInputs);
+constexpr std::size_t kNumOutputs = std::size(op::kOutputs);
 
-bool is_integer_input(std::int32_t index) {
-  return kInputs[index].type == schema::Type::M;
+// The input whose type and shape an output has; only `output` has a shape of its own.
+constexpr std::array<std::size_t, kNumOutputs> kLikeInput = {kQuery,     kKeyCache,    kValueCache,
+                                                             kKeyScales, kValueScales, kPastHeadMap};
+constexpr std::array<std::size_t, 4> kPools = {kPresentKeyCache, kPresentValueCache, kPresentKeyScales,
+                                               kPresentValueScales};
+
+// What kernels call an input; the pools go by the outputs' addresses.
+constexpr std::array<Tensor, kNumInputs> kTensorOf = {
+    Tensor::kQuery,     Tensor::kKey,         Tensor::kValue,      Tensor::kKeyCache,    Tensor::kValueCache,
+    Tensor::kKeyScales, Tensor::kValueScales, Tensor::kPageTable,  Tensor::kPastHeadMap, Tensor::kPastLengths,
+    Tensor::kLengths,   Tensor::kSinks,       Tensor::kAlibiSlopes};
+
+bool is_quantised(std::int64_t bits) {
+  return bits == 8 || bits == 4;
+}
+
+bool has_input(const KernelSpec& spec, std::size_t input) {
+  if (input == kKeyScales) return is_quantised(spec.key_bits);
+  if (input == kValueScales) return is_quantised(spec.value_bits);
+  if (input == kSinks) return spec.sinks;
+  if (input == kAlibiSlopes) return spec.slopes;
+  return true;
+}
+
+std::int64_t columns(std::int64_t bits, std::int64_t dim) {
+  return bits == 4 ? dim / 2 : dim;
+}
+
+// Numbers per row beside the codes: scales, and in 4 bits minima.
+std::int64_t scale_columns(std::int64_t bits, std::int64_t dim, std::int64_t group) {
+  return dim / group * (bits == 4 ? 2 : 1);
+}
+
+DataType storage_type(std::int64_t bits, const std::string& dtype) {
+  if (bits == 16) return DataType::kHALF;
+  return is_quantised(bits) ? DataType::kINT8 : data_type(dtype);
 }
 
 std::size_t item_bytes(DataType type) {
+  if (type == DataType::kINT8) return 1;
   return type == DataType::kFLOAT || type == DataType::kINT32 ? 4 : 2;
-}
-
-void require_counts(std::int32_t num_inputs, std::int32_t num_outputs) {
-  if (num_inputs == kNumInputs && num_outputs == kNumOutputs) return;
-  throw std::runtime_error("needs " + std::to_string(kNumInputs) + " inputs and " +
-                           std::to_string(kNumOutputs) + " outputs, got " + std::to_string(num_inputs) +
-                           " and " + std::to_string(num_outputs));
-}
-
-// The sizes that a set of input shapes has, read off without checking that they agree.
-Symbols sizes_of(const std::array<Dims, kNumInputs>& dims, const Attributes& attributes) {
-  for (std::int32_t i = 0; i < kNumInputs; ++i) {
-    if (dims[i].nbDims != static_cast<std::int32_t>(kInputs[i].rank)) {
-      throw std::runtime_error(std::string(kInputs[i].name) + " has shape " + text(dims[i]) +
-                               ", expected rank " +
-                               std::to_string(static_cast<std::int32_t>(kInputs[i].rank)));
-    }
-  }
-  Symbols sizes;
-  sizes[Symbol::kB] = dims[kQuery].d[0];
-  sizes[Symbol::kH] = dims[kQuery].d[1];
-  sizes[Symbol::kS] = dims[kQuery].d[2];
-  sizes[Symbol::kD] = dims[kQuery].d[3];
-  sizes[Symbol::kG] = dims[kKey].d[1];
-  sizes[Symbol::kDv] = dims[kValue].d[3];
-  sizes[Symbol::kR] = dims[kPastKey].d[1];
-  sizes[Symbol::kC] = dims[kPastKey].d[2];
-  sizes[Symbol::kP] = attributes.probe_tokens;
-  sizes[Symbol::kOnline] = attributes.online;
-  return sizes;
-}
-
-// The largest sizes that a profile allows.
-Symbols largest_sizes(const DynamicPluginTensorDesc* in, const Attributes& attributes) {
-  std::array<Dims, kNumInputs> dims{};
-  for (std::int32_t i = 0; i < kNumInputs; ++i) dims[i] = in[i].max;
-  return sizes_of(dims, attributes);
 }
 
 }  // namespace
 
 ClusteredHeadAttention::ClusteredHeadAttention(Attributes attributes) : attributes_(std::move(attributes)) {
   program_ = std::make_shared<const Program>(Program::parse(attributes_.kernels->file(cuda::kIndexFile)));
-  require_kernels_of_version(*program_, op::kVersion);
-  if (program_->spec().probe_tokens != attributes_.probe_tokens) {
-    throw std::runtime_error("the kernels were compiled for probe_tokens " +
-                             std::to_string(program_->spec().probe_tokens) + " and the node has " +
-                             std::to_string(attributes_.probe_tokens) +
+  require_attributes();
+  for (std::size_t i = 0; i < kNumInputs; ++i) {
+    if (has_input(program_->spec(), i)) inputs_.push_back(i);
+  }
+  for (std::size_t i = 0; i < kNumOutputs; ++i) {
+    if (has_input(program_->spec(), kLikeInput[i])) outputs_.push_back(i);
+  }
+  identity_ =
+      std::string(kPluginName) + " " + kPluginVersion + " scale=" + std::to_string(attributes_.scale) +
+      " probe_tokens=" + std::to_string(attributes_.probe_tokens) +
+      " online=" + std::to_string(attributes_.online) + " key_bits=" + std::to_string(attributes_.key_bits) +
+      " value_bits=" + std::to_string(attributes_.value_bits) +
+      " group=" + std::to_string(attributes_.group) + " window=" + std::to_string(attributes_.window) +
+      " softcap=" + std::to_string(attributes_.softcap) + " kernels=" + attributes_.kernels->hash();
+}
+
+void ClusteredHeadAttention::require_attributes() const {
+  const KernelSpec& spec = program_->spec();
+  const bool has_groups = is_quantised(spec.key_bits) || is_quantised(spec.value_bits);
+  const std::array<std::tuple<const char*, std::int64_t, std::int64_t>, 5> constants = {
+      {{"probe_tokens", spec.probe_tokens, attributes_.probe_tokens},
+       {"key_bits", spec.key_bits, attributes_.key_bits},
+       {"value_bits", spec.value_bits, attributes_.value_bits},
+       {"group", has_groups ? spec.group : 0, has_groups ? attributes_.group : 0},
+       {"a soft cap, 0 or 1:", spec.softcap ? 1 : 0, attributes_.softcap > 0.0f ? 1 : 0}}};
+  for (const auto& [name, compiled, found] : constants) {
+    if (compiled == found) continue;
+    throw std::runtime_error("the kernels were compiled for " + std::string(name) + " " +
+                             std::to_string(compiled) + " and the node has " + std::to_string(found) +
                              "; build again with `chai-export build --backend tensorrt`");
   }
-  identity_ = std::string(kPluginName) + " 1" + " scale=" + std::to_string(attributes_.scale) +
-              " probe_tokens=" + std::to_string(attributes_.probe_tokens) +
-              " online=" + std::to_string(attributes_.online) + " kernels=" + attributes_.kernels->hash();
 }
 
 nvinfer1::IPluginCapability* ClusteredHeadAttention::getCapabilityInterface(
@@ -109,6 +132,71 @@ nvinfer1::IPluginV3* ClusteredHeadAttention::clone() noexcept {
   return guarded<nvinfer1::IPluginV3*>("clone", nullptr, [&] { return new ClusteredHeadAttention(*this); });
 }
 
+void ClusteredHeadAttention::require_counts(std::int32_t num_inputs, std::int32_t num_outputs) const {
+  if (num_inputs == static_cast<std::int32_t>(inputs_.size()) && num_outputs == getNbOutputs()) return;
+  throw std::runtime_error("needs " + std::to_string(inputs_.size()) + " inputs and " +
+                           std::to_string(outputs_.size()) + " outputs with these kernels, got " +
+                           std::to_string(num_inputs) + " and " + std::to_string(num_outputs));
+}
+
+std::size_t ClusteredHeadAttention::place_of(std::size_t input) const {
+  const auto found = std::find(inputs_.begin(), inputs_.end(), input);
+  if (found == inputs_.end()) throw std::runtime_error(std::string(kInputs[input].name) + " is absent");
+  return static_cast<std::size_t>(found - inputs_.begin());
+}
+
+DataType ClusteredHeadAttention::type_of(std::size_t input) const {
+  const KernelSpec& spec = program_->spec();
+  switch (kInputs[input].type) {
+    case schema::Type::M:
+      return DataType::kINT32;
+    case schema::Type::K:
+      return storage_type(spec.key_bits, spec.dtype);
+    case schema::Type::V:
+      return storage_type(spec.value_bits, spec.dtype);
+    case schema::Type::F:
+      return DataType::kHALF;
+    case schema::Type::A:
+      return DataType::kFLOAT;
+    case schema::Type::T:
+      break;
+  }
+  return data_type(spec.dtype);
+}
+
+// Read off without checking that they agree.
+Symbols ClusteredHeadAttention::sizes_of(const std::vector<Dims>& dims) const {
+  for (std::size_t i = 0; i < inputs_.size(); ++i) {
+    const schema::Parameter& input = kInputs[inputs_[i]];
+    if (dims[i].nbDims == static_cast<std::int32_t>(input.rank)) continue;
+    throw std::runtime_error(std::string(input.name) + " has shape " + text(dims[i]) + ", expected rank " +
+                             std::to_string(input.rank));
+  }
+  const auto size = [&](std::size_t input, std::size_t axis) { return dims[place_of(input)].d[axis]; };
+  Symbols sizes;
+  sizes[Symbol::kB] = size(kQuery, 0);
+  sizes[Symbol::kH] = size(kQuery, 1);
+  sizes[Symbol::kS] = size(kQuery, 2);
+  sizes[Symbol::kD] = size(kQuery, 3);
+  sizes[Symbol::kG] = size(kKey, 1);
+  sizes[Symbol::kDv] = size(kValue, 3);
+  sizes[Symbol::kN] = size(kKeyCache, 0);
+  sizes[Symbol::kR] = size(kKeyCache, 1);
+  sizes[Symbol::kL] = size(kKeyCache, 2);
+  sizes[Symbol::kC] = size(kPageTable, 1) * sizes[Symbol::kL];
+  sizes[Symbol::kP] = attributes_.probe_tokens;
+  sizes[Symbol::kOnline] = attributes_.online;
+  sizes[Symbol::kWindow] = attributes_.window;
+  return sizes;
+}
+
+// The largest sizes that a profile allows.
+Symbols ClusteredHeadAttention::largest_sizes(const DynamicPluginTensorDesc* in) const {
+  std::vector<Dims> dims;
+  for (std::size_t i = 0; i < inputs_.size(); ++i) dims.push_back(in[i].max);
+  return sizes_of(dims);
+}
+
 void ClusteredHeadAttention::require_compiled_for(const Symbols& sizes) const {
   const KernelSpec& spec = program_->spec();
   const std::array<std::tuple<const char*, std::int64_t, std::int64_t>, 4> constants = {
@@ -123,7 +211,7 @@ void ClusteredHeadAttention::require_compiled_for(const Symbols& sizes) const {
                              "; build again with `chai-export build --backend tensorrt`");
   }
   if (sizes[Symbol::kR] < 1 || sizes[Symbol::kR] > spec.kv_heads) {
-    throw std::runtime_error("past_key keeps " + std::to_string(sizes[Symbol::kR]) +
+    throw std::runtime_error("key_cache keeps " + std::to_string(sizes[Symbol::kR]) +
                              " heads, allowed are 1 to " + std::to_string(spec.kv_heads));
   }
 }
@@ -133,7 +221,7 @@ std::int32_t ClusteredHeadAttention::configurePlugin(const DynamicPluginTensorDe
                                                      std::int32_t num_outputs) noexcept {
   return guarded("configurePlugin", kFailure, [&] {
     require_counts(num_inputs, num_outputs);
-    require_compiled_for(largest_sizes(in, attributes_));
+    require_compiled_for(largest_sizes(in));
     return kSuccess;
   });
 }
@@ -143,13 +231,12 @@ std::int32_t ClusteredHeadAttention::getOutputDataTypes(DataType* output_types, 
                                                         std::int32_t num_inputs) const noexcept {
   return guarded("getOutputDataTypes", kFailure, [&] {
     require_counts(num_inputs, num_outputs);
-    const DataType wanted = data_type(program_->spec().dtype);
-    for (std::int32_t i = 0; i < kNumInputs; ++i) {
-      if (input_types[i] == (is_integer_input(i) ? DataType::kINT32 : wanted)) continue;
-      throw std::runtime_error(std::string(kInputs[i].name) + " must be " +
-                               (is_integer_input(i) ? "int32" : program_->spec().dtype));
+    for (std::size_t i = 0; i < inputs_.size(); ++i) {
+      if (input_types[i] == type_of(inputs_[i])) continue;
+      throw std::runtime_error(std::string(kInputs[inputs_[i]].name) +
+                               " has another type than the kernels were compiled for");
     }
-    for (std::int32_t i = 0; i < kNumOutputs; ++i) output_types[i] = input_types[kLikeInput[i]];
+    for (std::size_t i = 0; i < outputs_.size(); ++i) output_types[i] = type_of(kLikeInput[outputs_[i]]);
     return kSuccess;
   });
 }
@@ -161,20 +248,20 @@ std::int32_t ClusteredHeadAttention::getOutputShapes(const nvinfer1::DimsExprs* 
                                                      nvinfer1::IExprBuilder& builder) noexcept {
   return guarded("getOutputShapes", kFailure, [&] {
     require_counts(num_inputs, num_outputs);
-    for (std::int32_t i = 0; i < kNumInputs; ++i) {
-      if (inputs[i].nbDims == static_cast<std::int32_t>(kInputs[i].rank)) continue;
-      throw std::runtime_error(std::string(kInputs[i].name) + " has rank " +
-                               std::to_string(inputs[i].nbDims) + ", expected " +
-                               std::to_string(static_cast<std::int32_t>(kInputs[i].rank)));
+    for (std::size_t i = 0; i < inputs_.size(); ++i) {
+      const schema::Parameter& input = kInputs[inputs_[i]];
+      if (inputs[i].nbDims == static_cast<std::int32_t>(input.rank)) continue;
+      throw std::runtime_error(std::string(input.name) + " has rank " + std::to_string(inputs[i].nbDims) +
+                               ", expected " + std::to_string(input.rank));
     }
-    for (std::int32_t i = 1; i < kNumOutputs; ++i) outputs[i] = inputs[kLikeInput[i]];
-    outputs[kOutput].nbDims = 3;
-    outputs[kOutput].d[0] = inputs[kQuery].d[0];
-    outputs[kOutput].d[1] = inputs[kQuery].d[2];
-    outputs[kOutput].d[2] =
+    for (std::size_t i = 1; i < outputs_.size(); ++i) outputs[i] = inputs[place_of(kLikeInput[outputs_[i]])];
+    nvinfer1::DimsExprs& attended = outputs[kOutput];
+    attended.nbDims = 3;
+    attended.d[0] = inputs[kQuery].d[0];
+    attended.d[1] = inputs[kQuery].d[2];
+    attended.d[2] =
         builder.operation(nvinfer1::DimensionOperation::kPROD, *inputs[kQuery].d[1], *inputs[kValue].d[3]);
-    if (outputs[kOutput].d[2] == nullptr)
-      throw std::runtime_error("TensorRT refuses the product of H and Dv");
+    if (attended.d[2] == nullptr) throw std::runtime_error("TensorRT refuses the product of H and Dv");
     return kSuccess;
   });
 }
@@ -185,11 +272,11 @@ bool ClusteredHeadAttention::supportsFormatCombination(std::int32_t position,
                                                        std::int32_t num_outputs) noexcept {
   return guarded("supportsFormatCombination", false, [&] {
     require_counts(num_inputs, num_outputs);
-    if (position < 0 || position >= kNumInputs + kNumOutputs) return false;
-    const std::int32_t like = position < kNumInputs ? position : kLikeInput[position - kNumInputs];
-    const DataType wanted = is_integer_input(like) ? DataType::kINT32 : data_type(program_->spec().dtype);
+    if (position < 0 || position >= num_inputs + num_outputs) return false;
+    const std::size_t like =
+        position < num_inputs ? inputs_[position] : kLikeInput[outputs_[position - num_inputs]];
     const PluginTensorDesc& desc = in_out[position].desc;
-    return desc.format == TensorFormat::kLINEAR && desc.type == wanted;
+    return desc.format == TensorFormat::kLINEAR && desc.type == type_of(like);
   });
 }
 
@@ -199,39 +286,59 @@ std::size_t ClusteredHeadAttention::getWorkspaceSize(const DynamicPluginTensorDe
   // There is no way to report an error here; with no workspace, enqueue reports one.
   return guarded<std::size_t>("getWorkspaceSize", 0, [&] {
     require_counts(num_inputs, num_outputs);
-    return program_->workspace_bytes(largest_sizes(inputs, attributes_));
+    return program_->workspace_bytes(largest_sizes(inputs));
   });
 }
 
 std::int32_t ClusteredHeadAttention::getAliasedInput(std::int32_t output_index) noexcept {
-  return output_index == kPresentKey || output_index == kPresentValue ? kLikeInput[output_index] : -1;
+  return guarded("getAliasedInput", -1, [&] {
+    if (output_index < 0 || output_index >= getNbOutputs()) return -1;
+    const std::size_t output = outputs_[output_index];
+    if (std::find(kPools.begin(), kPools.end(), output) == kPools.end()) return -1;
+    return static_cast<std::int32_t>(place_of(kLikeInput[output]));
+  });
 }
 
-cuda::Symbols ClusteredHeadAttention::checked_sizes(const PluginTensorDesc* in) const {
-  std::array<Dims, kNumInputs> dims{};
-  for (std::int32_t i = 0; i < kNumInputs; ++i) dims[i] = in[i].dims;
-  const Symbols sizes = sizes_of(dims, attributes_);
+Symbols ClusteredHeadAttention::checked_sizes(const PluginTensorDesc* in) const {
+  std::vector<Dims> dims;
+  for (std::size_t i = 0; i < inputs_.size(); ++i) dims.push_back(in[i].dims);
+  const Symbols sizes = sizes_of(dims);
   require_compiled_for(sizes);
+  const KernelSpec& spec = program_->spec();
   const std::int64_t b = sizes[Symbol::kB];
+  const std::int64_t h = sizes[Symbol::kH];
   const std::int64_t g = sizes[Symbol::kG];
   const std::int64_t s = sizes[Symbol::kS];
-  const std::int64_t c = sizes[Symbol::kC];
   const std::int64_t d = sizes[Symbol::kD];
   const std::int64_t dv = sizes[Symbol::kDv];
-  if (b < 1 || s < 1 || c < 1)
-    throw std::runtime_error("query " + text(dims[kQuery]) + " or past_key " + text(dims[kPastKey]) +
-                             " is empty");
-  require_shape("key", dims[kKey], {b, g, s, d});
-  require_shape("value", dims[kValue], {b, g, s, dv});
-  require_shape("past_key", dims[kPastKey], {b, sizes[Symbol::kR], c, d});
-  require_shape("past_value", dims[kPastValue], {b, g, c, dv});
-  require_shape("past_head_map", dims[kPastHeadMap], {b, sizes[Symbol::kH]});
-  require_shape("past_lengths", dims[kPastLengths], {b});
-  require_shape("lengths", dims[kLengths], {b});
+  const std::int64_t n = sizes[Symbol::kN];
+  const std::int64_t r = sizes[Symbol::kR];
+  const std::int64_t l = sizes[Symbol::kL];
+  if (b < 1 || s < 1 || n < 1 || sizes[Symbol::kC] < 1) {
+    throw std::runtime_error("query " + text(dims[place_of(kQuery)]) + ", key_cache " +
+                             text(dims[place_of(kKeyCache)]) + " or page_table " +
+                             text(dims[place_of(kPageTable)]) + " is empty");
+  }
+  const std::int64_t group = std::max<std::int64_t>(spec.group, 1);
+  const auto require = [&](std::size_t input, std::initializer_list<std::int64_t> wanted) {
+    if (has_input(spec, input)) require_shape(kInputs[input].name, dims[place_of(input)], wanted);
+  };
+  require(kKey, {b, g, s, d});
+  require(kValue, {b, g, s, dv});
+  require(kKeyCache, {n, r, l, columns(spec.key_bits, d)});
+  require(kValueCache, {n, g, l, columns(spec.value_bits, dv)});
+  require(kKeyScales, {n, r, l, scale_columns(spec.key_bits, d, group)});
+  require(kValueScales, {n, g, l, scale_columns(spec.value_bits, dv, group)});
+  require(kPageTable, {b, sizes[Symbol::kC] / l});
+  require(kPastHeadMap, {b, h});
+  require(kPastLengths, {b});
+  require(kLengths, {b});
+  require(kSinks, {h});
+  require(kAlibiSlopes, {h});
   return sizes;
 }
 
-const cuda::Plan& ClusteredHeadAttention::plan_for(const Symbols& sizes) {
+const Plan& ClusteredHeadAttention::plan_for(const Symbols& sizes) {
   if (plan_.empty() || planned_sizes_ != sizes) {
     plan_ = program_->plan(sizes);
     planned_sizes_ = sizes;
@@ -251,9 +358,11 @@ std::int32_t ClusteredHeadAttention::onShapeChange(const PluginTensorDesc* in, s
   });
 }
 
-void ClusteredHeadAttention::require_address(const char* name, const void* address, bool is_integer) const {
+void ClusteredHeadAttention::require_address(const char* name, const void* address, std::size_t input) const {
   if (address == nullptr) throw std::runtime_error(std::string(name) + " has no address");
-  const std::size_t alignment = is_integer ? sizeof(std::int32_t) : program_->pointer_alignment();
+  // What a layer takes from a table of all layers begins anywhere in it.
+  const bool is_small = kInputs[input].type == schema::Type::M || input == kSinks || input == kAlibiSlopes;
+  const std::size_t alignment = is_small ? item_bytes(type_of(input)) : program_->pointer_alignment();
   if (reinterpret_cast<std::uintptr_t>(address) % alignment != 0) {
     throw std::runtime_error(std::string(name) + " does not start at a multiple of " +
                              std::to_string(alignment) + " bytes");
@@ -274,39 +383,45 @@ void ClusteredHeadAttention::attend(const PluginTensorDesc* in, const void* cons
   if (in == nullptr || inputs == nullptr || outputs == nullptr)
     throw std::runtime_error("called without tensors");
   const Symbols sizes = checked_sizes(in);
-  for (std::int32_t i = 0; i < kNumInputs; ++i) {
-    require_address(kInputs[i].name, inputs[i], is_integer_input(i));
-  }
-  for (std::int32_t i = 0; i < kNumOutputs; ++i) {
-    require_address(kOutputs[i].name, outputs[i], is_integer_input(kLikeInput[i]));
-  }
-  if (outputs[kPresentHeadMap] == inputs[kPastHeadMap]) {
-    throw std::runtime_error(
-        "past_head_map and present_head_map have one address; only the caches may be shared");
-  }
+  for (std::size_t i = 0; i < inputs_.size(); ++i)
+    require_address(kInputs[inputs_[i]].name, inputs[i], inputs_[i]);
+  for (std::size_t i = 0; i < outputs_.size(); ++i)
+    require_address(kOutputs[outputs_[i]].name, outputs[i], kLikeInput[outputs_[i]]);
   if (workspace == nullptr && program_->workspace_bytes(sizes) > 0)
     throw std::runtime_error("called without workspace");
   // Not here, where a graph may be captured and others may be waiting for the stream.
   if (launcher_ == nullptr)
     throw std::runtime_error("called before attachToContext and onShapeChange, which load the kernels");
 
-  for (const std::size_t output : {kPresentKey, kPresentValue}) {
-    const std::int32_t past = kLikeInput[output];
-    if (outputs[output] == inputs[past]) continue;
-    std::size_t bytes = item_bytes(in[past].type);
-    for (std::int32_t i = 0; i < in[past].dims.nbDims; ++i)
-      bytes *= static_cast<std::size_t>(in[past].dims.d[i]);
-    launcher_->copy(outputs[output], inputs[past], bytes, stream);
-  }
+  cuda::Tensors tensors{};
+  const auto at = [&](Tensor tensor) -> void*& { return tensors[static_cast<std::size_t>(tensor)]; };
   // Kernel arguments are not const; kernels only read what the op calls an input.
-  const auto input = [&](std::size_t i) { return const_cast<void*>(inputs[i]); };
-  const cuda::Tensors tensors = {input(kQuery),           input(kKey),          input(kValue),
-                                 input(kPastHeadMap),     input(kPastLengths),  input(kLengths),
-                                 outputs[kOutput],        outputs[kPresentKey], outputs[kPresentValue],
-                                 outputs[kPresentHeadMap]};
+  for (std::size_t i = 0; i < inputs_.size(); ++i) at(kTensorOf[inputs_[i]]) = const_cast<void*>(inputs[i]);
+  for (std::size_t i = 0; i < outputs_.size(); ++i) {
+    if (outputs_[i] == kOutput) {
+      at(Tensor::kOutput) = outputs[i];
+    } else if (outputs_[i] == kPresentHeadMap) {
+      at(Tensor::kPresentHeadMap) = outputs[i];
+    } else {
+      at(kTensorOf[kLikeInput[outputs_[i]]]) = outputs[i];  // a pool
+    }
+  }
+  if (at(Tensor::kPresentHeadMap) == at(Tensor::kPastHeadMap)) {
+    throw std::runtime_error(
+        "past_head_map and present_head_map have one address; only the caches may be shared");
+  }
+  for (std::size_t i = 0; i < outputs_.size(); ++i) {
+    if (std::find(kPools.begin(), kPools.end(), outputs_[i]) == kPools.end()) continue;
+    const std::size_t from = place_of(kLikeInput[outputs_[i]]);
+    if (outputs[i] == inputs[from]) continue;
+    std::size_t bytes = item_bytes(in[from].type);
+    for (std::int32_t axis = 0; axis < in[from].dims.nbDims; ++axis)
+      bytes *= static_cast<std::size_t>(in[from].dims.d[axis]);
+    launcher_->copy(outputs[i], inputs[from], bytes, stream);
+  }
   const float scale =
       attributes_.scale != 0.0f ? attributes_.scale : 1.0f / std::sqrt(static_cast<float>(sizes[Symbol::kD]));
-  cuda::run(plan_for(sizes), tensors, workspace, {scale, 0.0f}, *launcher_, stream);
+  cuda::run(plan_for(sizes), tensors, workspace, {scale, attributes_.softcap}, *launcher_, stream);
 }
 
 nvinfer1::IPluginV3* ClusteredHeadAttention::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
@@ -320,7 +435,7 @@ nvinfer1::IPluginV3* ClusteredHeadAttention::attachToContext(nvinfer1::IPluginRe
 
 const nvinfer1::PluginFieldCollection* ClusteredHeadAttention::getFieldsToSerialize() noexcept {
   return guarded<const nvinfer1::PluginFieldCollection*>("getFieldsToSerialize", nullptr, [&] {
-    fields_ = serialised_fields(attributes_, op::kVersion);
+    fields_ = serialised_fields(attributes_);
     collection_.nbFields = static_cast<std::int32_t>(fields_.size());
     collection_.fields = fields_.data();
     return &collection_;

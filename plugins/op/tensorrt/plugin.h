@@ -1,25 +1,19 @@
-// The TensorRT plugin of chai::ClusteredHeadAttention, version 1.
+// The TensorRT plugin of chai::ClusteredHeadAttention (docs/op.md).
 //
-// Inputs and outputs in the order of the op. T is float32, float16 or bfloat16, every tensor linear (row
-// major):
+// Inputs and outputs in the order of the op, without the optional ones that a node of the compiled form does
+// not have: scales of caches that are not in 8 or 4 bits, sinks, slopes. Every tensor is linear (row major).
+// Caches in 8 and in 4 bits are kINT8: TensorRT passes kUINT8 to no layer but casts, and to a plugin with
+// kINT8 in a linear format the bytes come as they are, whatever they mean. The pools may be, and should be,
+// bound as input and output at one address; otherwise they are copied first.
 //
-//   0 query T [B,H,S,D]           8  output           T [B,S,H*Dv]
-//   1 key T [B,G,S,D]             9  present_key      T [B,R,C,D]   may be past_key
-//   2 value T [B,G,S,Dv]          10 present_value    T [B,G,C,Dv]  may be past_value
-//   3 past_key T [B,R,C,D]        11 present_head_map int32 [B,H]   must not be past_head_map
-//   4 past_value T [B,G,C,Dv]
-//   5 past_head_map int32 [B,H]
-//   6 past_lengths int32 [B]
-//   7 lengths int32 [B]
-//
-// H, G, D, Dv, P and T must be those the kernels were compiled for; B, S, R and C are free.
+// H, G, D, Dv, P, T, bits, group and the terms must be those the kernels were compiled for; B, S, R, the
+// pages and the window are free.
 #pragma once
 
 #include <NvInferRuntime.h>
 
 #include <cstddef>
 #include <cstdint>
-#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
@@ -28,14 +22,10 @@
 #include "op/cuda/program.h"
 #include "op/tensorrt/attributes.h"
 #include "op/tensorrt/names.h"
-#include "op/tensorrt/schema_v1.h"
 
 namespace chai::tensorrt {
 
-namespace op = schema::clustered_head_attention_v1;
-
-constexpr std::int32_t kNumInputs = std::size(op::kInputs);
-constexpr std::int32_t kNumOutputs = std::size(op::kOutputs);
+namespace op = schema::clustered_head_attention;
 
 class ClusteredHeadAttention final : public nvinfer1::IPluginV3,
                                      public nvinfer1::IPluginV3OneCore,
@@ -48,13 +38,17 @@ class ClusteredHeadAttention final : public nvinfer1::IPluginV3,
   // Use this launcher instead of the GPU's.
   void use_launcher(std::shared_ptr<cuda::Launcher> launcher) { launcher_ = std::move(launcher); }
 
+  // Positions in the op's schema of the tensors that a node of this form has, in order.
+  const std::vector<std::size_t>& inputs() const { return inputs_; }
+  const std::vector<std::size_t>& outputs() const { return outputs_; }
+
   // IPluginV3
   nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
   nvinfer1::IPluginV3* clone() noexcept override;
 
   // Core
   const char* getPluginName() const noexcept override { return kPluginName; }
-  const char* getPluginVersion() const noexcept override { return "1"; }
+  const char* getPluginVersion() const noexcept override { return kPluginVersion; }
   const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
   // Build
@@ -70,7 +64,7 @@ class ClusteredHeadAttention final : public nvinfer1::IPluginV3,
                                nvinfer1::IExprBuilder& builder) noexcept override;
   bool supportsFormatCombination(std::int32_t position, const nvinfer1::DynamicPluginTensorDesc* in_out,
                                  std::int32_t num_inputs, std::int32_t num_outputs) noexcept override;
-  std::int32_t getNbOutputs() const noexcept override { return kNumOutputs; }
+  std::int32_t getNbOutputs() const noexcept override { return static_cast<std::int32_t>(outputs_.size()); }
   std::size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, std::int32_t num_inputs,
                                const nvinfer1::DynamicPluginTensorDesc* outputs,
                                std::int32_t num_outputs) const noexcept override;
@@ -92,15 +86,24 @@ class ClusteredHeadAttention final : public nvinfer1::IPluginV3,
  private:
   ClusteredHeadAttention(const ClusteredHeadAttention& other) = default;
 
+  void require_counts(std::int32_t num_inputs, std::int32_t num_outputs) const;
   void require_compiled_for(const cuda::Symbols& sizes) const;
+  void require_attributes() const;
+  nvinfer1::DataType type_of(std::size_t input) const;
+  // The place of an input of the op among those of the node, which has it.
+  std::size_t place_of(std::size_t input) const;
+  cuda::Symbols sizes_of(const std::vector<nvinfer1::Dims>& dims) const;
+  cuda::Symbols largest_sizes(const nvinfer1::DynamicPluginTensorDesc* in) const;
   cuda::Symbols checked_sizes(const nvinfer1::PluginTensorDesc* in) const;
-  void require_address(const char* name, const void* address, bool is_integer) const;
+  void require_address(const char* name, const void* address, std::size_t input) const;
   void attend(const nvinfer1::PluginTensorDesc* in, const void* const* inputs, void* const* outputs,
               void* workspace, cudaStream_t stream);
   const cuda::Plan& plan_for(const cuda::Symbols& sizes);
 
   Attributes attributes_;
   std::shared_ptr<const cuda::Program> program_;
+  std::vector<std::size_t> inputs_;
+  std::vector<std::size_t> outputs_;
   std::string identity_;
   std::shared_ptr<cuda::Launcher> launcher_;
 

@@ -4,9 +4,6 @@
 // library is loaded. IPluginRegistry::loadLibrary (trtexec's --dynamicPlugins, the Python registry) calls
 // getCreators and registers what that returns, and fails if it is registered already; it also begins with a
 // dlopen. So what was registered on loading is withdrawn when somebody asks for the creators.
-//
-// Compiled once for each version of the op, CHAI_OP_VERSION, into a library of its own: the registry of
-// TensorRT 11.4 does not load a library with two creators again after it was unloaded.
 #include <NvInferRuntime.h>
 
 #include <mutex>
@@ -20,7 +17,7 @@ namespace chai::tensorrt {
 namespace {
 
 ClusteredHeadAttentionCreator& creator() {
-  static ClusteredHeadAttentionCreator instance(CHAI_OP_VERSION);
+  static ClusteredHeadAttentionCreator instance;
   return instance;
 }
 
@@ -40,7 +37,7 @@ class OwnRegistration {
     nvinfer1::IPluginRegistry* registry = find_registry();
     if (registry == nullptr || !fits_runtime()) return;
     creator();  // constructed first, so that it outlives this object
-    if (registry->getCreator(kPluginName, creator().getPluginVersion(), kPluginNamespace) != nullptr) return;
+    if (registry->getCreator(kPluginName, kPluginVersion, kPluginNamespace) != nullptr) return;
     if (registry->registerCreator(creator(), kPluginNamespace)) registry_ = registry;
   }
 

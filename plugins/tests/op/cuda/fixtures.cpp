@@ -27,9 +27,10 @@ void RecordingLauncher::copy(void* target, const void* source, std::size_t bytes
 }
 
 const char* const kIndex = R"({
-  "format": "chai-kernels/1", "architecture": 90, "triton": "3.9.0",
+  "format": "chai-kernels/2", "architecture": 90, "triton": "3.9.0",
   "spec": {"dtype": "float16", "num_query_heads": 4, "num_kv_heads": 2, "head_dim": 16, "value_head_dim": 8,
-           "probe_tokens": 5},
+           "probe_tokens": 5, "key_bits": 8, "value_bits": 4, "group_size": 8, "softcap": false, "sinks": true,
+           "slopes": false},
   "pointer_alignment": 16, "workspace_alignment": 256,
   "workspace": [{"name": "plan", "type": "int32", "count": "B G *"},
                 {"name": "weights", "type": "float16", "count": "B C *"}],
@@ -38,7 +39,7 @@ const char* const kIndex = R"({
      "grid": ["S 4 cdiv", "H", "B"], "threads": 128, "shared_bytes": 70000,
      "arguments": [{"type": "pointer", "tensor": "query"}, {"type": "pointer", "tensor": "weights"},
                    {"type": "int32", "value": "C"}, {"type": "float32", "attribute": "scale"},
-                   {"type": "pointer", "tensor": "present_key"}, {"type": "pointer", "hidden": "global_scratch"}]},
+                   {"type": "pointer", "tensor": "key_cache"}, {"type": "pointer", "hidden": "global_scratch"}]},
     {"kernel": "one", "file": "one.cubin", "sha256": "SHA_ONE", "when": "S 1 ==",
      "grid": ["16 B R * cdiv", "R", "B"], "threads": 64, "shared_bytes": 0,
      "arguments": [{"type": "pointer", "tensor": "plan"}, {"type": "int32", "value": "online R G < *"},
@@ -71,13 +72,15 @@ void KernelDirectory::write(const std::string& name, const std::string& content)
 }
 
 const std::vector<std::pair<std::string, std::string>> kIndexDamages = {
-    {"chai-kernels/1", "chai-kernels/9"},
+    {"chai-kernels/2", "chai-kernels/1"},
     {"float16", "float8"},
     {"\"threads\": 128", "\"threads\": -1"},
     {"\"S 4 cdiv\"", "\"S 4\""},
     {"several.cubin", "../x"},
     {"\"tensor\": \"query\"", "\"tensor\": \"q\""},
     {"\"launches\": [", "\"launch\": ["},
+    {"\"key_bits\": 8", "\"key_bits\": 80"},
+    {"\"group_size\"", "\"group\""},
     {"90", "\"90\""}};
 
 }  // namespace chai::cuda::test

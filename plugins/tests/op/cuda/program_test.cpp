@@ -49,6 +49,11 @@ TEST_CASE("a plan lists the launches that apply, with grid and workspace") {
   const Program program = Program::parse(kIndex);
   CHECK(program.spec().dtype == "float16");
   CHECK(program.spec().architecture == 90);
+  CHECK(program.spec().key_bits == 8);
+  CHECK(program.spec().value_bits == 4);
+  CHECK(program.spec().group == 8);
+  CHECK(program.spec().sinks);
+  CHECK_FALSE(program.spec().slopes);
   CHECK(program.pointer_alignment() == 16);
   // plan: 2*2 int32; weights: 2*64 float16; each rounded up to 256 bytes.
   CHECK(program.workspace_bytes(sizes(7)) == 512);
@@ -79,8 +84,8 @@ TEST_CASE("a plan is launched with the addresses and values of a call") {
   float scale = 0.0f;
   std::memcpy(&scale, &launch.arguments[3], sizeof(scale));
   CHECK(scale == 0.25f);
-  CHECK(launch.arguments[4] == std::uint64_t{8} << 20);  // present_key
-  CHECK(launch.arguments[5] == 0);                       // hidden
+  CHECK(launch.arguments[4] == (static_cast<std::uint64_t>(Tensor::kKeyCache) + 1) << 20);  // the pool
+  CHECK(launch.arguments[5] == 0);                                                          // hidden
   recorder.refuses = true;
   CHECK_THROWS_AS(run(program.plan(sizes(1)), tensors, workspace, {}, recorder, nullptr), std::runtime_error);
 }

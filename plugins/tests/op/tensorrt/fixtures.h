@@ -1,4 +1,4 @@
-// Stand-ins for what TensorRT brings: a logger, an expression builder, tensors.
+// Stand-ins for what TensorRT brings: a logger, an expression builder, the fields of a node.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "op/tensorrt/attributes.h"
-#include "op/tensorrt/plugin.h"
 
 namespace chai::tensorrt::test {
 
@@ -63,17 +62,5 @@ class ExpressionBuilder final : public nvinfer1::IExprBuilder, public nvinfer1::
 
 // The fields of a node whose kernels lie in a directory.
 std::vector<nvinfer1::PluginField> node_fields(const std::string& directory, const Attributes& attributes);
-
-// Shapes of the eight inputs, and tensors at made-up addresses.
-struct Call {
-  std::int64_t batch = 2;
-  std::int64_t tokens = 7;
-  std::int64_t kept = 1;
-  std::int64_t capacity = 64;
-  bool in_place = true;
-
-  std::vector<nvinfer1::PluginTensorDesc> inputs() const;
-  std::vector<nvinfer1::DynamicPluginTensorDesc> dynamic() const;
-};
 
 }  // namespace chai::tensorrt::test

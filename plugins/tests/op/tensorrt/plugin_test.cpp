@@ -1,4 +1,6 @@
-// The plugin object without TensorRT: what its Python bindings cannot reach.
+// The plugin object without TensorRT: which tensors a form has, their types, addresses and launches.
+#include "op/tensorrt/plugin.h"
+
 #include <doctest/doctest.h>
 
 #include <array>
@@ -16,284 +18,358 @@
 namespace chai::tensorrt::test {
 namespace {
 
-using cuda::test::kArgumentCounts;
 using cuda::test::KernelDirectory;
 using cuda::test::RecordingLauncher;
 using nvinfer1::DataType;
 using nvinfer1::TensorRTPhase;
+using Plugin = ClusteredHeadAttention;
 
 [[maybe_unused]] Logger& installed = Logger::install();
-const Attributes kAttributes{0.0f, 5, 1, nullptr};
 
-std::unique_ptr<ClusteredHeadAttention> create(const std::vector<nvinfer1::PluginField>& fields,
-                                               TensorRTPhase phase) {
+// Keys in 8 bits, values in 4, sinks and a soft cap, no slopes: H=4, G=2, D=16, Dv=8, groups of 8, P=5.
+const std::string kIndex = R"({
+  "format": "chai-kernels/2", "architecture": 90, "triton": "3.9.0",
+  "spec": {"dtype": "float16", "num_query_heads": 4, "num_kv_heads": 2, "head_dim": 16, "value_head_dim": 8,
+           "probe_tokens": 5, "key_bits": 8, "value_bits": 4, "group_size": 8, "softcap": true, "sinks": true,
+           "slopes": false},
+  "pointer_alignment": 16, "workspace_alignment": 256,
+  "workspace": [{"name": "scores", "type": "float32", "count": "B R * C *"}],
+  "launches": [
+    {"kernel": "several", "file": "several.cubin", "sha256": "SHA_SEVERAL", "when": "1 S <",
+     "grid": ["S 4 cdiv", "H", "B"], "threads": 128, "shared_bytes": 0,
+     "arguments": [{"type": "pointer", "tensor": "key_cache"}, {"type": "pointer", "tensor": "value_cache"},
+                   {"type": "pointer", "tensor": "key_scales"}, {"type": "pointer", "tensor": "value_scales"},
+                   {"type": "pointer", "tensor": "page_table"}, {"type": "pointer", "tensor": "sinks"},
+                   {"type": "pointer", "tensor": "output"}, {"type": "pointer", "tensor": "present_head_map"}]},
+    {"kernel": "one", "file": "one.cubin", "sha256": "SHA_ONE", "when": "S 1 ==",
+     "grid": ["1", "R", "B"], "threads": 64, "shared_bytes": 0,
+     "arguments": [{"type": "int32", "value": "N"}, {"type": "int32", "value": "L"},
+                   {"type": "int32", "value": "C"}, {"type": "int32", "value": "window"},
+                   {"type": "float32", "attribute": "scale"}, {"type": "float32", "attribute": "softcap"},
+                   {"type": "pointer", "tensor": "past_lengths"}, {"type": "pointer", "tensor": "scores"}]}
+  ]
+})";
+
+Attributes attributes() {
+  Attributes result{0.0f, 5, 1, nullptr};
+  result.key_bits = 8;
+  result.value_bits = 4;
+  result.group = 8;
+  result.window = 40;
+  result.softcap = 2.5f;
+  return result;
+}
+
+std::unique_ptr<Plugin> create(const std::vector<nvinfer1::PluginField>& fields, TensorRTPhase phase) {
   ClusteredHeadAttentionCreator creator;
   const nvinfer1::PluginFieldCollection collection{static_cast<std::int32_t>(fields.size()), fields.data()};
-  auto* plugin = creator.createPlugin("layer", &collection, phase);
-  return std::unique_ptr<ClusteredHeadAttention>(static_cast<ClusteredHeadAttention*>(plugin));
+  return std::unique_ptr<Plugin>(static_cast<Plugin*>(creator.createPlugin("layer", &collection, phase)));
 }
 
-std::unique_ptr<ClusteredHeadAttention> create(const Attributes& attributes = kAttributes) {
-  const KernelDirectory directory;
-  return create(node_fields(directory.path(), attributes), TensorRTPhase::kBUILD);
+std::unique_ptr<Plugin> create(const Attributes& values = attributes(), const std::string& index = kIndex) {
+  const KernelDirectory directory(index);
+  return create(node_fields(directory.path(), values), TensorRTPhase::kBUILD);
 }
 
-// A tensor per input and output, far apart and aligned; nothing is stored at these addresses.
+// The twelve inputs: those of the op but for alibi_slopes. Two rows of seven tokens, three pages of 32
+// positions.
+std::vector<nvinfer1::PluginTensorDesc> inputs(std::int64_t tokens) {
+  const auto make = [](DataType type, std::initializer_list<std::int64_t> sizes) {
+    nvinfer1::PluginTensorDesc desc{};
+    desc.type = type;
+    desc.format = nvinfer1::TensorFormat::kLINEAR;
+    for (const std::int64_t size : sizes) desc.dims.d[desc.dims.nbDims++] = size;
+    return desc;
+  };
+  constexpr DataType t = DataType::kHALF;
+  constexpr DataType integer = DataType::kINT32;
+  constexpr DataType codes = DataType::kINT8;
+  return {make(t, {2, 4, tokens, 16}), make(t, {2, 2, tokens, 16}), make(t, {2, 2, tokens, 8}),
+          make(codes, {9, 1, 32, 16}), make(codes, {9, 2, 32, 4}),  make(t, {9, 1, 32, 2}),
+          make(t, {9, 2, 32, 2}),      make(integer, {2, 3}),       make(integer, {2, 4}),
+          make(integer, {2}),          make(integer, {2}),          make(t, {4})};
+}
+
+std::vector<nvinfer1::DynamicPluginTensorDesc> all_tensors(std::int64_t tokens) {
+  std::vector<nvinfer1::DynamicPluginTensorDesc> result;
+  const auto in = inputs(tokens);
+  for (const auto& desc : in) {
+    nvinfer1::DynamicPluginTensorDesc dynamic{};
+    dynamic.desc = desc;
+    dynamic.min = dynamic.opt = dynamic.max = desc.dims;
+    result.push_back(dynamic);
+  }
+  for (const std::size_t like : {0, 3, 4, 5, 6, 8}) result.push_back(result[like]);
+  return result;
+}
+
+constexpr std::int32_t kIn = 12;
+constexpr std::int32_t kOut = 6;
+
 struct Addresses {
   explicit Addresses(bool in_place) {
-    for (std::size_t i = 0; i < inputs.size(); ++i) inputs[i] = place(i + 1);
-    for (std::size_t i = 0; i < outputs.size(); ++i) outputs[i] = place(100 + i);
-    if (in_place) {
-      outputs[1] = place(4);
-      outputs[2] = place(5);
-    }
+    for (std::size_t i = 0; i < kIn; ++i) in[i] = place(i + 1);
+    for (std::size_t i = 0; i < kOut; ++i)
+      out[i] = in_place && i > 0 && i < 5 ? place(i + 3) : place(100 + i);
   }
   static void* place(std::size_t number) { return reinterpret_cast<void*>(number << 20); }
-
-  std::vector<const void*> inputs = std::vector<const void*>(kNumInputs);
-  std::vector<void*> outputs = std::vector<void*>(kNumOutputs);
+  std::array<const void*, kIn> in{};
+  std::array<void*, kOut> out{};
   void* workspace = place(200);
 };
 
-std::uint64_t address(const void* pointer) {
+std::uint64_t number(const void* pointer) {
   return reinterpret_cast<std::uint64_t>(pointer);
 }
 
-std::int32_t enqueue(ClusteredHeadAttention& plugin, const Call& call, const Addresses& at) {
-  const auto inputs = call.inputs();
-  return plugin.enqueue(inputs.data(), nullptr, at.inputs.data(), at.outputs.data(), at.workspace, nullptr);
-}
-
-TEST_CASE("output shapes are expressions of input shapes") {
+TEST_CASE("a node has the tensors of its form, with their types") {
   auto plugin = create();
-  ExpressionBuilder builder;
-  const std::vector<std::vector<std::string>> names = {{"B", "4", "S", "16"},
-                                                       {"B", "2", "S", "16"},
-                                                       {"B", "2", "S", "8"},
-                                                       {"B", "R", "C", "16"},
-                                                       {"B", "2", "C", "8"},
-                                                       {"B", "4"},
-                                                       {"B"},
-                                                       {"B"}};
-  std::vector<nvinfer1::DimsExprs> inputs(kNumInputs);
-  for (std::size_t i = 0; i < names.size(); ++i) {
-    for (const std::string& name : names[i]) inputs[i].d[inputs[i].nbDims++] = builder.symbol(name);
-  }
-  std::vector<nvinfer1::DimsExprs> outputs(kNumOutputs);
-  CHECK(plugin->getOutputShapes(inputs.data(), kNumInputs, nullptr, 0, outputs.data(), kNumOutputs,
-                                builder) == 0);
-  const std::vector<std::vector<std::string>> expected = {
-      {"B", "S", "(4*8)"}, {"B", "R", "C", "16"}, {"B", "2", "C", "8"}, {"B", "4"}};
-  for (std::size_t i = 0; i < expected.size(); ++i) {
-    CHECK(outputs[i].nbDims == static_cast<std::int32_t>(expected[i].size()));
-    for (std::size_t d = 0; d < expected[i].size(); ++d) {
-      CHECK(static_cast<const Expression*>(outputs[i].d[d])->text() == expected[i][d]);
-    }
-  }
-  inputs[3].nbDims = 3;
-  CHECK(plugin->getOutputShapes(inputs.data(), kNumInputs, nullptr, 0, outputs.data(), kNumOutputs,
-                                builder) != 0);
-  CHECK(Logger::install().took_error("past_key has rank 3"));
-}
-
-TEST_CASE("workspace is what the index says") {
-  auto plugin = create();
-  Call call;
-  const auto descriptions = call.dynamic();
-  // plan: 2*2 int32; weights: 2*64 float16; each rounded up to 256 bytes.
-  CHECK(plugin->getWorkspaceSize(descriptions.data(), kNumInputs, descriptions.data() + kNumInputs,
-                                 kNumOutputs) == 512);
-  CHECK(plugin->configurePlugin(descriptions.data(), kNumInputs, descriptions.data() + kNumInputs,
-                                kNumOutputs) == 0);
-  call.kept = 3;
-  const auto too_many = call.dynamic();
-  CHECK(plugin->configurePlugin(too_many.data(), kNumInputs, too_many.data() + kNumInputs, kNumOutputs) != 0);
-  CHECK(Logger::install().took_error("keeps 3 heads"));
-}
-
-TEST_CASE("only linear tensors of the compiled types are accepted") {
-  auto plugin = create();
-  const Call call;
-  for (std::int32_t position = 0; position < kNumInputs + kNumOutputs; ++position) {
-    auto combination = call.dynamic();
+  REQUIRE(plugin != nullptr);
+  CHECK(std::string(plugin->getPluginVersion()) == "2");
+  CHECK(plugin->getNbOutputs() == kOut);
+  const auto all = all_tensors(7);
+  std::array<DataType, kIn> in{};
+  std::array<DataType, kOut> out{};
+  for (std::int32_t i = 0; i < kIn; ++i) in[i] = all[i].desc.type;
+  CHECK(plugin->getOutputDataTypes(out.data(), kOut, in.data(), kIn) == 0);
+  for (std::int32_t i = 0; i < kOut; ++i) CHECK(out[i] == all[kIn + i].desc.type);
+  for (std::int32_t position = 0; position < kIn + kOut; ++position) {
+    CAPTURE(position);
+    auto combination = all;
     const auto supported = [&] {
-      return plugin->supportsFormatCombination(position, combination.data(), kNumInputs, kNumOutputs);
+      return plugin->supportsFormatCombination(position, combination.data(), kIn, kOut);
     };
     CHECK(supported());
-    const DataType right = combination[position].desc.type;
-    for (const DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16, DataType::kINT32,
-                                DataType::kINT8, DataType::kINT64, DataType::kBOOL}) {
+    const DataType right = all[position].desc.type;
+    for (const DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kINT32, DataType::kINT8,
+                                DataType::kUINT8, DataType::kBF16}) {
       combination[position].desc.type = type;
       CHECK(supported() == (type == right));
     }
     combination[position].desc.type = right;
-    combination[position].desc.format = nvinfer1::TensorFormat::kCHW4;
+    combination[position].desc.format = nvinfer1::TensorFormat::kCHW32;
     CHECK(!supported());
   }
-  auto combination = call.dynamic();
-  CHECK(!plugin->supportsFormatCombination(12, combination.data(), kNumInputs, kNumOutputs));
-  CHECK(!plugin->supportsFormatCombination(-1, combination.data(), kNumInputs, kNumOutputs));
+  const std::array<std::int32_t, kOut> aliased = {-1, 3, 4, 5, 6, -1};
+  for (std::int32_t i = 0; i < kOut; ++i) CHECK(plugin->getAliasedInput(i) == aliased[i]);
+  CHECK(Logger::install().took_none());
+  CHECK(plugin->getOutputDataTypes(out.data(), kOut, in.data(), kIn + 1) != 0);
+  CHECK(Logger::install().took_error("needs 12 inputs and 6 outputs with these kernels, got 13 and 6"));
 }
 
-TEST_CASE("enqueue launches what the index lists") {
+TEST_CASE("a form without scales and terms has fewer tensors") {
+  std::string index = kIndex;
+  const auto change = [&](const std::string& from, const std::string& to) {
+    index.replace(index.find(from), from.size(), to);
+  };
+  change("\"key_bits\": 8", "\"key_bits\": 0");
+  change("\"value_bits\": 4", "\"value_bits\": 16");
+  change("\"sinks\": true", "\"sinks\": false");
+  change("\"slopes\": false", "\"slopes\": true");
+  Attributes values = attributes();
+  values.key_bits = 0;
+  values.value_bits = 16;
+  auto plugin = create(values, index);
+  REQUIRE(plugin != nullptr);
+  CHECK((plugin->inputs() == std::vector<std::size_t>{0, 1, 2, 3, 4, 7, 8, 9, 10, 12}));
+  CHECK((plugin->outputs() == std::vector<std::size_t>{0, 1, 2, 5}));
+}
+
+TEST_CASE("enqueue launches what the index lists, in place or on copies") {
   auto plugin = create();
-  const auto recorder = std::make_shared<RecordingLauncher>(kArgumentCounts);
+  REQUIRE(plugin != nullptr);
+  const auto recorder = std::make_shared<RecordingLauncher>(std::vector<std::size_t>{8, 8});
   plugin->use_launcher(recorder);
-
-  Call prefill;
+  const auto enqueue = [&](std::int64_t tokens, const Addresses& at) {
+    const auto in = inputs(tokens);
+    return plugin->enqueue(in.data(), nullptr, at.in.data(), at.out.data(), at.workspace, nullptr);
+  };
   const Addresses shared(true);
-  CHECK(enqueue(*plugin, prefill, shared) == 0);
+  CHECK(enqueue(7, shared) == 0);
   CHECK(recorder->copies.empty());
-  CHECK(recorder->launches.size() == 1);
-  const auto& several = recorder->launches[0];
-  CHECK(several.kernel == 0);
-  CHECK((several.size.grid == std::array<std::uint32_t, 3>{2, 4, 2}));
-  CHECK(several.size.threads == 128);
-  CHECK(several.size.shared_bytes == 70000);
-  CHECK(several.arguments[0] == address(shared.inputs[0]));
-  CHECK(several.arguments[1] == address(shared.workspace) + 256);
-  CHECK(several.arguments[2] == 64);
+  REQUIRE(recorder->launches.size() == 1);
+  const auto& several = recorder->launches[0].arguments;
+  for (std::size_t i = 0; i < 4; ++i) CHECK(several[i] == number(shared.in[3 + i]));
+  CHECK(several[4] == number(shared.in[7]));
+  CHECK(several[5] == number(shared.in[11]));
+  CHECK(several[6] == number(shared.out[0]));
+  CHECK(several[7] == number(shared.out[5]));
+
+  const Addresses apart(false);
+  CHECK(enqueue(1, apart) == 0);
+  REQUIRE(recorder->copies.size() == 4);
+  const std::array<std::size_t, 4> bytes = {9 * 32 * 16, 9 * 2 * 32 * 4, 9 * 32 * 2 * 2, 9 * 2 * 32 * 2 * 2};
+  for (std::size_t i = 0; i < 4; ++i) {
+    CHECK(recorder->copies[i].target == apart.out[1 + i]);
+    CHECK(recorder->copies[i].source == apart.in[3 + i]);
+    CHECK(recorder->copies[i].bytes == bytes[i]);
+  }
+  REQUIRE(recorder->launches.size() == 2);
+  const auto& one = recorder->launches[1].arguments;
+  CHECK(one[0] == 9);   // pages
+  CHECK(one[1] == 32);  // positions per page
+  CHECK(one[2] == 96);  // three pages a row
+  CHECK(one[3] == 40);  // window
   float scale = 0.0f;
-  std::memcpy(&scale, &several.arguments[3], sizeof(scale));
-  CHECK(scale == 0.25f);  // 1/sqrt(16)
-  CHECK(several.arguments[4] == address(shared.inputs[3]));
-  CHECK(several.arguments[5] == 0);
-
-  Call decode;
-  decode.tokens = 1;
-  const Addresses distinct(false);
-  CHECK(enqueue(*plugin, decode, distinct) == 0);
-  CHECK(recorder->launches.size() == 2);
-  const auto& one = recorder->launches[1];
-  CHECK(one.kernel == 1);
-  CHECK((one.size.grid == std::array<std::uint32_t, 3>{8, 1, 2}));
-  CHECK(one.arguments[0] == address(distinct.workspace));
-  CHECK(one.arguments[1] == 1);
-  CHECK(one.arguments[2] == address(distinct.outputs[3]));
-  CHECK(recorder->copies.size() == 2);
-  CHECK(recorder->copies[0].target == distinct.outputs[1]);
-  CHECK(recorder->copies[0].source == distinct.inputs[3]);
-  CHECK(recorder->copies[0].bytes == 2 * 1 * 64 * 16 * 2);
-  CHECK(recorder->copies[1].bytes == 2 * 2 * 64 * 8 * 2);
-
-  auto scaled = create(Attributes{0.75f, 5, 1, nullptr});
-  scaled->use_launcher(recorder);
-  CHECK(enqueue(*scaled, prefill, shared) == 0);
-  std::memcpy(&scale, &recorder->launches.back().arguments[3], sizeof(scale));
-  CHECK(scale == 0.75f);
-  recorder->launches.pop_back();
-
-  // Another number of kept heads on the same object: the plan follows the shape.
-  decode.kept = 2;
-  CHECK(enqueue(*plugin, decode, shared) == 0);
-  CHECK((recorder->launches[2].size.grid == std::array<std::uint32_t, 3>{4, 2, 2}));
-  CHECK(recorder->launches[2].arguments[1] == 0);
+  float softcap = 0.0f;
+  std::memcpy(&scale, &one[4], sizeof(scale));
+  std::memcpy(&softcap, &one[5], sizeof(softcap));
+  CHECK(scale == 0.25f);
+  CHECK(softcap == 2.5f);
+  CHECK(one[6] == number(apart.in[9]));
+  CHECK(one[7] == number(apart.workspace));
+  const auto all = all_tensors(1);
+  CHECK(plugin->getWorkspaceSize(all.data(), kIn, all.data() + kIn, kOut) == 4 * 2 * 1 * 96);
+  CHECK(plugin->configurePlugin(all.data(), kIn, all.data() + kIn, kOut) == 0);
   CHECK(Logger::install().took_none());
 }
 
-TEST_CASE("enqueue refuses wrong calls and launches nothing") {
+TEST_CASE("wrong shapes and addresses are refused by name and launch nothing") {
   auto plugin = create();
-  const auto recorder = std::make_shared<RecordingLauncher>(kArgumentCounts);
+  REQUIRE(plugin != nullptr);
+  const auto recorder = std::make_shared<RecordingLauncher>(std::vector<std::size_t>{8, 8});
   plugin->use_launcher(recorder);
   Logger& logger = Logger::install();
-  const Call call;
-  const auto refused = [&](const char* message, const std::function<void(Addresses&)>& spoil) {
-    Addresses at(true);
-    spoil(at);
-    CHECK(enqueue(*plugin, call, at) != 0);
-    CHECK(logger.took_error(message));
-  };
-  refused("value has no address", [](Addresses& at) { at.inputs[2] = nullptr; });
-  refused("present_value has no address", [](Addresses& at) { at.outputs[2] = nullptr; });
-  refused("called without workspace", [](Addresses& at) { at.workspace = nullptr; });
-  refused("past_head_map and present_head_map have one address",
-          [](Addresses& at) { at.outputs[3] = const_cast<void*>(at.inputs[5]); });
-  refused("query does not start at a multiple of 16",
-          [](Addresses& at) { at.inputs[0] = static_cast<const char*>(at.inputs[0]) + 2; });
-  // A layer's map may lie at any multiple of four bytes inside a block of maps.
-  Addresses unaligned_map(true);
-  unaligned_map.inputs[5] = static_cast<const char*>(unaligned_map.inputs[5]) + 20;
-  CHECK(enqueue(*plugin, call, unaligned_map) == 0);
-  recorder->launches.clear();
-  CHECK(plugin->enqueue(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr) != 0);
-  CHECK(logger.took_error("called without tensors"));
-
   const auto refused_shape = [&](const char* message, std::size_t input, std::int32_t axis,
                                  std::int64_t size) {
-    auto inputs = call.inputs();
-    inputs[input].dims.d[axis] = size;
+    CAPTURE(message);
+    auto in = inputs(7);
+    in[input].dims.d[axis] = size;
     const Addresses at(true);
-    CHECK(plugin->enqueue(inputs.data(), nullptr, at.inputs.data(), at.outputs.data(), at.workspace,
-                          nullptr) != 0);
-    CHECK(logger.took_error(message));
-    CHECK(plugin->onShapeChange(inputs.data(), kNumInputs, nullptr, kNumOutputs) != 0);
+    CHECK(plugin->enqueue(in.data(), nullptr, at.in.data(), at.out.data(), at.workspace, nullptr) != 0);
     CHECK(logger.took_error(message));
   };
+  refused_shape("key_cache has shape [9,1,32,8], expected [9,1,32,16]", 3, 3, 8);
+  refused_shape("value_cache has shape [9,2,32,8], expected [9,2,32,4]", 4, 3, 8);
+  refused_shape("key_scales has shape [9,1,32,4], expected [9,1,32,2]", 5, 3, 4);
+  refused_shape("value_scales has shape [8,2,32,2]", 6, 0, 8);
+  refused_shape("page_table has shape [3,3], expected [2,3]", 7, 0, 3);
+  refused_shape("sinks has shape [2], expected [4]", 11, 0, 2);
+  refused_shape("key_cache keeps 3 heads", 3, 1, 3);
+  refused_shape("is empty", 7, 1, 0);
   refused_shape("compiled for 4 query heads", 0, 1, 8);
-  refused_shape("compiled for 2 KV heads", 1, 1, 4);
-  refused_shape("compiled for 16 head dim", 0, 3, 32);
-  refused_shape("compiled for 8 value head dim", 2, 3, 16);
-  refused_shape("key has shape [2,2,6,16], expected [2,2,7,16]", 1, 2, 6);
-  refused_shape("keeps 3 heads", 3, 1, 3);
-  refused_shape("past_value has shape [2,2,32,8], expected [2,2,64,8]", 4, 2, 32);
-  refused_shape("past_head_map has shape [2,3]", 5, 1, 3);
-  refused_shape("lengths has shape [1], expected [2]", 7, 0, 1);
+  const auto refused = [&](const char* message, const std::function<void(Addresses&)>& spoil) {
+    CAPTURE(message);
+    Addresses at(true);
+    spoil(at);
+    const auto in = inputs(7);
+    CHECK(plugin->enqueue(in.data(), nullptr, at.in.data(), at.out.data(), at.workspace, nullptr) != 0);
+    CHECK(logger.took_error(message));
+  };
+  refused("key_scales has no address", [](Addresses& at) { at.in[5] = nullptr; });
+  refused("present_value_scales has no address", [](Addresses& at) { at.out[4] = nullptr; });
+  refused("key_cache does not start at a multiple of 16",
+          [](Addresses& at) { at.in[3] = static_cast<const char*>(at.in[3]) + 8; });
+  refused("past_head_map and present_head_map have one address",
+          [](Addresses& at) { at.out[5] = const_cast<void*>(at.in[8]); });
   CHECK(recorder->launches.empty());
   CHECK(recorder->copies.empty());
+}
 
-  recorder->refuses = true;
-  CHECK(enqueue(*plugin, call, Addresses(true)) != 0);
-  CHECK(logger.took_error("the recorder refuses"));
+TEST_CASE("attributes must be those that the kernels were compiled for") {
+  Logger& logger = Logger::install();
+  const auto refused = [&](const char* message, const std::function<void(Attributes&)>& change) {
+    CAPTURE(message);
+    Attributes values = attributes();
+    change(values);
+    CHECK(create(values) == nullptr);
+    CHECK(logger.took_error(message));
+  };
+  refused("compiled for key_bits 8 and the node has 4", [](Attributes& a) { a.key_bits = 4; });
+  refused("compiled for value_bits 4 and the node has 0", [](Attributes& a) { a.value_bits = 0; });
+  refused("compiled for group 8 and the node has 32", [](Attributes& a) { a.group = 32; });
+  refused("compiled for a soft cap, 0 or 1: 1 and the node has 0", [](Attributes& a) { a.softcap = 0.0f; });
+  refused("field 'window' must not be negative", [](Attributes& a) { a.window = -1; });
+  refused("field 'softcap' must be finite and not negative", [](Attributes& a) { a.softcap = -1.0f; });
+  std::string index = kIndex;
+  index.replace(index.find("chai-kernels/2"), 14, "chai-kernels/1");
+  CHECK(create(attributes(), index) == nullptr);
+  CHECK(logger.took_error("the kernel index has format 'chai-kernels/1' and this library reads"));
 }
 
 TEST_CASE("a restored plugin is the one that was serialised") {
-  Attributes attributes{0.35f, 5, 0, nullptr};
-  auto plugin = create(attributes);
-  std::unique_ptr<nvinfer1::IPluginV3> clone(plugin->clone());
-  auto* cloned = static_cast<ClusteredHeadAttention*>(clone.get());
-  const std::string identity = plugin->getMetadataString();
+  auto plugin = create();
+  REQUIRE(plugin != nullptr);
   const auto* fields = plugin->getFieldsToSerialize();
-  const std::vector<std::string> names = {"scale", "probe_tokens", "online", "kernels"};
-  CHECK(fields->nbFields == static_cast<std::int32_t>(names.size()));
+  const std::vector<std::string> names = {"scale", "probe_tokens", "online",  "key_bits", "value_bits",
+                                          "group", "window",       "softcap", "kernels"};
+  REQUIRE(fields->nbFields == static_cast<std::int32_t>(names.size()));
   for (std::size_t i = 0; i < names.size(); ++i) CHECK(fields->fields[i].name == names[i]);
   const std::vector<nvinfer1::PluginField> copy(fields->fields, fields->fields + fields->nbFields);
   auto restored = create(copy, TensorRTPhase::kRUNTIME);
-  CHECK(restored != nullptr);
-  for (ClusteredHeadAttention* other : {cloned, restored.get()}) {
-    CHECK(identity == other->getMetadataString());
-    const auto* again = other->getFieldsToSerialize();
-    CHECK(again->nbFields == fields->nbFields);
-    for (std::int32_t i = 0; i < fields->nbFields; ++i) {
-      CHECK(std::strcmp(again->fields[i].name, fields->fields[i].name) == 0);
-      CHECK(again->fields[i].type == fields->fields[i].type);
-      CHECK(again->fields[i].length == fields->fields[i].length);
-      const bool is_bytes = fields->fields[i].type == nvinfer1::PluginFieldType::kUNKNOWN;
-      const std::size_t bytes = is_bytes ? static_cast<std::size_t>(fields->fields[i].length) : 4;
-      CHECK(std::memcmp(again->fields[i].data, fields->fields[i].data, bytes) == 0);
-    }
+  REQUIRE(restored != nullptr);
+  CHECK(std::string(restored->getMetadataString()) == plugin->getMetadataString());
+  CHECK(std::string(restored->getMetadataString()).find("window=40") != std::string::npos);
+}
+
+TEST_CASE("output shapes are expressions of input shapes") {
+  auto plugin = create();
+  REQUIRE(plugin != nullptr);
+  ExpressionBuilder builder;
+  const std::vector<std::vector<std::string>> names = {{"B", "4", "S", "16"},
+                                                       {"B", "2", "S", "16"},
+                                                       {"B", "2", "S", "8"},
+                                                       {"N", "R", "L", "16"},
+                                                       {"N", "2", "L", "4"},
+                                                       {"N", "R", "L", "2"},
+                                                       {"N", "2", "L", "2"},
+                                                       {"B", "M"},
+                                                       {"B", "4"},
+                                                       {"B"},
+                                                       {"B"},
+                                                       {"4"}};
+  std::vector<nvinfer1::DimsExprs> in(kIn);
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    for (const std::string& name : names[i]) in[i].d[in[i].nbDims++] = builder.symbol(name);
   }
-  // The clone outlives what it was cloned from.
-  plugin.reset();
-  CHECK(identity == cloned->getMetadataString());
-  CHECK(cloned->getFieldsToSerialize()->nbFields == static_cast<std::int32_t>(names.size()));
+  std::vector<nvinfer1::DimsExprs> out(kOut);
+  CHECK(plugin->getOutputShapes(in.data(), kIn, nullptr, 0, out.data(), kOut, builder) == 0);
+  const std::vector<std::vector<std::string>> expected = {{"B", "S", "(4*8)"},  {"N", "R", "L", "16"},
+                                                          {"N", "2", "L", "4"}, {"N", "R", "L", "2"},
+                                                          {"N", "2", "L", "2"}, {"B", "4"}};
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    REQUIRE(out[i].nbDims == static_cast<std::int32_t>(expected[i].size()));
+    for (std::size_t d = 0; d < expected[i].size(); ++d)
+      CHECK(static_cast<const Expression*>(out[i].d[d])->text() == expected[i][d]);
+  }
+  in[3].nbDims = 3;
+  CHECK(plugin->getOutputShapes(in.data(), kIn, nullptr, 0, out.data(), kOut, builder) != 0);
+  CHECK(Logger::install().took_error("key_cache has rank 3"));
+}
+
+TEST_CASE("a launch that fails is an error") {
+  auto plugin = create();
+  REQUIRE(plugin != nullptr);
+  const auto recorder = std::make_shared<RecordingLauncher>(std::vector<std::size_t>{8, 8});
+  plugin->use_launcher(recorder);
+  recorder->refuses = true;
+  const auto in = inputs(7);
+  const Addresses at(true);
+  CHECK(plugin->enqueue(in.data(), nullptr, at.in.data(), at.out.data(), at.workspace, nullptr) != 0);
+  CHECK(Logger::install().took_error("the recorder refuses"));
+  CHECK(plugin->enqueue(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr) != 0);
+  CHECK(Logger::install().took_error("called without tensors"));
 }
 
 TEST_CASE("damaged kernels are refused with the layer's name") {
   Logger& logger = Logger::install();
   auto plugin = create();
+  REQUIRE(plugin != nullptr);
   const auto* fields = plugin->getFieldsToSerialize();
   std::vector<nvinfer1::PluginField> damaged(fields->fields, fields->fields + fields->nbFields);
   --damaged.back().length;
   CHECK(create(damaged, TensorRTPhase::kRUNTIME) == nullptr);
   CHECK(logger.took_error("createPlugin: layer 'layer': the kernels in this engine are damaged"));
-  CHECK(create(node_fields("/nowhere", kAttributes), TensorRTPhase::kBUILD) == nullptr);
+  const Attributes values = attributes();
+  CHECK(create(node_fields("/nowhere", values), TensorRTPhase::kBUILD) == nullptr);
   CHECK(logger.took_error("createPlugin: layer 'layer': cannot read /nowhere/index.json"));
 }
 
 TEST_CASE("wrong fields are refused") {
-  const KernelDirectory directory;
+  const KernelDirectory directory(kIndex);
   Logger& logger = Logger::install();
-  const auto good = node_fields(directory.path(), kAttributes);
+  const Attributes values = attributes();
+  const auto good = node_fields(directory.path(), values);
   for (std::size_t missing = 0; missing < good.size(); ++missing) {
     auto fields = good;
     fields.erase(fields.begin() + static_cast<std::ptrdiff_t>(missing));
@@ -302,20 +378,19 @@ TEST_CASE("wrong fields are refused") {
   }
   CHECK(create(good, TensorRTPhase::kRUNTIME) == nullptr);
   CHECK(logger.took_error("field 'kernels' is missing"));
-  const auto refused = [&](const char* message,
-                           const std::function<void(std::vector<nvinfer1::PluginField>&)>& spoil) {
+  using Fields = std::vector<nvinfer1::PluginField>;
+  const auto refused = [&](const char* message, const std::function<void(Fields&)>& spoil) {
     auto fields = good;
     spoil(fields);
     CHECK(create(fields, TensorRTPhase::kBUILD) == nullptr);
     CHECK(logger.took_error(message));
   };
-  using Fields = std::vector<nvinfer1::PluginField>;
   refused("unknown field 'scales'", [](Fields& f) { f[0].name = "scales"; });
   refused("field 'scale' is given twice", [](Fields& f) { f.push_back(f[0]); });
   refused("has the wrong type", [](Fields& f) { f[1].type = nvinfer1::PluginFieldType::kFLOAT32; });
   refused("must hold one value", [](Fields& f) { f[1].length = 2; });
   refused("must hold one value", [](Fields& f) { f[2].data = nullptr; });
-  refused("is empty", [](Fields& f) { f[3].length = 0; });
+  refused("is empty", [](Fields& f) { f.back().length = 0; });
   const std::int32_t two = 2;
   const std::int32_t zero = 0;
   const float infinite = std::numeric_limits<float>::infinity();
@@ -330,37 +405,38 @@ TEST_CASE("wrong fields are refused") {
 
 TEST_CASE("kernels are loaded before enqueue, never in it") {
   auto plugin = create();
+  REQUIRE(plugin != nullptr);
   Logger& logger = Logger::install();
-  const Call call;
-  const auto inputs = call.inputs();
-  CHECK(enqueue(*plugin, call, Addresses(true)) != 0);
+  const auto in = inputs(7);
+  const Addresses at(true);
+  const auto enqueue = [&] {
+    return plugin->enqueue(in.data(), nullptr, at.in.data(), at.out.data(), at.workspace, nullptr);
+  };
+  CHECK(enqueue() != 0);
   CHECK(
       logger.took_error("enqueue: called before attachToContext and onShapeChange, which load the kernels"));
   // There is no TensorRT here to load them.
-  CHECK(plugin->onShapeChange(inputs.data(), kNumInputs, nullptr, kNumOutputs) != 0);
+  CHECK(plugin->onShapeChange(in.data(), kIn, nullptr, kOut) != 0);
   CHECK(logger.took_error("onShapeChange: no TensorRT library is loaded in this process"));
-  const auto recorder = std::make_shared<RecordingLauncher>(kArgumentCounts);
+  CHECK(plugin->attachToContext(nullptr) == nullptr);
+  CHECK(logger.took_error("attachToContext: no TensorRT library is loaded in this process"));
+  const auto recorder = std::make_shared<RecordingLauncher>(std::vector<std::size_t>{8, 8});
   plugin->use_launcher(recorder);
-  CHECK(plugin->onShapeChange(inputs.data(), kNumInputs, nullptr, kNumOutputs) == 0);
-  CHECK(enqueue(*plugin, call, Addresses(true)) == 0);
+  CHECK(plugin->onShapeChange(in.data(), kIn, nullptr, kOut) == 0);
+  CHECK(enqueue() == 0);
   CHECK(recorder->launches.size() == 1);
 }
 
-TEST_CASE("a plugin without a GPU says so") {
-  auto plugin = create();
-  CHECK(plugin->attachToContext(nullptr) == nullptr);
-  CHECK(Logger::install().took_error("attachToContext: no TensorRT library is loaded in this process"));
-}
-
 TEST_CASE("a thousand plugins leave nothing behind") {
-  const KernelDirectory directory;
-  const auto fields = node_fields(directory.path(), kAttributes);
+  const KernelDirectory directory(kIndex);
+  const Attributes values = attributes();
+  const auto fields = node_fields(directory.path(), values);
   for (int i = 0; i < 1000; ++i) {
     auto plugin = create(fields, TensorRTPhase::kBUILD);
     std::unique_ptr<nvinfer1::IPluginV3> clone(plugin->clone());
     plugin->getFieldsToSerialize();
     plugin.reset();
-    CHECK(static_cast<ClusteredHeadAttention*>(clone.get())->getFieldsToSerialize() != nullptr);
+    CHECK(static_cast<Plugin*>(clone.get())->getFieldsToSerialize() != nullptr);
   }
 }
 

@@ -2,7 +2,6 @@
 // these methods but do not forward them to a plugin that is written in C++. Plain C functions for ctypes.
 #include <NvInferRuntime.h>
 
-#include <array>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -11,12 +10,9 @@
 
 namespace {
 
-constexpr std::int32_t kInputs = 8;
-constexpr std::int32_t kOutputs = 4;
-
 nvinfer1::IPluginCreatorV3One* creator(nvinfer1::IPluginRegistry* registry) {
   return static_cast<nvinfer1::IPluginCreatorV3One*>(
-      registry->getCreator("ClusteredHeadAttention", "1", "chai"));
+      registry->getCreator("ClusteredHeadAttention", "2", "chai"));
 }
 
 nvinfer1::IPluginV3OneBuild* build(nvinfer1::IPluginV3* plugin) {
@@ -44,16 +40,17 @@ nvinfer1::Dims read_dims(const std::int64_t* sizes) {
 
 }  // namespace
 
+// `integers`: probe_tokens, online, key_bits, value_bits, group, window. `floats`: scale, softcap.
 PROBE nvinfer1::IPluginV3* probe_create(nvinfer1::IPluginRegistry* registry, const char* directory,
-                                        float scale, std::int32_t probe_tokens, std::int32_t online) {
+                                        const std::int32_t* integers, const float* floats) {
   using nvinfer1::PluginFieldType;
-  const std::array<nvinfer1::PluginField, 4> fields = {
-      {{"scale", &scale, PluginFieldType::kFLOAT32, 1},
-       {"probe_tokens", &probe_tokens, PluginFieldType::kINT32, 1},
-       {"online", &online, PluginFieldType::kINT32, 1},
-       {"kernel_directory", directory, PluginFieldType::kCHAR,
-        static_cast<std::int32_t>(std::strlen(directory))}}};
-  const nvinfer1::PluginFieldCollection collection{4, fields.data()};
+  std::vector<nvinfer1::PluginField> fields = {{"scale", floats, PluginFieldType::kFLOAT32, 1},
+                                               {"softcap", floats + 1, PluginFieldType::kFLOAT32, 1},
+                                               {"kernel_directory", directory, PluginFieldType::kCHAR,
+                                                static_cast<std::int32_t>(std::strlen(directory))}};
+  for (const char* name : {"probe_tokens", "online", "key_bits", "value_bits", "group", "window"})
+    fields.push_back({name, integers++, PluginFieldType::kINT32, 1});
+  const nvinfer1::PluginFieldCollection collection{static_cast<std::int32_t>(fields.size()), fields.data()};
   return creator(registry)->createPlugin("probe", &collection, nvinfer1::TensorRTPhase::kBUILD);
 }
 
@@ -93,24 +90,15 @@ PROBE std::int32_t probe_field(nvinfer1::IPluginV3* plugin, std::int32_t i, cons
   return fields->nbFields;
 }
 
-PROBE std::int32_t probe_output_types(nvinfer1::IPluginV3* plugin, const std::int32_t* inputs,
-                                      std::int32_t* outputs) {
-  std::array<nvinfer1::DataType, kInputs> in{};
-  std::array<nvinfer1::DataType, kOutputs> out{};
-  for (std::size_t i = 0; i < in.size(); ++i) in[i] = static_cast<nvinfer1::DataType>(inputs[i]);
-  const std::int32_t status = build(plugin)->getOutputDataTypes(out.data(), kOutputs, in.data(), kInputs);
-  for (std::size_t i = 0; i < out.size(); ++i) outputs[i] = static_cast<std::int32_t>(out[i]);
-  return status;
-}
-
 PROBE std::int32_t probe_supports(nvinfer1::IPluginV3* plugin, std::int32_t position,
-                                  const std::int32_t* types, const std::int32_t* formats) {
-  std::array<nvinfer1::DynamicPluginTensorDesc, kInputs + kOutputs> all{};
+                                  const std::int32_t* types, const std::int32_t* formats,
+                                  std::int32_t num_inputs, std::int32_t num_outputs) {
+  std::vector<nvinfer1::DynamicPluginTensorDesc> all(static_cast<std::size_t>(num_inputs + num_outputs));
   for (std::size_t i = 0; i < all.size(); ++i) {
     all[i].desc.type = static_cast<nvinfer1::DataType>(types[i]);
     all[i].desc.format = static_cast<nvinfer1::TensorFormat>(formats[i]);
   }
-  return build(plugin)->supportsFormatCombination(position, all.data(), kInputs, kOutputs) ? 1 : 0;
+  return build(plugin)->supportsFormatCombination(position, all.data(), num_inputs, num_outputs) ? 1 : 0;
 }
 
 // The clone that TensorRT makes for an execution context.
@@ -118,54 +106,27 @@ PROBE nvinfer1::IPluginV3* probe_attach(nvinfer1::IPluginV3* plugin) {
   return runtime(plugin)->attachToContext(nullptr);
 }
 
-// `dims` as for probe_workspace; `type` is the DataType of the float tensors.
-PROBE std::int32_t probe_enqueue(nvinfer1::IPluginV3* plugin, const std::int64_t* dims, std::int32_t type,
+// `dims` as for probe_workspace; `types` are DataTypes of the inputs.
+PROBE std::int32_t probe_enqueue(nvinfer1::IPluginV3* plugin, const std::int64_t* dims,
+                                 const std::int32_t* types, std::int32_t num_inputs,
                                  const void* const* inputs, void* const* outputs, void* workspace,
                                  cudaStream_t stream) {
-  std::array<nvinfer1::PluginTensorDesc, kInputs> in{};
-  for (std::size_t i = 0; i < in.size(); ++i) {
+  std::vector<nvinfer1::PluginTensorDesc> in(static_cast<std::size_t>(num_inputs));
+  for (std::int32_t i = 0; i < num_inputs; ++i) {
     in[i].dims = read_dims(dims + 4 * i);
-    in[i].type = i < 5 ? static_cast<nvinfer1::DataType>(type) : nvinfer1::DataType::kINT32;
+    in[i].type = static_cast<nvinfer1::DataType>(types[i]);
     in[i].format = nvinfer1::TensorFormat::kLINEAR;
   }
-  const std::array<nvinfer1::PluginTensorDesc, kOutputs> out{};
-  return runtime(plugin)->enqueue(in.data(), out.data(), inputs, outputs, workspace, stream);
-}
-
-// `dims` holds four numbers for each of the eight inputs, 0 past its rank.
-PROBE std::int64_t probe_workspace(nvinfer1::IPluginV3* plugin, const std::int64_t* dims) {
-  std::array<nvinfer1::DynamicPluginTensorDesc, kInputs + kOutputs> all{};
-  for (std::size_t i = 0; i < kInputs; ++i) {
-    all[i].min = all[i].opt = all[i].desc.dims = all[i].max = read_dims(dims + 4 * i);
-  }
-  return static_cast<std::int64_t>(
-      build(plugin)->getWorkspaceSize(all.data(), kInputs, all.data() + kInputs, kOutputs));
-}
-
-// Version 2 of the op, whose nodes differ in how many tensors they have.
-// `integers`: probe_tokens, online, key_bits, value_bits, group, window. `floats`: scale, softcap.
-PROBE nvinfer1::IPluginV3* probe_create_v2(nvinfer1::IPluginRegistry* registry, const char* directory,
-                                           const std::int32_t* integers, const float* floats) {
-  using nvinfer1::PluginFieldType;
-  std::vector<nvinfer1::PluginField> fields = {{"scale", floats, PluginFieldType::kFLOAT32, 1},
-                                               {"softcap", floats + 1, PluginFieldType::kFLOAT32, 1},
-                                               {"kernel_directory", directory, PluginFieldType::kCHAR,
-                                                static_cast<std::int32_t>(std::strlen(directory))}};
-  for (const char* name : {"probe_tokens", "online", "key_bits", "value_bits", "group", "window"})
-    fields.push_back({name, integers++, PluginFieldType::kINT32, 1});
-  const nvinfer1::PluginFieldCollection collection{static_cast<std::int32_t>(fields.size()), fields.data()};
-  auto* found = static_cast<nvinfer1::IPluginCreatorV3One*>(
-      registry->getCreator("ClusteredHeadAttention", "2", "chai"));
-  return found->createPlugin("probe", &collection, nvinfer1::TensorRTPhase::kBUILD);
+  return runtime(plugin)->enqueue(in.data(), nullptr, inputs, outputs, workspace, stream);
 }
 
 PROBE std::int32_t probe_num_outputs(nvinfer1::IPluginV3* plugin) {
   return build(plugin)->getNbOutputs();
 }
 
-PROBE std::int32_t probe_output_types_of(nvinfer1::IPluginV3* plugin, const std::int32_t* inputs,
-                                         std::int32_t num_inputs, std::int32_t* outputs,
-                                         std::int32_t num_outputs) {
+PROBE std::int32_t probe_output_types(nvinfer1::IPluginV3* plugin, const std::int32_t* inputs,
+                                      std::int32_t num_inputs, std::int32_t* outputs,
+                                      std::int32_t num_outputs) {
   std::vector<nvinfer1::DataType> in;
   for (std::int32_t i = 0; i < num_inputs; ++i) in.push_back(static_cast<nvinfer1::DataType>(inputs[i]));
   std::vector<nvinfer1::DataType> out(static_cast<std::size_t>(num_outputs));
@@ -176,8 +137,8 @@ PROBE std::int32_t probe_output_types_of(nvinfer1::IPluginV3* plugin, const std:
 }
 
 // `dims` holds four numbers for each input, 0 past its rank.
-PROBE std::int64_t probe_workspace_of(nvinfer1::IPluginV3* plugin, const std::int64_t* dims,
-                                      std::int32_t num_inputs, std::int32_t num_outputs) {
+PROBE std::int64_t probe_workspace(nvinfer1::IPluginV3* plugin, const std::int64_t* dims,
+                                   std::int32_t num_inputs, std::int32_t num_outputs) {
   std::vector<nvinfer1::DynamicPluginTensorDesc> all(static_cast<std::size_t>(num_inputs + num_outputs));
   for (std::int32_t i = 0; i < num_inputs; ++i) {
     all[i].min = all[i].opt = all[i].desc.dims = all[i].max = read_dims(dims + 4 * i);
