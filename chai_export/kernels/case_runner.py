@@ -1,4 +1,4 @@
-"""Runs the cases of version 2 on the kernels and compares with float64; tests and benchmarks share it.
+"""Runs the cases of the op on the kernels and compares with float64; tests and benchmarks share it.
 
 bfloat16 arrays become torch tensors and back through their bits.
 """

@@ -52,7 +52,7 @@ def clustered_head_attention(
     workspace: torch.Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> Result:
-    """Clustered head attention, version 2 (docs/op.md), on a GPU; the pools are appended to in place.
+    """Clustered head attention (docs/op.md) on a GPU; the pools are appended to in place.
 
     What is not passed is allocated; with the output, the map and the workspace passed nothing is, and the
     call can be captured in a CUDA graph (after one call outside it, which compiles). Nothing here waits for

@@ -227,7 +227,7 @@ def test_a_model_outside_the_limits_is_refused() -> None:
         ("R G <", 1),
         ("S 1 ==", 0),
         ("8 C min", 8),
-        ("8 C max", 100),
+        ("8 C max", 96),
         ("7 2 -", 5),
     ],
 )

@@ -12,7 +12,7 @@
 
 namespace chai::cuda {
 
-// What a formula may name, in this order: the sizes of the op, the attribute `online`, and, for version 2,
+// What a formula may name, in this order: the sizes of the op, the attribute `online`,
 // pages in the pools (N), positions per page (L) and the attribute `window`.
 enum class Symbol : std::size_t { kB, kS, kH, kG, kD, kDv, kR, kC, kP, kOnline, kN, kL, kWindow, kCount };
 constexpr std::size_t kNumSymbols = static_cast<std::size_t>(Symbol::kCount);
