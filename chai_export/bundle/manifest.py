@@ -39,6 +39,7 @@ FILE_NAME = "manifest.json"
 
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Large = Annotated[int, Field(ge=1)]
+Window = Annotated[int, Field(ge=0, le=MOST)]
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -167,6 +168,8 @@ class Manifest(_Strict):
     the one whose K and V cache it reads: itself, or an earlier one (:mod:`chai_export.op.kv_sharing`).
     ``key_bits``, ``value_bits`` (one number per layer, 0 for the model's dtype) and ``group`` (elements that
     share a scale) are what the caches are stored in.
+    ``windows``, absent unless a layer has one, are the positions that a token of each layer sees, its own
+    included; 0 is all of them.
     ``rope`` is absent where every rotary factor is a constant that the graph holds.
     ``weights``, absent unless most weights are integers, is their type; ``dtype`` is that of the caches.
     ``files`` maps paths relative to the bundle to their hash and size.
@@ -188,6 +191,7 @@ class Manifest(_Strict):
     key_bits: list[Bits]
     value_bits: list[Bits]
     group: Count = DEFAULT_GROUP
+    windows: list[Window] | None = Field(default=None, exclude_if=lambda windows: windows is None)
     rope: RopeRecord | None = Field(default=None, exclude_if=lambda rope: rope is None)
     probe_tokens: Count
     opset: Count
@@ -213,6 +217,8 @@ class Manifest(_Strict):
             check_sources(self.kv_source_layers, self.num_layers)
             check_same_kept(self.kept_heads, self.kv_source_layers)
         _ = self.storage  # raises where the bits do not fit the heads
+        if self.windows is not None:
+            self._check_windows(self.windows)
         if self.static is not None:
             self._check_head_maps(self.static.head_maps)
         for backend, record in self.engines.items():
@@ -229,6 +235,20 @@ class Manifest(_Strict):
     def weight_type(self) -> str:
         """What the weights are stored as: "int4", "int8", or the dtype."""
         return self.weights or self.dtype
+
+    def _check_windows(self, windows: list[int]) -> None:
+        if len(windows) != self.num_layers:
+            raise ValueError(f"windows has {len(windows)} numbers for {self.num_layers} layers")
+        for layer, source in enumerate(self.kv_source_layers or ()):
+            if windows[layer] != windows[source]:
+                raise ValueError(
+                    f"windows has {windows[layer]} for layer {layer} and {windows[source]} for layer "
+                    f"{source}, whose cache it reads"
+                )
+
+    def window(self, layer: int) -> int:
+        """Positions that a token of a layer sees, its own included; 0: all."""
+        return self.windows[layer] if self.windows is not None else 0
 
     def _check_head_maps(self, maps: list[list[int]]) -> None:
         heads = self.num_query_heads

@@ -68,6 +68,7 @@ def _wanted(manifest: Manifest, node: onnx.NodeProto) -> list[tuple[str, int, in
         ("key_bits", 0, storage.key_bits[layer]),
         ("value_bits", 0, storage.value_bits[layer]),
         ("group", DEFAULT_GROUP, storage.group),
+        ("window", 0, manifest.window(layer)),
     ]
 
 

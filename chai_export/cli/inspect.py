@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from chai_export.bundle.work_directory import recover
 from chai_export.cli.output import print_json, print_table
+from chai_export.models.support import layer_ranges
 from chai_export.units import bytes_text
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "value_bits": list(manifest.storage.value_bits),
         "group": manifest.storage.group if manifest.storage.quantises else None,
         "kv_source_layers": manifest.kv_source_layers,
+        "windows": manifest.windows,
         "probe_tokens": manifest.probe_tokens,
         "max_positions": manifest.max_positions,
         "context_length": manifest.context_length,
@@ -99,6 +101,7 @@ def print_bundle(bundle: Bundle, *, as_json: bool) -> None:
             ),
             ("kept KV heads", ", ".join(map(str, facts["kept_heads"]))),
             *_shared_caches(facts["kv_source_layers"]),
+            *_windows(facts["windows"]),
             *_rope(bundle.manifest.rope),
             (
                 "KV cache per token",
@@ -114,6 +117,17 @@ def print_bundle(bundle: Bundle, *, as_json: bool) -> None:
     print_table(["op", "count"], most_first)
     print()
     print_table(["file", "size"], [(name, bytes_text(size)) for name, size in facts["files"].items()])
+
+
+def _windows(windows: list[int] | None) -> list[tuple[str, str]]:
+    """Which layers see how many positions; nothing where all see all."""
+    if windows is None:
+        return []
+    said = []
+    for window in sorted(set(windows)):
+        layers = [layer for layer, each in enumerate(windows) if each == window]
+        said.append(f"{window or 'all'} in {layer_ranges(layers)}")
+    return [("positions seen", "; ".join(said))]
 
 
 def _storage(manifest: Manifest) -> list[tuple[str, str]]:

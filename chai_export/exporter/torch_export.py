@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from chai_export.errors import ChaiError, reason
 from chai_export.models.families import Attention, family_of
-from chai_export.models.sliding import register_traced, window_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -153,8 +152,7 @@ def _traceable(model: PreTrainedModel, attention: str) -> Iterator[None]:
         model.config._attn_implementation = "eager"
     else:
         try:
-            plain = attention == "sdpa" and window_of(model.config) is not None
-            model.set_attn_implementation(register_traced() if plain else attention)
+            model.set_attn_implementation(attention)
         except ValueError:
             # Some families have eager attention only.
             model.set_attn_implementation("eager")

@@ -4,7 +4,7 @@ Families that do not follow it are brought here by :mod:`chai_export.models.own_
 
 Registered under the name "chai" with ``AttentionInterface`` (called with the query heads and the KV heads
 of a layer, after RoPE, KV heads not yet repeated) and with ``AttentionMaskInterface`` (the mask is then
-None exactly when it is causal and nothing else, so any other mask is noticed and refused).
+None exactly when it is causal and nothing else, so any other is looked at: a window passes, no more does).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,20 +20,20 @@ from torch import Tensor
 
 from chai_export.errors import ChaiError
 from chai_export.models.families import Attention, family_of
-from chai_export.models.own_attention import hides_the_future_only, redirected
+from chai_export.models.own_attention import redirected, visible_window
 from chai_export.models.quiet import quiet
-from chai_export.models.sliding import causal_mask
+from chai_export.models.scoring import Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "chai"
-LayerFunction = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-"""(layer, query [B,H,S,D], key [B,G,S,D], value [B,G,S,Dv], scale) -> attended values [B,H,S,Dv]."""
+LayerFunction = Callable[[int, Tensor, Tensor, Tensor, Scoring], Tensor]
+"""(layer, query [B,H,S,D], key [B,G,S,D], value [B,G,S,Dv], scoring) -> attended values [B,H,S,Dv]."""
 
 _QUERY_BLOCK = 256
-# What a family passes when its scores are more than scale * QK^T.
-_FOREIGN_TERMS = ("softcap", "s_aux", "position_bias", "alibi", "sinks")
+# What a family passes when its scores are more than a Scoring says.
+_FOREIGN_TERMS = ("position_bias", "alibi", "sinks")
 
 
 class _Run:
@@ -53,7 +54,7 @@ def attention_of(model: PreTrainedModel, function: LayerFunction) -> Iterator[No
 
     Raises:
         ChaiError: a layer's attention did not come here, or its scores have terms
-            that the op does not know (a mask that is not causal, a soft cap, sinks, a bias).
+            that the op does not know (a mask that is not causal with a window, a bias).
     """
     run = _Run(function, model.config.num_hidden_layers)
     token = _ACTIVE.set(run)
@@ -85,14 +86,14 @@ def _interface(model: PreTrainedModel) -> Iterator[None]:
             model.set_attn_implementation(before)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
     """Exact causal attention of heads against as many keys and values, in float32, block by block.
 
     Args:
         query: [B, H, S, D].
         key: [B, H, S, D].
         value: [B, H, S, Dv].
-        scale: factor on the scores.
+        scoring: what becomes of query·key.
 
     Returns:
         float32 [B, H, S, Dv]. Peak memory grows with S, not with S squared.
@@ -102,31 +103,24 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     blocks = []
     for start in range(0, tokens, _QUERY_BLOCK):
         end = min(start + _QUERY_BLOCK, tokens)
-        scores = query[:, :, start:end].float() @ keys[..., :end] * scale
-        blocks.append(torch.softmax(hide_future(scores, start), dim=-1) @ values[:, :, :end])
+        first = scoring.first_visible(start)
+        products = query[:, :, start:end].float() @ keys[..., first:end]
+        blocks.append(scoring.probabilities(products, start, first) @ values[:, :, first:end])
     return torch.cat(blocks, dim=2)
 
 
-def probe_probabilities(query: Tensor, key: Tensor, scale: float, tokens: int) -> Tensor:
+def probe_probabilities(query: Tensor, key: Tensor, scoring: Scoring, tokens: int) -> Tensor:
     """Causal probabilities of the first ``tokens`` tokens of every head, float32 [B, H, t, t].
 
     Args:
         query: [B, H, S, D], after RoPE.
         key: [B, G, S, D], H a multiple of G.
-        scale: factor on the scores.
+        scoring: what becomes of query·key.
         tokens: t, at most S.
     """
     group = query.shape[1] // key.shape[1]
     keys = key[:, :, :tokens].float().repeat_interleave(group, dim=1)
-    scores = query[:, :, :tokens].float() @ keys.transpose(2, 3) * scale
-    return torch.softmax(hide_future(scores, 0), dim=-1)
-
-
-def hide_future(scores: Tensor, start: int) -> Tensor:
-    """Scores [..., S, T] of the queries at positions ``start`` …, −∞ where a key comes after its query."""
-    rows, columns = scores.shape[-2:]
-    future = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).triu(start + 1)
-    return scores.masked_fill(future, float("-inf"))
+    return scoring.probabilities(query[:, :, :tokens].float() @ keys.transpose(2, 3), 0)
 
 
 def _attention(
@@ -143,22 +137,36 @@ def _attention(
         if terms.get(name) is not None:
             layer = _active().layers_seen
             raise ChaiError(f"layer {layer}: its attention uses {name}, which the op cannot express")
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    attended = _attend(query, key, value, attention_mask, scale)
+    scoring = Scoring(
+        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        window=int(terms.get("sliding_window") or 0),
+        softcap=float(terms.get("softcap") or 0.0),
+        sinks=terms.get("s_aux"),
+    )
+    attended = _attend(query, key, value, attention_mask, scoring)
     return attended.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
     """The layer function of the pass under way on its next layer; returns [B, H, S, Dv]."""
     run = _active()
     layer = run.layers_seen
     run.layers_seen += 1
     if layer >= run.layers:
         raise ChaiError("its layers compute attention more than once each, which the op cannot express")
-    causal = mask is None or hides_the_future_only(mask)
-    if not causal or query.shape[2] != key.shape[2]:
+    tokens = query.shape[2]
+    # A mask decides what a layer sees, also where its window is told beside it.
+    seen = tokens if mask is None else visible_window(mask)
+    if seen is None or tokens != key.shape[2]:
         raise ChaiError(f"layer {layer}: its attention mask is not causal, which the op cannot express")
-    return run.function(layer, query, key, value, scale)
+    if scoring.window and seen != min(scoring.window, tokens):
+        raise ChaiError(
+            f"layer {layer}: it is said to see {scoring.window} tokens and its mask shows it {seen}; report "
+            "this model"
+        )
+    if not scoring.window and seen < tokens:
+        scoring = replace(scoring, window=seen)
+    return run.function(layer, query, key, value, scoring)
 
 
 def _active() -> _Run:
@@ -170,7 +178,8 @@ def _active() -> _Run:
 
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
 
     if NAME not in AttentionInterface._global_mapping:
         AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, causal_mask)
+        AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -47,8 +47,6 @@ class Family:
         kv_heads: (configuration, query heads) to KV heads in the cache of each layer.
         position_table: whether it has one row per position, learned or of sines, past whose end nothing can
             be looked up.
-        windowed: whether models of it are published with sliding windows, which are compiled as far as they
-            are no shorter than the context.
         refused: what its scores have that the op cannot express, by its name alone; None for most.
     """
 
@@ -58,28 +56,34 @@ class Family:
     attention: Attention = Attention.INTERFACE
     kv_heads: Callable[[Any, int], int] = _kv_heads
     position_table: bool = False
-    windowed: bool = False
     refused: str | None = None
 
 
 _SINKS = "attention sinks take part in the softmax"
 
+_SPARSE = "the activations are made sparse by an inverse error function, which torch.onnx cannot export"
+
 _TABLE = (
     Family("apertus", "Apertus", ("apertus-gqa",)),
+    Family("afmoe", "AFMoE", ("afmoe",)),
     Family("arcee", "Arcee", ("arcee-gqa",)),
     Family("biogpt", "BioGPT", ("biogpt",), position_table=True),
     Family("bloom", "BLOOM", refused="ALiBi adds a bias of its own per head to the scores"),
     Family("codegen", "CodeGen", ("codegen",), Attention.METHOD, position_table=True),
     Family("cohere", "Cohere", ("cohere-gqa",)),
-    Family("cohere2", "Cohere 2", ("cohere2-window",), windowed=True),
+    Family("cohere2", "Cohere 2", ("cohere2-window",)),
+    Family("cohere2_moe", "Cohere 2 MoE", ("cohere2_moe",)),
     Family("ernie4_5", "ERNIE 4.5", ("ernie4_5-gqa",)),
     Family("ernie4_5_moe", "ERNIE 4.5 MoE", ("ernie4_5_moe-gqa",)),
-    Family("exaone4", "EXAONE 4", ("exaone4-window",), windowed=True),
+    Family("exaone4", "EXAONE 4", ("exaone4-window",)),
+    Family("exaone_moe", "EXAONE MoE", ("exaone_moe",)),
     Family("falcon", "Falcon", ("falcon-gqa", "falcon-mqa"), Attention.CALL, _falcon_kv_heads),
     Family("flex_olmo", "FlexOlmo", ("flex_olmo-gqa",)),
-    Family("flint", "Flint", refused=_SINKS),
+    Family("flint", "Flint", ("flint",)),
     Family("gemma", "Gemma", ("gemma-gqa",)),
-    Family("gemma3_text", "Gemma 3", ("gemma3-window",), windowed=True),
+    Family("gemma2", "Gemma 2", ("gemma2",)),
+    Family("gemma3_text", "Gemma 3", ("gemma3-window",)),
+    Family("gemma3n_text", "Gemma 3n", refused=_SPARSE),
     Family("glm", "GLM", ("glm-gqa",)),
     Family("glm4", "GLM-4", ("glm4-gqa",)),
     Family("glm4_moe", "GLM-4-MoE", ("glm4_moe-gqa",)),
@@ -90,7 +94,7 @@ _TABLE = (
         position_table=True,
     ),
     Family("gpt_neox", "GPT-NeoX", ("gpt_neox",)),
-    Family("gpt_oss", "gpt-oss", refused=_SINKS),
+    Family("gpt_oss", "gpt-oss", ("gpt_oss",)),
     Family("gptj", "GPT-J", ("gptj",), Attention.METHOD, position_table=True),
     Family("granite", "Granite", ("granite-gqa",)),
     Family("granite_swa", "Granite with sinks", refused=_SINKS),
@@ -104,32 +108,34 @@ _TABLE = (
     Family("hyperclovax", "HyperCLOVA X", ("hyperclovax-gqa",)),
     Family("internlm3", "InternLM3", ("internlm3-gqa",)),
     Family("jais2", "Jais 2", ("jais2-gqa",)),
+    Family("laguna", "Laguna", ("laguna",)),
     Family("llama", "Llama", ("llama-mha", "llama-gqa")),
     Family("mimo_v2_flash", "MiMo V2 Flash", refused=_SINKS),
     Family("minimax_m2", "MiniMax-M2", ("minimax_m2-gqa",)),
-    Family("ministral", "Ministral", ("ministral-window",), windowed=True),
+    Family("ministral", "Ministral", ("ministral-window",)),
     Family("ministral3", "Ministral 3", ("ministral3-gqa",)),
-    Family("mistral", "Mistral", ("mistral-mha", "mistral-gqa", "mistral-window"), windowed=True),
+    Family("mistral", "Mistral", ("mistral-mha", "mistral-gqa", "mistral-window")),
     Family("mixtral", "Mixtral", ("mixtral-gqa",)),
     Family("nanochat", "nanochat", ("nanochat-gqa",)),
     Family("nemotron", "Nemotron", ("nemotron-gqa",)),
     Family("olmo", "OLMo", ("olmo-mha", "olmo-gqa")),
     Family("olmo2", "OLMo 2", ("olmo2-gqa",)),
-    Family("olmo3", "OLMo 3", ("olmo3-window",), windowed=True),
+    Family("olmo3", "OLMo 3", ("olmo3-window",)),
     Family("olmoe", "OLMoE", ("olmoe-gqa",)),
     Family("opt", "OPT", ("opt",), position_table=True),
     Family("persimmon", "Persimmon", ("persimmon",)),
     Family("phi", "Phi", ("phi-mha", "phi-gqa")),
-    Family("phi3", "Phi-3", ("phi3-gqa",), windowed=True),
-    Family("phimoe", "Phi-3.5-MoE", ("phimoe-gqa",), windowed=True),
-    Family("qwen2", "Qwen2", ("qwen2-mha", "qwen2-gqa")),
+    Family("phi3", "Phi-3", ("phi3-gqa", "phi3-window")),
+    Family("phimoe", "Phi-3.5-MoE", ("phimoe-gqa",)),
+    Family("qwen2", "Qwen2", ("qwen2-mha", "qwen2-gqa", "qwen2-window")),
     Family("qwen2_moe", "Qwen2-MoE", ("qwen2_moe-gqa",)),
     Family("qwen3", "Qwen3", ("qwen3-mha", "qwen3-gqa")),
     Family("qwen3_moe", "Qwen3-MoE", ("qwen3_moe-gqa",)),
     Family("seed_oss", "Seed-OSS", ("seed_oss-gqa",)),
-    Family("smollm3", "SmolLM3", ("smollm3-gqa",)),
+    Family("smollm3", "SmolLM3", ("smollm3-gqa", "smollm3-window")),
     Family("stablelm", "StableLM", ("stablelm-mha", "stablelm-gqa")),
-    Family("starcoder2", "StarCoder2", ("starcoder2-gqa",), windowed=True),
+    Family("starcoder2", "StarCoder2", ("starcoder2-gqa", "starcoder2-window")),
+    Family("vaultgemma", "VaultGemma", ("vaultgemma",)),
 )  # fmt: skip
 
 FAMILIES = {family.model_type: family for family in _TABLE}

@@ -8,7 +8,6 @@ from typing import Any
 from chai_export.errors import ChaiError
 from chai_export.models.families import family_of
 from chai_export.models.rope import rope_of
-from chai_export.models.sliding import window_of
 from chai_export.op.heads import DecoderHeads
 
 
@@ -21,8 +20,8 @@ class Geometry(DecoderHeads):
         model_type: the family, as transformers names it ("llama", "opt", …).
         hidden_size: width of the residual stream.
         vocab_size: rows of the output head (V).
-        max_positions: a hard limit in tokens: length of a position table or of a sliding window, or where
-            rotary factors that grow with a row begin to; None without one.
+        max_positions: a hard limit in tokens: length of a position table, or where rotary factors that grow
+            with a row begin to; None without one.
         context_length: tokens of context that the model was trained for; None when it does not say.
     """
 
@@ -52,7 +51,7 @@ def describe(config: Any) -> Geometry:
     head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
     context = getattr(config, "max_position_embeddings", None)
     table = int(context) if context and family.position_table else None
-    limits = [limit for limit in (table, rope_of(config).last_length, window_of(config)) if limit]
+    limits = [limit for limit in (table, rope_of(config).last_length) if limit]
     return Geometry(
         model_type=model_type,
         num_layers=_size(config, model_type, "num_hidden_layers"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from chai_export.models.attention import attention_of, causal_attention
 from chai_export.models.kv_sources import describe_model
+from chai_export.models.scoring import Scoring
 from chai_export.progress import track
 
 if TYPE_CHECKING:
@@ -33,12 +34,12 @@ def key_peaks(model: PreTrainedModel, windows: NDArray[np.int32]) -> NDArray[np.
     geometry = describe_model(model)
     peaks = np.zeros((geometry.num_layers, geometry.num_kv_heads, geometry.head_dim), np.float32)
 
-    def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         largest = key[0].abs().amax(dim=1).float().cpu().numpy()
         np.maximum(peaks[index], largest, out=peaks[index])
         group = query.shape[1] // key.shape[1]
         return causal_attention(
-            query, key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1), scale
+            query, key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1), scoring
         )
 
     for window in track(windows, "measuring keys", total=len(windows)):

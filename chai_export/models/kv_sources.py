@@ -17,6 +17,7 @@ from torch import Tensor
 from chai_export.errors import ChaiError
 from chai_export.models.attention import attention_of, causal_attention
 from chai_export.models.geometry import Geometry, describe
+from chai_export.models.scoring import Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +55,7 @@ def _observe(model: PreTrainedModel) -> tuple[int, ...] | None:
     seen: list[tuple[Tensor, Tensor]] = []
     sources: list[int] = []
 
-    def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         _require_heads(geometry, index, query, key, value)
         same_key = _first_same(key, [k for k, _ in seen])
         same_value = _first_same(value, [v for _, v in seen])
@@ -67,7 +68,7 @@ def _observe(model: PreTrainedModel) -> tuple[int, ...] | None:
         sources.append(index if same_key is None else same_key)
         group = query.shape[1] // key.shape[1]
         keys, values = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
-        return causal_attention(query, keys, values, scale)
+        return causal_attention(query, keys, values, scoring)
 
     with attention_of(model, layer), torch.inference_mode():
         model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)

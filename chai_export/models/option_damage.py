@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from chai_export.models.attention import attention_of, hide_future, probe_probabilities
+from chai_export.models.attention import attention_of, causal_attention, probe_probabilities
+from chai_export.models.scoring import Scoring
 from chai_export.models.stored_rows import StoredRounding, read_back
 from chai_export.op.head_map import assign, cluster_heads, distances, kept_kv_heads, quantise
 from chai_export.op.kv_sharing import owners
@@ -55,7 +56,7 @@ class _Layer:
     query: Tensor
     key: Tensor
     value: Tensor
-    scale: float
+    scoring: Scoring
     change: Tensor
     """Added to the attended values: zero, and what the backward passes arrive at."""
 
@@ -89,13 +90,16 @@ def option_damage(
     """
     layers: list[_Layer] = []
 
-    def exact(index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def exact(index: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         keys, values = _repeated(key, query), _repeated(value, query)
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            query.float(), keys, values, is_causal=True, scale=scale
-        )
+        if scoring.plain:
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                query.float(), keys, values, is_causal=True, scale=scoring.scale
+            )
+        else:
+            attended = causal_attention(query, keys, values, scoring)
         change = torch.zeros_like(attended, requires_grad=True)
-        layers.append(_Layer(query.detach(), key.detach(), value.detach(), scale, change))
+        layers.append(_Layer(query.detach(), key.detach(), value.detach(), scoring, change))
         return attended + change
 
     batch = torch.from_numpy(window[None]).long().to(model.device)
@@ -180,8 +184,7 @@ def _probabilities(layer: _Layer, keys: Tensor, head_map: Tensor, first: int) ->
     """Probabilities of the tokens from ``first`` on under a head map: float32 [H, T − first, T]."""
     group = layer.query.shape[1] // keys.shape[0]
     queries = layer.query[0, head_map, first:].float()
-    scores = queries @ keys[head_map // group].transpose(1, 2) * layer.scale
-    return torch.softmax(hide_future(scores, first), dim=-1)
+    return layer.scoring.probabilities(queries @ keys[head_map // group].transpose(1, 2), first)
 
 
 def _keys(layer: _Layer, bits: int, group: int, factors: NDArray[np.float32] | None) -> Tensor:
@@ -205,7 +208,7 @@ def _head_map(
     """The op's choice for this sequence, int32 [H]."""
     tokens = min(probe_tokens, layer.query.shape[2])
     groups = layer.key.shape[1]
-    probabilities = probe_probabilities(layer.query, layer.key, layer.scale, tokens)[0].cpu().numpy()
+    probabilities = probe_probabilities(layer.query, layer.key, layer.scoring, tokens)[0].cpu().numpy()
     found = distances(quantise(probabilities))
     if source == index:
         chosen = cluster_heads(found, groups, kept)

@@ -20,6 +20,8 @@ from chai_export.models.attention import attention_of, causal_attention, probe_p
 from chai_export.models.fused_attention import fresh_prefill, kernels_available
 from chai_export.models.geometry import describe
 from chai_export.models.kv_sources import describe_model
+from chai_export.models.scoring import Scoring
+from chai_export.models.sliding import window_of
 from chai_export.models.stored_rows import StoredRounding, read_back
 from chai_export.op.cache_storage import CacheStorage
 from chai_export.op.head_map import assign, cluster_heads, distances, kept_kv_heads, quantise
@@ -33,6 +35,8 @@ HeadMapRule = Callable[[NDArray[np.float32], int, int], NDArray[np.int32]]
 """(probe probabilities float32 [H, t, t], G, R) -> head map int32 [H]."""
 
 _NEAREST = StoredRounding()
+_FEW, _MOST = 12, 1024
+"""Tokens of a comparison."""
 
 
 def op_head_map(probabilities: NDArray[np.float32], num_kv_heads: int, kept: int) -> NDArray[np.int32]:
@@ -51,7 +55,8 @@ class Oracle:
         rule: how a head map is chosen from probe probabilities; the op's rule unless given. A layer that
             reads another layer's cache follows the op: nearest among the heads which that one kept.
         kernels: compute layers whose maps the op decides with the Triton kernels; by default where the model
-            is on a GPU and Triton is installed. Given maps, other rules and storage always go through torch.
+            is on a GPU and Triton is installed. Given maps, other rules, storage and layers whose scores are
+            more than scaled always go through torch.
         storage: what the caches hold; unless given, the rows as they are computed. All tokens but the exact
             first ones read the rows back from there, as in the op.
         equalisers: by layer float32 [G, D], what keys are divided by before they are stored and multiplied
@@ -127,18 +132,18 @@ class Oracle:
         by_rule = given is None and self._rule is op_head_map
         fused = self._kernels and by_rule and self._storage is None
 
-        def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-            if fused and self._sources[index] == index:
+        def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+            if fused and scoring.plain and self._sources[index] == index:
                 kept = self.kept_heads[index]
-                attended, maps = fresh_prefill(query, key, value, kept, scale, self.probe_tokens)
+                attended, maps = fresh_prefill(query, key, value, kept, scoring.scale, self.probe_tokens)
                 self._maps.append(maps.cpu().numpy())
                 return attended
-            head_map = self._choose(index, query, key, scale) if given is None else given[index]
+            head_map = self._choose(index, query, key, scoring) if given is None else given[index]
             self._maps.append(head_map[None])
             exact = min(self.probe_tokens, query.shape[2]) if self.online else 0
             on_device = torch.from_numpy(head_map).long().to(query.device)
             cached = self._cached(index, key, value, stored)
-            return clustered_attention(query, key, value, on_device, scale, exact, cached)
+            return clustered_attention(query, key, value, on_device, scoring, exact, cached)
 
         with attention_of(self.model, layer):
             return _forward(self.model, token_ids)
@@ -169,10 +174,10 @@ class Oracle:
             sequence.append(int(self.logits(sequence, head_maps)[-1].argmax()))
         return sequence[len(token_ids) :]
 
-    def _choose(self, layer: int, query: Tensor, key: Tensor, scale: float) -> NDArray[np.int32]:
+    def _choose(self, layer: int, query: Tensor, key: Tensor, scoring: Scoring) -> NDArray[np.int32]:
         kept, groups = self.kept_heads[layer], key.shape[1]
         tokens = min(self.probe_tokens, query.shape[2])
-        probabilities = probe_probabilities(query, key, scale, tokens)[0].cpu().numpy()
+        probabilities = probe_probabilities(query, key, scoring, tokens)[0].cpu().numpy()
         source = self._sources[layer]
         if source == layer:
             return self._rule(probabilities, groups, kept)
@@ -196,7 +201,7 @@ def clustered_attention(
     key: Tensor,
     value: Tensor,
     head_map: Tensor,
-    scale: float,
+    scoring: Scoring,
     exact: int,
     cached: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -207,7 +212,7 @@ def clustered_attention(
         key: [1, G, S, D].
         value: [1, G, S, Dv].
         head_map: int64 [H], query head to representative query head.
-        scale: factor on the scores.
+        scoring: what becomes of query·key; sinks and slopes are of each head itself.
         exact: the first tokens, which use their own head's query and key.
         cached: keys and values as all other tokens read them; unless given, ``key`` and ``value``.
 
@@ -218,12 +223,12 @@ def clustered_attention(
     cached_keys, cached_values = cached or (key, value)
     representative_keys = cached_keys[:, head_map // group]
     read_values = cached_values.repeat_interleave(group, dim=1)
-    shared = causal_attention(query[:, head_map], representative_keys, read_values, scale)
+    shared = causal_attention(query[:, head_map], representative_keys, read_values, scoring)
     if exact == 0:
         return shared
     own_keys = key[:, :, :exact].repeat_interleave(group, dim=1)
     own_values = value[:, :, :exact].repeat_interleave(group, dim=1)
-    own = causal_attention(query[:, :, :exact], own_keys, own_values, scale)
+    own = causal_attention(query[:, :, :exact], own_keys, own_values, scoring)
     return torch.cat([own, shared[:, :, exact:]], dim=2)
 
 
@@ -250,8 +255,8 @@ def probe_features(
     """
     features: list[NDArray[np.float32]] = []
 
-    def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        probabilities = probe_probabilities(query, key, scale, probe_tokens)
+    def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        probabilities = probe_probabilities(query, key, scoring, probe_tokens)
         features.append(probabilities.cpu().numpy())
         return probabilities @ value.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
 
@@ -270,7 +275,8 @@ def require_same_with_all_heads(model: PreTrainedModel, tolerance: float = 1e-3)
         ChaiError: the two differ, or a layer does not follow transformers' attention interface.
     """
     geometry = describe(model.config)
-    tokens = [(7 * index + 3) % geometry.vocab_size for index in range(12)]
+    count = max(_FEW, min(_MOST, (window_of(model.config) or 0) + 4))  # past the window, if there is one
+    tokens = [(7 * index + 3) % geometry.vocab_size for index in range(count)]
     expected = model_logits(model, tokens)
     got = Oracle(model, geometry.all_kept).logits(tokens)
     worst = float(np.abs(expected - got).max())

@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from chai_export.models.families import Attention, family_of
+from chai_export.models.scoring import Scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
-"""(query [B,H,S,D], key [B,G,S,D], value [B,G,S,Dv], mask, scale) -> attended values [B,H,S,Dv].
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Scoring], Tensor]
+"""(query [B,H,S,D], key [B,G,S,D], value [B,G,S,Dv], mask, scoring) -> attended values [B,H,S,Dv].
 
 The mask [B,1,S,S] is None when the scores are plainly causal; else True or 0 where a query sees a key.
 """
@@ -40,12 +41,20 @@ def redirected(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
         yield
 
 
-def hides_the_future_only(mask: Tensor) -> bool:
-    """Whether a mask [B, 1, S, T] lets each query see every key up to its own place and none after it."""
+def visible_window(mask: Tensor) -> int | None:
+    """How many positions each query sees by a mask [B, 1, S, S]: the last so many up to its own place.
+
+    Returns:
+        S where the mask is causal and nothing else; None where it is not even causal with a window.
+    """
     seen = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool and not bool((seen | (mask < -1e4)).all()):
-        return False
-    return bool((seen == torch.ones_like(seen).tril()).all()) and mask.shape[-1] == mask.shape[-2]
+        return None
+    if mask.shape[-1] != mask.shape[-2]:
+        return None
+    window = int(seen[0, 0, -1].sum())
+    expected = torch.ones_like(seen[:1, :1]).tril().triu(1 - window)
+    return window if window and bool((seen == expected).all()) else None
 
 
 @contextmanager
@@ -68,7 +77,7 @@ def _as_method(
     value: Tensor,
     attention_mask: Tensor | None = None,
 ) -> tuple[Tensor, None]:
-    return attend(query, key, value, attention_mask, 1.0 / divisor).to(value.dtype), None
+    return attend(query, key, value, attention_mask, Scoring(1.0 / divisor)).to(value.dtype), None
 
 
 @contextmanager
@@ -111,4 +120,4 @@ class _CatchProduct(TorchFunctionMode):
         """The arguments of torch's function, as far as an evaluated decoder gives them."""
         del dropout_p, is_causal  # zero outside training; without a mask the pass is causal
         factor = query.shape[-1] ** -0.5 if scale is None else scale
-        return self._attend(query, key, value, attn_mask, factor).to(query.dtype)
+        return self._attend(query, key, value, attn_mask, Scoring(factor)).to(query.dtype)

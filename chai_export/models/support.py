@@ -6,13 +6,12 @@ from typing import Any
 
 from chai_export.errors import ChaiError
 from chai_export.models.families import Attention, covered_families, family_of
-from chai_export.models.sliding import SLIDING, is_idle, layer_kinds, window_of
+from chai_export.models.sliding import SLIDING, layer_kinds
 
-# Attention layer kinds that are plain causal attention over a key cache.
-_PLAIN_LAYERS = frozenset({"full_attention"})
+# Attention layer kinds that are causal attention over a key cache, of all positions or the last so many.
+_CAUSAL_LAYERS = frozenset({"full_attention", SLIDING})
 # What a layer may have of its own: nothing here reads it.
 _MAY_DIFFER = frozenset({"intermediate_size", "moe_intermediate_size"})
-_SOFTCAP_NAMES = ("attn_logit_softcapping", "attn_logit_softcap")
 
 
 def unsupported_reasons(config: Any) -> list[str]:
@@ -90,13 +89,8 @@ def _layer_kinds(config: Any) -> list[str]:
     reasons = []
     for kind in dict.fromkeys(kinds):
         where = layer_ranges([index for index, each in enumerate(kinds) if each == kind])
-        if kind == SLIDING:
-            window, context = window_of(config), getattr(config, "max_position_embeddings", None)
-            if window and not is_idle(config, window):
-                limit = f"the context of {context} tokens" if context else "an unlimited context"
-                reasons.append(f"{where}: a sliding window of {window} tokens is smaller than {limit}")
-        elif kind not in _PLAIN_LAYERS:
-            reasons.append(f"{where}: '{kind}' is not plain causal attention over a key cache")
+        if kind not in _CAUSAL_LAYERS:
+            reasons.append(f"{where}: '{kind}' is not causal attention over a key cache")
     return reasons
 
 
@@ -111,9 +105,6 @@ def _scores(config: Any, layers: int) -> list[str]:
     nested_alibi = nested.get("alibi") if isinstance(nested, dict) else getattr(nested, "alibi", False)
     if getattr(config, "alibi", False) or nested_alibi:
         reasons.append(f"{everywhere}: ALiBi adds a bias of its own per head to the scores")
-    for name in _SOFTCAP_NAMES:
-        if getattr(config, name, None):
-            reasons.append(f"{everywhere}: the scores are soft-capped ({name} = {getattr(config, name)})")
     return reasons
 
 

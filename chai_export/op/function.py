@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import onnx
 import onnx.parser
@@ -58,9 +59,15 @@ class Form:
         return {each.name for each in optional if not has[each.follows or each.name]}
 
 
-def plain_forms() -> list[Form]:
-    """Every storage of keys and of values, with nothing added to scores."""
-    return [Form(key_bits, value_bits) for key_bits in BITS for value_bits in BITS]
+def all_forms() -> list[Form]:
+    """Every storage of keys and of values with everything that is added to scores."""
+    terms = list(product((False, True), repeat=3))
+    return [Form(key_bits, value_bits, *each) for key_bits in BITS for value_bits in BITS for each in terms]
+
+
+def form_named(overload: str) -> Form:
+    """The form with this name; KeyError if there is none."""
+    return {form.overload: form for form in all_forms()}[overload]
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""The lengths at which rotary embedding changes, and how `verify` looks at both sides of each."""
+"""Lengths at which rotary embedding changes or a window begins to hide, and how `verify` crosses them."""
 
 from __future__ import annotations
 

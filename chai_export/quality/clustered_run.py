@@ -12,14 +12,15 @@ from torch import Tensor
 
 from chai_export.models.attention import attention_of, probe_probabilities
 from chai_export.models.oracle import clustered_attention
+from chai_export.models.scoring import Scoring
 from chai_export.quality.methods import Method
 from chai_export.quality.methods_medoids import HeadMap, Probabilities
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ChooseMap = Callable[[int, Tensor, Tensor, float], HeadMap]
-"""(layer, query [1,H,S,D], key [1,G,S,D], scale) -> head map int32 [H]."""
+ChooseMap = Callable[[int, Tensor, Tensor, Scoring], HeadMap]
+"""(layer, query [1,H,S,D], key [1,G,S,D], scoring) -> head map int32 [H]."""
 
 
 def logits_with_maps(
@@ -40,9 +41,9 @@ def logits_with_maps(
         float32 [T, V].
     """
 
-    def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        head_map = torch.from_numpy(choose(index, query, key, scale).astype(np.int64))
-        return clustered_attention(query, key, value, head_map, scale, min(exact, query.shape[2]))
+    def layer(index: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        head_map = torch.from_numpy(choose(index, query, key, scoring).astype(np.int64))
+        return clustered_attention(query, key, value, head_map, scoring, min(exact, query.shape[2]))
 
     batch = torch.tensor([[int(token) for token in token_ids]], dtype=torch.long)
     with attention_of(model, layer), torch.inference_mode():
@@ -56,8 +57,8 @@ def method_maps(method: Method, kept_heads: Sequence[int], probe_tokens: int, se
         raise ValueError(f"{method.name} has no online rule; use fixed_maps")
     rule, layers = method.rule, len(kept_heads)
 
-    def choose(layer: int, query: Tensor, key: Tensor, scale: float) -> HeadMap:
-        features = probe(query, key, scale, probe_tokens, causal=method.causal)
+    def choose(layer: int, query: Tensor, key: Tensor, scoring: Scoring) -> HeadMap:
+        features = probe(query, key, scoring, probe_tokens, causal=method.causal)
         return rule(features, key.shape[1], kept_heads[layer], seed * layers + layer)
 
     return choose
@@ -66,24 +67,24 @@ def method_maps(method: Method, kept_heads: Sequence[int], probe_tokens: int, se
 def fixed_maps(head_maps: NDArray[np.int32]) -> ChooseMap:
     """Maps decided before: int32 [L, H]."""
 
-    def choose(layer: int, query: Tensor, key: Tensor, scale: float) -> HeadMap:
-        del query, key, scale
+    def choose(layer: int, query: Tensor, key: Tensor, scoring: Scoring) -> HeadMap:
+        del query, key, scoring
         head_map: HeadMap = head_maps[layer]
         return head_map
 
     return choose
 
 
-def probe(query: Tensor, key: Tensor, scale: float, tokens: int, *, causal: bool) -> Probabilities:
+def probe(query: Tensor, key: Tensor, scoring: Scoring, tokens: int, *, causal: bool) -> Probabilities:
     """Probabilities of the first tokens of one sequence over each other, float32 [H, t, t].
 
     Without the mask every probe token sees all probe tokens, as in the paper's reference code.
     """
     tokens = min(tokens, query.shape[2])
     if causal:
-        probabilities: Probabilities = probe_probabilities(query, key, scale, tokens)[0].numpy()
+        probabilities: Probabilities = probe_probabilities(query, key, scoring, tokens)[0].numpy()
         return probabilities
     keys = key[:, :, :tokens].float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = query[:, :, :tokens].float() @ keys.transpose(2, 3) * scale
+    scores = scoring.scores(query[:, :, :tokens].float() @ keys.transpose(2, 3))
     unmasked: Probabilities = torch.softmax(scores, dim=-1)[0].numpy()
     return unmasked

@@ -58,7 +58,8 @@ class VerifyResult:
         greedy_ties: chosen tokens whose logit equals the reference's best within the tolerance; they count
             as a match.
         first_mismatch: {"all"|"chai": {"prompt", "token"}} where greedy tokens first differ.
-        boundaries: lengths at which rotary embedding changes, crossed or not, and why not.
+        boundaries: lengths at which rotary embedding changes or a window begins to hide tokens, crossed or
+            not, and why not.
         gates: the single comparisons where the reference is an ONNX file; none for a Hugging Face model.
         not_compared: gates that were left out, and why.
     """

@@ -10,8 +10,9 @@ maps    the engine's head maps, against those the oracle finds by itself
 A bundle with static membership has no weights left for all heads, and its maps are those of its manifest:
 there "all" is not compared, and "chai" is the engine against the oracle under these maps, on whole weights.
 
-Where rotary embedding changes with the length of a text, texts on both sides of that length are compared as
-well, fed in chunks, and one that grows past it in company (:mod:`chai_export.quality.boundaries`).
+Where rotary embedding changes with the length of a text, or a window begins to hide its first tokens, texts
+on both sides of that length are compared as well, fed in chunks, and one that grows past it in company
+(:mod:`chai_export.quality.boundaries`).
 
 The reference is fed the engine's tokens rather than generating its own. The first token that differs is
 the same either way, and one forward pass replaces one per token.
@@ -118,7 +119,8 @@ def verify(
         for index, generation in enumerate(made):
             case = _Case(index, prompts[index], list(generation.token_ids), generated_maps[:, index])
             _compare(verdict, heads, case, runners[heads], truth)
-    lengths = {*rope_of(model.config).original_lengths, *manifest.switch_lengths}
+    windows = {window for window in manifest.windows or () if window}
+    lengths = {*rope_of(model.config).original_lengths, *manifest.switch_lengths, *windows}
     boundaries = find_boundaries(lengths, position_limit(runners["chai"]))
     for index, boundary in enumerate((b for b in boundaries if b.crossed), start=len(prompts)):
         for heads, runner in runners.items():

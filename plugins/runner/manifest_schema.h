@@ -128,6 +128,21 @@ inline constexpr char kManifestSchema[] = R"json({
    "minimum": 1,
    "type": "integer"
   },
+  "windows": {
+   "anyOf": [
+    {
+     "items": {
+      "maximum": 2147483647,
+      "minimum": 0,
+      "type": "integer"
+     },
+     "type": "array"
+    },
+    {
+     "type": "null"
+    }
+   ]
+  },
   "rope": {
    "anyOf": [
     {

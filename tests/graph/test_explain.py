@@ -38,6 +38,13 @@ ROPE = {
 }
 
 
+SCALE = {
+    "J-genai-0.18.0-cpu-fp32-window": "0.25, window 16",
+    "J-genai-0.18.0-cpu-fp32-softcap": "0.25, window 16, soft cap 50",
+    "J-genai-0.18.0-cuda-fp16-sinks": "0.176777, window 16, sinks",
+}
+
+
 @pytest.mark.parametrize("fixture", REWRITTEN, ids=lambda fixture: fixture.name)
 def test_every_part_of_a_match_is_named(fixture: Fixture) -> None:
     report = explain(fixture.path, Clusters(kept_heads=[2, 1][: fixture.layers]))
@@ -45,9 +52,12 @@ def test_every_part_of_a_match_is_named(fixture: Fixture) -> None:
     for layer, row in enumerate(report.to_json()["attentions"]):
         parts, form = row["parts"], row["form"]
         assert (row["layer"], row["R"]) == (layer, (2, 1)[layer])
-        assert row["heads"] == f"{fixture.query_heads} query, {fixture.kv_heads} KV, dim 16"
-        assert parts["attention"].endswith(", scale 0.25")
+        assert (
+            row["heads"]
+            == f"{fixture.query_heads} query, {fixture.kv_heads} KV, dim {fixture.config.get('head_dim', 16)}"
+        )
         name = fixture.name
+        assert parts["attention"].endswith(f", scale {SCALE.get(name, '0.25')}")
         assert parts["mask"] == MASK.get(form, MASK["G" if "tensorscatter" in name else "I"])
         assert parts["rope"] == ROPE.get(form, "com.microsoft.RotaryEmbedding")
         norm = {"F": "written out"}.get(form, "SimplifiedLayerNormalization")
@@ -82,11 +92,11 @@ def test_a_refusal_names_the_node_that_stopped_it(
 
 
 MISSES: dict[str, tuple[Callable[[onnx.GraphProto], None], str, str]] = {
-    "a cap": (mutations.cap_before_softmax, "the scores", "Tanh '"),
+    "a limit": (mutations.clip_before_softmax, "the mask", "Softmax '"),
     "another cache axis": (mutations.cache_grows_along_heads, "the cache", "Concat '"),
     "rows swapped": (mutations.new_rows_before_old, "the cache", "Concat '"),
     "a bias": (mutations.bias_before_softmax, "the mask", "Softmax '"),
-    "a window": (mutations.window_of_1000, "the mask", "Softmax '"),
+    "chunks": (mutations.chunks_of_8, "the mask", "Softmax '"),
 }
 
 

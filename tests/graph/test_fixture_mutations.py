@@ -16,8 +16,10 @@ from tests.helpers.onnx_fixtures import REWRITTEN, Fixture
 from tests.helpers.source_runner import SourceRunner
 
 FEW, MANY = range(1), range(1, 31)
-# QK-norm inside the operator has no CPU kernel, so a changed source cannot be run for comparison.
-RUNNABLE = [fixture for fixture in REWRITTEN if "fused" not in fixture.name]
+# QK-norm inside the operator has no CPU kernel, and caches of a window's size cannot be fed empty: a changed
+# source cannot be run for comparison.
+NOT_RUN = ("qknorm-fused", "-window", "-softcap", "-sinks")
+RUNNABLE = [fixture for fixture in REWRITTEN if not fixture.name.endswith(NOT_RUN)]
 seeds = [
     *(pytest.param(seed) for seed in FEW),
     *(pytest.param(seed, marks=pytest.mark.slow) for seed in MANY),

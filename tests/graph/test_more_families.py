@@ -22,10 +22,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}, "layers 0-1: ALiBi"),
     "mpt": ({"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 64}, "layers 0-1: ALiBi"),
     "falcon": ({**SIZES, "alibi": True}, "layers 0-1: ALiBi"),
-    "gemma2": (
-        {**SIZES, "head_dim": 8, "num_key_value_heads": 2, "intermediate_size": 48, "sliding_window": 16},
-        "layer 0: a sliding window of 16 tokens.*layers 0-1: the scores are soft-capped",
-    ),
 }
 
 

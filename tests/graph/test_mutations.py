@@ -64,6 +64,10 @@ def cap_before_softmax(graph: onnx.GraphProto) -> None:
     insert_before(graph, node_of(graph, "Softmax"), 0, "Tanh")
 
 
+def cap_before_mask(graph: onnx.GraphProto) -> None:
+    insert_before(graph, maker_of(graph, node_of(graph, "Softmax").input[0]), 0, "Tanh")
+
+
 def clip_before_softmax(graph: onnx.GraphProto) -> None:
     low, high = constant(graph, "low", -3e38), constant(graph, "high", 50.0)
     insert_before(graph, node_of(graph, "Softmax"), 0, "Clip", low, high)
@@ -97,6 +101,25 @@ def window_of_1000(graph: onnx.GraphProto) -> None:
         graph.node.insert(position + offset, node)
     slot = list(both.input).index(compare.output[0])
     graph.node[position + 3].input[slot] = "causal_in_window"
+
+
+def chunks_of_8(graph: onnx.GraphProto) -> None:
+    """Each query sees its own chunk only (Llama 4)."""
+    compare = node_of(graph, "LessOrEqual")
+    both = next(node for node in graph.node if compare.output[0] in node.input)
+    keys, queries = compare.input[0], compare.input[1]
+    position = list(graph.node).index(both)
+    size = constant(graph, "chunk", 8, np.int64)
+    new = [
+        helper.make_node("Div", [queries, size], ["query_chunk"]),
+        helper.make_node("Div", [keys, size], ["key_chunk"]),
+        helper.make_node("Equal", ["key_chunk", "query_chunk"], ["in_chunk"]),
+        helper.make_node("And", [compare.output[0], "in_chunk"], ["causal_in_chunk"]),
+    ]
+    for offset, node in enumerate(new):
+        graph.node.insert(position + offset, node)
+    slot = list(both.input).index(compare.output[0])
+    graph.node[position + 4].input[slot] = "causal_in_chunk"
 
 
 def no_padding_mask(graph: onnx.GraphProto) -> None:
@@ -149,7 +172,7 @@ BREAKING: dict[str, Mutation] = {
     mutation.__name__: mutation
     for mutation in (
         bias_before_softmax, tiny_bias_before_softmax, cap_before_softmax, clip_before_softmax,
-        scale_after_softmax, shifted_mask, window_of_1000, no_padding_mask, values_of_other_heads,
+        scale_after_softmax, shifted_mask, chunks_of_8, no_padding_mask, values_of_other_heads,
         heads_in_turn_instead_of_groups, cache_grows_along_heads, new_rows_before_old,
     )
 }  # fmt: skip
@@ -181,6 +204,19 @@ def test_another_scale_or_position_is_carried_over(mutation: Mutation, tmp_path:
     scales = [next(a.f for a in node.attribute if a.name == "scale") for node in nodes]
     if mutation is scale_on_one_side:
         assert scales == pytest.approx([2.0 * 8**-0.25, 8**-0.5])
+
+
+@pytest.mark.parametrize(
+    ("mutation", "windows", "softcap"), [(window_of_1000, [1000, 1000], 0.0), (cap_before_mask, None, 1.0)]
+)
+def test_a_window_or_a_cap_is_carried_over(
+    mutation: Mutation, windows: list[int] | None, softcap: float, tmp_path: Path
+) -> None:
+    bundle = rewrite(mutate(mutation, tmp_path), Clusters(kept_of(NAME)), tmp_path / "bundle")
+    assert bundle.manifest.windows == windows
+    first = next(node for node in onnx.load(bundle.model_path).graph.node if node.domain == "chai")
+    stated = {attribute.name: attribute.f or attribute.i for attribute in first.attribute}
+    assert (stated["window"], stated["softcap"]) == ((windows or [0])[0], softcap)
 
 
 def swap_operands(graph: onnx.GraphProto) -> None:

@@ -39,27 +39,6 @@ CASES: dict[str, tuple[str, dict[str, Any], str, int, str]] = {
         18,
         "bias",
     ),
-    "window": ("mistral", {**_SIZES, "sliding_window": 16}, "sdpa", 23, "sliding window of 16 tokens"),
-    "softcap": (
-        "gemma2",
-        {**_SIZES, "head_dim": 8, "layer_types": ["full_attention"], "sliding_window": 64},
-        "eager",
-        18,
-        "soft-capped",
-    ),
-    "sinks": (
-        "gpt_oss",
-        {
-            **_SIZES,
-            "head_dim": 8,
-            "layer_types": ["full_attention"],
-            "num_local_experts": 2,
-            "num_experts_per_tok": 1,
-        },
-        "eager",
-        18,
-        "attention sinks",
-    ),
 }
 
 

@@ -18,7 +18,7 @@ from chai_export.exporter.stage import export
 from chai_export.exporter.torch_export import DEFAULT_OPSET, export_onnx
 from chai_export.graph.stage import rewrite
 from chai_export.models.geometry import describe
-from tests.helpers.families import family_config, family_model
+from tests.helpers.families import MIXED, family_config, family_model
 
 
 @lru_cache
@@ -30,8 +30,8 @@ def scratch() -> Path:
 
 
 def layers(name: str) -> dict[str, Any]:
-    """Tracing costs seconds per layer: two layers where their order is at stake, one elsewhere."""
-    if name in ("llama-gqa", "gpt2", "opt", "smollm3-gqa"):
+    """Tracing costs seconds per layer: two layers where their order or kind is at stake, one elsewhere."""
+    if name in ("llama-gqa", "gpt2", "opt", "smollm3-gqa") or name in MIXED:
         return {}
     return {"num_hidden_layers": 1}
 

@@ -16,10 +16,12 @@ _SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _MODERN = {**_HEADS, **_SPECIAL, "intermediate_size": 96, "max_position_embeddings": 128}
 _FALCON = {**_HEADS, **_SPECIAL, "max_position_embeddings": 128}
 _GQA = {**_MODERN, "num_key_value_heads": 4}
-_WINDOW = {**_GQA, "sliding_window": 128}
-"""As long as the context, so that it hides nothing."""
+_WINDOW = {**_GQA, "sliding_window": 6}
+_MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+"""A layer with a window before one without."""
 _SCALED = {"attention_multiplier": 0.2}
 _EXPERTS = {"num_experts_per_tok": 2}
+_SMALL_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}
 _ROUTED = {**_EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
            "moe_intermediate_size": 16}  # fmt: skip
 _GPT = {
@@ -64,22 +66,31 @@ _ALWAYS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 _MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "afmoe": ("afmoe", {**_MIXED, **_EXPERTS, **_SMALL_EXPERTS}),
     "apertus-gqa": ("apertus", _GQA),
     "arcee-gqa": ("arcee", _GQA),
     "biogpt": ("biogpt", _MODERN),
     "cohere-gqa": ("cohere", {**_GQA, "use_qk_norm": True}),
-    "cohere2-window": ("cohere2", _WINDOW),
+    "cohere2-window": ("cohere2", _MIXED),
+    "cohere2_moe": ("cohere2_moe", {**_MIXED, **_EXPERTS, **_SMALL_EXPERTS}),
     "ernie4_5-gqa": ("ernie4_5", {**_GQA, "head_dim": 8}),
     "ernie4_5_moe-gqa": ("ernie4_5_moe", {**_GQA, "moe_num_experts": 4, "moe_k": 2,
                                           "moe_intermediate_size": 16, "moe_layer_start_index": 0}),
     "exaone4-window": ("exaone4", {**_WINDOW, "sliding_window_pattern": 2}),
+    "exaone_moe": ("exaone_moe", {**_MIXED, **_EXPERTS, **_SMALL_EXPERTS}),
     "flex_olmo-gqa": ("flex_olmo", {**_GQA, **_EXPERTS, "num_experts": 4}),
-    "gemma3-window": ("gemma3_text", {**_WINDOW, "head_dim": 8, "sliding_window_pattern": 2}),
+    "flint": ("flint", {**_MIXED, **_EXPERTS, **_SMALL_EXPERTS}),
+    "gemma2": ("gemma2", {**_MIXED, "head_dim": 8, "attn_logit_softcapping": 2.0,
+                          "final_logit_softcapping": 30.0}),
+    "gemma3-window": ("gemma3_text", {**_MIXED, "head_dim": 8, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0}}}),
     "glm-gqa": ("glm", {**_GQA, "head_dim": 8}),
     "glm4-gqa": ("glm4", {**_GQA, "head_dim": 8}),
     "glm4_moe-gqa": ("glm4_moe", {**_GQA, **_ROUTED, "head_dim": 8}),
     "gpt_bigcode-mha": ("gpt_bigcode", {**_GPT, "multi_query": False}),
     "gpt_bigcode-mqa": ("gpt_bigcode", {**_GPT, "multi_query": True}),
+    "gpt_oss": ("gpt_oss", {**_MIXED, **_EXPERTS, "head_dim": 8, "num_local_experts": 4}),
     "granite-gqa": ("granite", {**_GQA, **_SCALED, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
                                 "logits_scaling": 2.0}),
     "granitemoe-gqa": ("granitemoe", {**_GQA, **_SCALED, **_EXPERTS, "num_local_experts": 4}),
@@ -92,23 +103,37 @@ _MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "internlm3-gqa": ("internlm3", {**_GQA, "head_dim": 8}),
     "jais2-gqa": ("jais2", _GQA),
     "minimax_m2-gqa": ("minimax_m2", {**_GQA, **_EXPERTS, "head_dim": 8, "num_local_experts": 4}),
+    "laguna": ("laguna", {**_MIXED, **_EXPERTS, **_SMALL_EXPERTS}),
     "ministral-window": ("ministral", {**_WINDOW, "head_dim": 8}),
     "ministral3-gqa": ("ministral3", {**_GQA, "head_dim": 8, "sliding_window": None}),
     "mistral-window": ("mistral", _WINDOW),
     "nanochat-gqa": ("nanochat", _GQA),
     "nemotron-gqa": ("nemotron", {**_GQA, "head_dim": 8}),
-    "olmo3-window": ("olmo3", _WINDOW),
+    "olmo3-window": ("olmo3", _MIXED),
     "olmoe-gqa": ("olmoe", {**_GQA, **_EXPERTS, "num_experts": 4}),
     "persimmon": ("persimmon", _MODERN),
+    "phi3-window": ("phi3", _WINDOW),
     "phimoe-gqa": ("phimoe", {**_GQA, **_EXPERTS, "num_local_experts": 4, "sliding_window": None}),
+    "qwen2-window": ("qwen2", {**_WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
     "qwen3_moe-gqa": ("qwen3_moe", {**_GQA, **_EXPERTS, "head_dim": 16, "num_experts": 4,
                                     "moe_intermediate_size": 16}),
     "seed_oss-gqa": ("seed_oss", {**_GQA, "head_dim": 16}),
     "smollm3-gqa": ("smollm3", {**_GQA, "no_rope_layer_interval": 2}),
+    "smollm3-window": ("smollm3", {**_WINDOW, "no_rope_layer_interval": 2, "use_sliding_window": True}),
     "starcoder2-gqa": ("starcoder2", {**_GQA, "sliding_window": None}),
+    "starcoder2-window": ("starcoder2", _WINDOW),
+    "vaultgemma": ("vaultgemma", {**_MIXED, "head_dim": 8, "attn_logit_softcapping": 2.0,
+                                  "final_logit_softcapping": 30.0}),
 }  # fmt: skip
 
 FAMILIES = {**_ALWAYS, **_MORE}
+
+MIXED = frozenset(
+    {"afmoe", "cohere2-window", "cohere2_moe", "exaone4-window", "exaone_moe", "flint", "gemma2",
+     "gemma3-window", "gpt_oss", "laguna", "olmo3-window", "qwen2-window", "smollm3-window",
+     "vaultgemma"}
+)  # fmt: skip
+"""Those with layers of two kinds."""
 
 GRAPHS_IN_CI = frozenset(_ALWAYS)
 """Those whose bundles are run step by step in CI."""

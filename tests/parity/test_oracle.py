@@ -10,6 +10,7 @@ from chai_export.errors import ChaiError
 from chai_export.models.attention import attention_of
 from chai_export.models.geometry import describe
 from chai_export.models.oracle import Oracle, clustered_attention, model_logits, probe_features
+from chai_export.models.scoring import Scoring
 from chai_export.op.attributes import Attributes
 from chai_export.op.reference import clustered_head_attention
 from tests.helpers.families import FAMILIES, family_model
@@ -20,7 +21,7 @@ PROBE = 5
 def reference_layer(kept, maps, given=None, online=True):
     """A layer function that evaluates the NumPy reference on one fresh prefill."""
 
-    def layer(index, query, key, value, scale):
+    def layer(index, query, key, value, scoring):
         q, k, v = (tensor.numpy() for tensor in (query, key, value))
         capacity = q.shape[2] + 3
         past_map = np.zeros((1, q.shape[1]), np.int32) if given is None else given[index]
@@ -30,7 +31,7 @@ def reference_layer(kept, maps, given=None, online=True):
             np.full((1, k.shape[1], capacity, v.shape[3]), np.nan, np.float32),
             None, None, np.zeros((1, 1), np.int32),
             past_map, np.zeros(1, np.int32), np.array([q.shape[2]], np.int32),
-            attributes=Attributes(scale, PROBE, online),
+            attributes=Attributes(scoring.scale, PROBE, online),
         )  # fmt: skip
         maps.append(result.present_head_map)
         shape = (1, q.shape[2], q.shape[1], v.shape[3])
@@ -46,9 +47,8 @@ def tokens_for(model, count, seed=0):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_heads_kept_equals_the_model(name):
     model = family_model(name)
-    heads = describe(model.config).num_kv_heads
     tokens = tokens_for(model, 23)
-    oracle = Oracle(model, [heads, heads])
+    oracle = Oracle(model, describe(model.config).all_kept)
     np.testing.assert_allclose(oracle.logits(tokens), model_logits(model, tokens), atol=2e-5)
     assert (oracle.head_maps == np.arange(model.config.num_attention_heads)).all()
     assert model.config._attn_implementation != "chai"
@@ -108,7 +108,7 @@ def test_blocks_of_queries_do_not_change_a_long_sequence():
     rng = np.random.default_rng(1)
     q, k, v = (torch.from_numpy(rng.standard_normal((1, 4, 600, 8), np.float32)) for _ in range(3))
     head_map = torch.tensor([0, 0, 2, 2])
-    got = clustered_attention(q, k, v, head_map, 0.3, 5)
+    got = clustered_attention(q, k, v, head_map, Scoring(0.3), 5)
     future = torch.ones(600, 600, dtype=torch.bool).triu(1)
     scores = (q[:, head_map] @ k[:, head_map].transpose(2, 3) * 0.3).masked_fill(future, -torch.inf)
     torch.testing.assert_close(got[:, :, 5:], (scores.softmax(-1) @ v)[:, :, 5:], atol=1e-5, rtol=1e-4)

@@ -8,12 +8,13 @@ import onnx.reference
 import pytest
 
 from chai_export.op.cases import CACHES, CASES, TERM_CASES, check
-from chai_export.op.function import Form, function_proto, plain_forms
+from chai_export.op.function import Form, function_proto
 from chai_export.op.model import node_model, one_node_model
 from chai_export.op.reference import AttentionResult
 from chai_export.op.schema import OP_TYPE, SHARED_OP_TYPE, signature
 from chai_export.op.shared_cases import SHARED_CASES, SHARED_TERM_CASES, check_shared
 from chai_export.op.shared_reference import SharedAttentionResult
+from chai_export.op.storage import BITS
 
 EVERY = (*CASES, *TERM_CASES)
 by_name = {case.name: case for case in EVERY}
@@ -160,6 +161,6 @@ def unused_values(body: onnx.FunctionProto) -> set[str]:
 
 @pytest.mark.parametrize("op_type", [OP_TYPE, SHARED_OP_TYPE])
 def test_function_bodies_leave_no_value_unused(op_type):
-    forms = [*plain_forms(), Form(8, 4, sinks=True, slopes=True, softcap=True)]
+    forms = [*(Form(k, v) for k in BITS for v in BITS), Form(8, 4, sinks=True, slopes=True, softcap=True)]
     unused = {form.overload: unused_values(function_proto(18, form, op_type)) for form in forms}
     assert not {overload: names for overload, names in unused.items() if names}

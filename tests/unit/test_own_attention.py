@@ -9,10 +9,11 @@ import torch
 from chai_export.clustering.calibrate import calibrate
 from chai_export.errors import ChaiError
 from chai_export.models.attention import attention_of
-from chai_export.models.own_attention import hides_the_future_only
+from chai_export.models.own_attention import visible_window
 from tests.helpers.families import family_model
 
 PAST_ONLY = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+CHUNKS = PAST_ONLY & (torch.arange(4)[:, None] // 2 == torch.arange(4) // 2)
 
 
 def additive(seen: torch.Tensor, hidden: float) -> torch.Tensor:
@@ -20,21 +21,27 @@ def additive(seen: torch.Tensor, hidden: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("mask", "plain"),
+    ("mask", "seen"),
     [
-        (PAST_ONLY, True),
-        (additive(PAST_ONLY, torch.finfo(torch.float32).min), True),
-        (additive(PAST_ONLY, float("-inf")), True),
-        (additive(PAST_ONLY, -5.0), False),
-        (PAST_ONLY & torch.ones(4, 4, dtype=torch.bool).triu(-1), False),
-        (torch.ones(1, 1, 4, 4, dtype=torch.bool), False),
-        (additive(PAST_ONLY, float("-inf")) + 0.5 * PAST_ONLY, False),
-        (torch.ones(1, 1, 4, 6, dtype=torch.bool).tril(), False),
+        (PAST_ONLY, 4),
+        (additive(PAST_ONLY, torch.finfo(torch.float32).min), 4),
+        (additive(PAST_ONLY, float("-inf")), 4),
+        (additive(PAST_ONLY, -5.0), None),
+        (PAST_ONLY & torch.ones(4, 4, dtype=torch.bool).triu(-1), 2),
+        (additive(PAST_ONLY & torch.ones(4, 4, dtype=torch.bool).triu(-2), float("-inf")), 3),
+        (CHUNKS, None),
+        (PAST_ONLY & (torch.arange(4) != 1), None),
+        (torch.ones(1, 1, 4, 4, dtype=torch.bool), None),
+        (additive(PAST_ONLY, float("-inf")) + 0.5 * PAST_ONLY, None),
+        (torch.ones(1, 1, 4, 6, dtype=torch.bool).tril(), None),
     ],
-    ids=["bool", "lowest", "infinite", "weak", "window", "no mask", "bias", "other columns"],
-)
-def test_only_a_causal_mask_passes(mask: torch.Tensor, plain: bool) -> None:
-    assert hides_the_future_only(mask) is plain
+    ids=[
+        "bool", "lowest", "infinite", "weak", "window", "window of 3", "chunks", "padding", "no mask", "bias",
+        "other columns",
+    ],
+)  # fmt: skip
+def test_only_a_causal_mask_with_a_window_passes(mask: torch.Tensor, seen: int | None) -> None:
+    assert visible_window(mask) == seen
 
 
 @pytest.mark.parametrize("name", ["gptj", "falcon-gqa"])

@@ -35,7 +35,8 @@ def describe_parts(site: AttentionSite) -> Parts:
     """Describe one site of a graph that :func:`~chai_export.graph.read.load.load_graph` has read."""
     query, key = _above(site.query), _above(site.key.new)
     return Parts(
-        attention=f"{site.anchor.op_type} {site.anchor.name!r}, scale {site.scale:.6g}",
+        attention=f"{site.anchor.op_type} {site.anchor.name!r}, scale {site.scale:.6g}"
+        + site.terms.describe(),
         mask=_mask(site),
         rope=_rope(site, query.nodes | key.nodes),
         norm=_norm(query.nodes | key.nodes),

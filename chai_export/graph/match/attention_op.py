@@ -1,8 +1,8 @@
 """Forms C, D, E and K: one ONNX ``Attention`` node (opset 23 and 24).
 
 1. The node has query, key and value in four dims, or in three that
-   :mod:`chai_export.graph.read.unfuse` has split into heads; no used extra outputs, no softcap, and its
-   softmax is over plain scores.
+   :mod:`chai_export.graph.read.unfuse` has split into heads; no used extra outputs. Its
+   ``softcap`` is the op's.
 2. Key and value go back to a cache (:mod:`~chai_export.graph.match.trace_cache`): a Concat with new rows (C,
    D), a ScatterND (E) or TensorScatter (K) into a cache of fixed size, with or without repeated KV heads.
 3. Or the node has past inputs and gives the presents itself (K).
@@ -20,7 +20,7 @@ import onnx_ir as ir
 from chai_export.graph.match.form import Form
 from chai_export.graph.match.geometry import site_geometry
 from chai_export.graph.match.miss import NoMatch, Reached
-from chai_export.graph.match.site import AttentionSite, CachedHeads, RightPadding, ScoreChain
+from chai_export.graph.match.site import AttentionSite, CachedHeads, RightPadding, ScoreChain, ScoreTerms
 from chai_export.graph.match.trace_cache import strip_scale, trace_cache
 from chai_export.graph.read.constants import rank
 from chai_export.graph.read.unfuse import by_head, has_merged_heads, output_by_head
@@ -49,7 +49,7 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
             node, "the operands are neither [B, H, S, D] nor [B, S, H*D] of known sizes", Reached.SCORES
         )
     own_cache = past_key is not None and past_value is not None
-    _plain(node, own_cache)
+    _no_other_outputs(node, own_cache)
     keys = _cached(node, key, past_key, 1, "the key") if own_cache else trace_cache(key, "the key")
     values = (
         _cached(node, value, past_value, 2, "the value") if own_cache else trace_cache(value, "the value")
@@ -61,6 +61,7 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
     given = node.attributes.get("scale")
     own = given.as_float() if given is not None else 1.0 / math.sqrt(heads.head_dim)
     causal = node.attributes.get("is_causal")
+    softcap = node.attributes.get("softcap")
     return AttentionSite(
         form=_form(keys, own_cache, opset),
         anchor=node,
@@ -71,6 +72,7 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
         chain=ScoreChain(mask=mask, causal=causal is not None and causal.as_int() == 1),
         scale=own * query_scale * keys.scale,
         heads=heads,
+        terms=ScoreTerms(softcap=softcap.as_float() if softcap is not None else 0.0),
         right_padding=RightPadding.ANYWHERE if valid is None else RightPadding.NOWHERE,
     )
 
@@ -94,10 +96,7 @@ def _form(keys: CachedHeads, own_cache: bool, opset: int) -> Form:
     return Form.C if opset < 24 else Form.D
 
 
-def _plain(node: ir.Node, own_cache: bool) -> None:
-    softcap = node.attributes.get("softcap")
-    if softcap is not None and softcap.as_float() != 0.0:
-        raise NoMatch(node, f"the scores are soft-capped at {softcap.as_float():g}", Reached.SCORES)
+def _no_other_outputs(node: ir.Node, own_cache: bool) -> None:
     used = [
         output.name
         for output in node.outputs[3 if own_cache else 1 :]

@@ -17,7 +17,7 @@ class Form(Enum):
     G = "G", "onnxruntime-genai: GroupQueryAttention with rotary embedding inside"
     H = "H", "onnxruntime-genai: GroupQueryAttention behind RotaryEmbedding"
     I = "I", "onnxruntime-genai: MultiHeadAttention"  # noqa: E741
-    J = "J", "onnxruntime-genai: attention with a window, sinks, a soft cap or a quantised cache; refused"
+    J = "J", "onnxruntime-genai: as G with a window, sinks, a soft cap or norms; refused with other caches"
     K = "K", "newer builders: Attention that holds its cache, or TensorScatter into a fixed one"
 
     description: str

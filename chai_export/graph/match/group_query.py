@@ -1,9 +1,11 @@
 """Forms G and H: onnxruntime's ``GroupQueryAttention``, after :mod:`chai_export.graph.read.unfuse`.
 
-1. No soft cap, window, sinks, bias, smooth softmax, quantised cache or extra output: refused by name (J).
-2. Query, key and value have been split into heads in front of the node, RoPE stands before it; both caches
+1. No bias, quantised cache or extra output: refused by name.
+2. ``local_window_size`` and ``softcap`` are the op's window and soft cap, ``head_sink`` its sinks; a smooth
+   softmax has a sink of 0 for each head.
+3. Query, key and value have been split into heads in front of the node, RoPE stands before it; both caches
    are graph inputs, the presents the node's own outputs.
-3. The operator is causal by definition. Which keys are padding it reads off ``seqlens_k``, and that this is
+4. The operator is causal by definition. Which keys are padding it reads off ``seqlens_k``, and that this is
    right is left to the numerical proof, which feeds an attention mask.
 
 Form G has fused RoPE in the file, form H separate nodes.
@@ -19,13 +21,10 @@ import onnx_ir as ir
 from chai_export.graph.match.form import Form
 from chai_export.graph.match.geometry import site_geometry
 from chai_export.graph.match.miss import NoMatch, Reached
-from chai_export.graph.match.site import AttentionSite, CachedHeads, RightPadding, ScoreChain
+from chai_export.graph.match.site import AttentionSite, CachedHeads, RightPadding, ScoreChain, ScoreTerms
 from chai_export.graph.read.unfuse import MICROSOFT, by_head, output_by_head
 
-_INPUTS = {
-    10: "a bias is added to the scores (attention_bias)",
-    11: "the softmax has attention sinks (head_sink)",
-}
+_BIAS, _SINKS = 10, 11
 _SCALES = (12, 13)
 _NORMS = (14, 15)
 
@@ -68,10 +67,22 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
         key=caches[0],
         value=caches[1],
         output=output,
-        chain=ScoreChain(causal=True),
+        chain=ScoreChain(causal=True, sinks=_input(node, _SINKS)),
         scale=scale or 1.0 / math.sqrt(heads.head_dim),
         heads=heads,
+        terms=_terms(node, heads.num_query_heads),
         right_padding=RightPadding.FRESH,
+    )
+
+
+def _terms(node: ir.Node, heads: int) -> ScoreTerms:
+    """Rule 2, but for sinks that are an input."""
+    smooth = node.attributes.get("smooth_softmax")
+    window, softcap = node.attributes.get("local_window_size"), node.attributes.get("softcap")
+    return ScoreTerms(
+        window=max(0, window.as_int()) if window is not None else 0,
+        softcap=softcap.as_float() if softcap is not None else 0.0,
+        sinks=(0.0,) * heads if smooth is not None and smooth.as_int() == 1 else None,
     )
 
 
@@ -83,22 +94,12 @@ def _plain(node: ir.Node) -> None:
 
 
 def _reasons(node: ir.Node) -> Iterator[str]:
-    softcap = node.attributes.get("softcap")
-    if softcap is not None and softcap.as_float() != 0.0:
-        yield f"the scores are soft-capped at {softcap.as_float():g} (softcap)"
-    window = node.attributes.get("local_window_size")
-    if window is not None and window.as_int() > 0:
-        yield f"a sliding window of {window.as_int()} tokens hides earlier ones"
     kinds = (node.attributes.get(name) for name in ("k_quant_type", "v_quant_type"))
     quantised = any(kind is not None and kind.as_string() not in ("", "NONE") for kind in kinds)
     if quantised or any(_input(node, index) is not None for index in _SCALES):
         yield "the KV cache is quantised"
-    for index, reason in _INPUTS.items():
-        if _input(node, index) is not None:
-            yield reason
-    smooth = node.attributes.get("smooth_softmax")
-    if smooth is not None and smooth.as_int() == 1:
-        yield "the softmax is smoothed (smooth_softmax, an attention sink)"
+    if _input(node, _BIAS) is not None:
+        yield "a bias is added to the scores (attention_bias)"
     if any(_input(node, index) is not None for index in _NORMS):
         yield "query and key norms inside the operator could not be taken out"
     if len(node.outputs) > 3 and (node.outputs[3].uses() or node.outputs[3].is_graph_output()):

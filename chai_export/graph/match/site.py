@@ -26,13 +26,15 @@ class ScoreChain:
 
     ``scores`` is the product of query and key, ``logits`` what enters the softmax: everything that happens
     between them (scale, mask, casts) is evaluated numerically, not trusted. For an ``Attention`` node there
-    are no such values; ``mask`` is its mask input instead, and ``scores`` and ``logits`` are None.
+    are no such values; ``mask`` is its mask input instead, and ``scores`` and ``logits`` are None. ``sinks``
+    are what takes part in the softmax beside the logits: [H], or [B,H,S,1] behind them.
     """
 
     scores: ir.Value | None = None
     logits: ir.Value | None = None
     mask: ir.Value | None = None
     causal: bool = False
+    sinks: ir.Value | None = None
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,32 @@ class CachedHeads:
 
 
 @dataclass(frozen=True)
+class ScoreTerms:
+    """What becomes of scores besides their scale, as the op has it.
+
+    ``window`` and ``softcap`` are its attributes, 0 for none; ``sinks`` its input [H], None for none.
+    """
+
+    window: int = 0
+    softcap: float = 0.0
+    sinks: tuple[float, ...] | None = None
+
+    def describe(self) -> str:
+        """ ", window 16, soft cap 50, sinks": what there is."""
+        said = [("window", self.window), ("soft cap", self.softcap)]
+        numbers = "".join(f", {name} {value:g}" for name, value in said if value)
+        return numbers + (", sinks" if self.sinks is not None else "")
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention, with everything that is needed to replace it.
 
     ``query`` [B,H,S,D] is after RoPE and before any scale; ``output`` is [B,H,S,Dv]. ``scale`` multiplies
     the raw product of query and (unscaled) key. ``form`` is the way in which the exporter wrote it.
-    ``chunks`` says whether the source takes several new tokens after a past at all. ``source_layer`` is the
-    earlier layer whose keys, values and cache it reads, None if they are its own.
+    ``terms`` are what the scores have besides the scale. ``chunks`` says whether the source takes several
+    new tokens after a past at all. ``source_layer`` is the earlier layer whose keys, values and cache it
+    reads, None if they are its own.
     """
 
     form: Form
@@ -70,6 +91,7 @@ class AttentionSite:
     chain: ScoreChain
     scale: float
     heads: HeadCounts
+    terms: ScoreTerms = ScoreTerms()
     chunks: bool = True
     right_padding: RightPadding = RightPadding.ANYWHERE
     layer: int = -1

@@ -3,7 +3,9 @@
 1. The anchor is a Softmax over the last axis whose result, through NaN guards and casts only, is the first
    operand of a MatMul.
 2. Upwards from the Softmax, through element-wise arithmetic only, stands one MatMul of two computed values:
-   query and key. A Tanh on the way is a soft cap, a Concat an attention sink: both are refused by name.
+   query and key. A Concat right above the softmax brings sinks: its first operand are the logits, and a Slice
+   after the softmax takes the sinks off again. The largest logit may be subtracted first, which softmax
+   forgets.
 3. Query: constant factors are taken off it. Key and value go back to a Concat of a cache and new rows
    (:mod:`~chai_export.graph.match.trace_cache`); factors on the key are taken off too.
 4. Everything between the two products is left to the mask proof, and which way the key was transposed to
@@ -29,13 +31,12 @@ from chai_export.graph.match.site import AttentionSite, CachedHeads, ScoreChain
 from chai_export.graph.match.trace_cache import strip_scale, trace_cache
 from chai_export.graph.read.constants import constant, rank
 
-_GUARDS = frozenset({"Where", "IsNaN", "Cast", "Identity", "Dropout", "Reshape"})
+_GUARDS = frozenset({"Where", "IsNaN", "Cast", "Identity", "Dropout", "Reshape", "Slice"})
 _ARITHMETIC = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Max", "Min", "Clip", "Identity", "Reshape"}
+    {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Max", "Min", "Clip", "Identity", "Reshape", "Tanh"}
 )
 _NAMED = {
-    "Tanh": "the scores are soft-capped (Tanh before the softmax)",
-    "Concat": "something is appended to the scores before the softmax (attention sinks)",
+    "Concat": "something is appended to the scores before the mask",
 }
 
 
@@ -43,7 +44,7 @@ def is_anchor(node: ir.Node) -> bool:
     """Whether ``node`` is a Softmax that leads into a MatMul or a cut of its last axis: attention-like."""
     if node.op_type != "Softmax" or node.domain != "":
         return False
-    passed = _GUARDS | {"Slice", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+    passed = _GUARDS | {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
     followers = _consumers_through(node.outputs[0], passed)
     return any(follower.op_type in ("MatMul", "QLinearMatMul", "MatMulInteger") for follower in followers)
 
@@ -59,14 +60,15 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
     last = (rank(node.inputs[0]) or 4) - 1
     if axis is not None and axis.as_int() not in (-1, last):
         raise NoMatch(node, f"the softmax runs over axis {axis.as_int()}, not the last one")
-    product = _score_product(node)
+    logits, sinks = _logits(node)
+    product = _score_product(node, logits)
     after = _value_product(node)
     query, key = product.inputs
     assert query is not None
     assert key is not None
     if rank(query) not in (None, 4):
         reason = f"the query has rank {rank(query)} instead of 4 [B, H, S, D]"
-        chain = ScoreChain(scores=product.outputs[0], logits=node.inputs[0])
+        chain = ScoreChain(scores=product.outputs[0], logits=logits, sinks=sinks)
         raise NoMatch(product, reason, Reached.SCORES, chain)
     keys = trace_cache(key, "the key")
     value = after.inputs[1]
@@ -76,7 +78,6 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
         raise NoMatch(after, f"the value is multiplied by {values.scale:g} after the cache", Reached.CACHE)
     source, query_scale = strip_scale(query)
     heads = site_geometry(product, source, keys, values)
-    logits = node.inputs[0]
     return AttentionSite(
         form=_form(node, keys),
         anchor=node,
@@ -84,7 +85,7 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
         key=keys,
         value=values,
         output=after.outputs[0],
-        chain=ScoreChain(scores=product.outputs[0], logits=logits),
+        chain=ScoreChain(scores=product.outputs[0], logits=logits, sinks=sinks),
         scale=query_scale * keys.scale,
         heads=heads,
     )
@@ -97,12 +98,35 @@ def _form(node: ir.Node, keys: CachedHeads) -> Form:
     return Form.F if (node.name or "").startswith("/") else Form.A
 
 
-def _score_product(softmax: ir.Node) -> ir.Node:
+def _logits(softmax: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
+    """Rule 2: what the softmax is over, and the sinks beside it."""
+    value = _without_largest(softmax.inputs[0])
+    node = value.producer() if value is not None else None
+    last = (rank(value) or 4) - 1
+    if node is None or node.op_type != "Concat" or len(node.inputs) != 2:
+        return softmax.inputs[0], None
+    if node.attributes["axis"].as_int() not in (-1, last):
+        return softmax.inputs[0], None
+    return node.inputs[0], node.inputs[1]
+
+
+def _without_largest(value: ir.Value | None) -> ir.Value | None:
+    """x of x - max(x)."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "Sub":
+        return value
+    operand, largest = node.inputs
+    above = largest.producer() if largest is not None else None
+    of_it = above is not None and above.op_type == "ReduceMax" and above.inputs[0] is operand
+    return operand if of_it else value
+
+
+def _score_product(softmax: ir.Node, logits: ir.Value | None) -> ir.Node:
     """Rule 2: the one MatMul of two computed values above the softmax."""
     found: list[ir.Node] = []
     blocked: list[ir.Node] = []
     seen: set[ir.Node] = set()
-    stack = [softmax.inputs[0]]
+    stack = [logits]
     while stack:
         value = stack.pop()
         node = value.producer() if value is not None else None
@@ -138,10 +162,6 @@ def _value_product(softmax: ir.Node) -> ir.Node:
             return node
         if node.op_type in OPERATORS:
             raise quantised(node, "the probabilities", Reached.SCORES)
-        if node.op_type == "Slice":
-            raise NoMatch(
-                node, "probabilities are cut off after the softmax (attention sinks)", Reached.SCORES
-            )
     raise NoMatch(softmax, "the probabilities do not meet values", Reached.SCORES)
 
 

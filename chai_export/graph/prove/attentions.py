@@ -17,12 +17,13 @@ import onnx_ir as ir
 
 from chai_export.errors import ChaiError
 from chai_export.graph.match.roles import Roles, Sizes
-from chai_export.graph.match.site import AttentionSite, RightPadding
+from chai_export.graph.match.site import AttentionSite, RightPadding, ScoreTerms
 from chai_export.graph.prove.evaluate import Array, EvaluationError, cut, session
 from chai_export.op.attributes import Attributes
 from chai_export.op.model import node_model
 from chai_export.op.schema import OP_TYPE, SHARED_OP_TYPE
 
+_LONGEST_FRESH = 256
 TOLERANCE = 2e-5
 """Of outputs that are averages of standard normal numbers, in float32."""
 
@@ -52,9 +53,9 @@ class SiteProver:
         Raises:
             ChaiError: one differs; names its layer.
         """
-        ours: dict[tuple[str, float], Any] = {}
+        ours: dict[tuple[str, float, ScoreTerms], Any] = {}
         for site in sites:
-            node = (_op_type(site), site.scale)
+            node = (_op_type(site), site.scale, site.terms)
             if node not in ours:
                 ours[node] = self._our_session(*node)
             try:
@@ -65,9 +66,11 @@ class SiteProver:
                     f"({error}); export the model again with another opset"
                 ) from error
 
-    def _our_session(self, op_type: str, scale: float) -> Any:
+    def _our_session(self, op_type: str, scale: float, terms: ScoreTerms) -> Any:
         opset = self.graph.opset_imports[""]
-        model = node_model(Attributes(scale, self.probe_tokens), "float32", opset=opset, op_type=op_type)
+        stored = Attributes(scale, self.probe_tokens, window=terms.window, softcap=terms.softcap)
+        sinks = terms.sinks is not None
+        model = node_model(stored, "float32", sinks=sinks, opset=opset, op_type=op_type)
         return session(ir.serde.deserialize_model(model))
 
     def _prove(self, site: AttentionSite, ours: Any) -> None:
@@ -75,7 +78,7 @@ class SiteProver:
         presents = [site.key.present, site.value.present] if site.source_layer is None else []
         part = cut(self.graph, leaves, [site.output, *presents], self.roles)
         generator = np.random.default_rng(site.layer)
-        for wanted, padded in _CASES[site.right_padding]:
+        for wanted, padded in (*_CASES[site.right_padding], *self._past_the_window(site)):
             sizes = self.roles.fit(wanted)
             if not site.chunks and sizes.past and sizes.tokens > 1:
                 continue
@@ -90,9 +93,18 @@ class SiteProver:
             if not difference <= TOLERANCE:
                 raise ChaiError(
                     f"layer {site.layer}: the attention at node {site.anchor.name!r} computes something else "
-                    f"than plain causal attention (outputs differ by {difference:.3g} at {sizes.tokens} "
-                    f"tokens after {sizes.past}); choose another model"
+                    f"than causal attention{site.terms.describe()} (outputs differ by {difference:.3g} at "
+                    f"{sizes.tokens} tokens after {sizes.past}); choose another model"
                 )
+
+    def _past_the_window(self, site: AttentionSite) -> list[tuple[Sizes, int]]:
+        """Sizes at which the window of a site hides something, as far as a fixed cache has room for them."""
+        window, room = site.terms.window, self.roles.capacity
+        if not window:
+            return []
+        sizes = [Sizes(1, 1, past) for past in (window - 1, window, window + 1) if past > 0]
+        sizes += [Sizes(1, 4, max(1, window - 2)), Sizes(1, min(window, _LONGEST_FRESH) + 2, 0)]
+        return [(each, 0) for each in sizes if room is None or each.total <= room]
 
     def _feeds(
         self, site: AttentionSite, sizes: Sizes, lengths: Array, arrays: dict[str, Array]
@@ -149,6 +161,7 @@ def _op_inputs(
         "past_head_map": identity,
         "past_lengths": np.full(sizes.batch, sizes.past, np.int32),
         "lengths": lengths,
+        **({} if site.terms.sinks is None else {"sinks": np.array(site.terms.sinks, np.float32)}),
     }
 
 

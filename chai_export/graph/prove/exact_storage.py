@@ -6,13 +6,15 @@ the same graph gives the source's logits; what is written and run is not touched
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 
 from chai_export.bundle.graph_io import GraphIO
 from chai_export.bundle.manifest import Manifest
 from chai_export.graph.rewrite.bodies import add_bodies
 from chai_export.op.dtypes import ELEMENT_TYPES
-from chai_export.op.function import Form
+from chai_export.op.function import form_named
 from chai_export.op.schema import DOMAIN, signature
 
 _SCALES = ("key_scales", "value_scales")
@@ -34,7 +36,7 @@ def exact_storage(model: ir.Model, manifest: Manifest) -> None:
             node.replace_input_with(of.input_names.index(name), None)
         for name in ("key_bits", "value_bits"):
             node.attributes[name] = ir.AttrInt64(name, 0)
-        node.overload = Form().overload
+        node.overload = replace(form_named(node.overload), key_bits=0, value_bits=0).overload
     _drop_scales(model.graph, exact)
     _retype(model.graph, exact)
     add_bodies(model)

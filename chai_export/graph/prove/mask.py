@@ -1,12 +1,13 @@
-"""Proof that what happens to the scores before the softmax is a scale, a causal mask and padding: no more.
+"""Proof that scores get a scale, a cap, a causal mask, a window and padding before the softmax: no more.
 
 The arithmetic between Q·K and the softmax is cut out and run on several sizes and masks, with chosen scores:
 
-1. Where attention is allowed (key position ≤ query position, key not padded) the result is exactly
-   proportional to the score: no bias, no cap, no window. The factor is the chain's scale.
-2. Everywhere else it is so low that its exponential is zero.
-3. One query over a very long past obeys the same rules, so a window or a slope shows up.
-4. Rows of padded queries are free: nobody reads them.
+1. One query over a very long past shows how far it sees: the window, or none.
+2. Where attention is allowed (key position ≤ query position, within the window, key not padded) the result is
+   exactly proportional to the score, or c·tanh of it over c: no bias. The factor is the chain's scale.
+3. Everywhere else it is so low that its exponential is zero.
+4. Both hold for small sizes, and where a window begins to hide: at pasts around it, in chunks, with padding.
+5. Rows of padded queries are free: nobody reads them.
 
 Unknown arithmetic therefore cannot slip through: it is not recognised by its shape but by what it computes.
 """
@@ -31,6 +32,11 @@ _LARGEST_CACHE = 2**26
 """Bytes of keys and values; repeated heads are made of them."""
 _BLOCKED = -9999.0
 _SCORES = (1.0, -64.0, 8192.0)
+_SMALL, _HUGE = 2.0**-10, 2.0**100
+"""Scores that a cap leaves as they are, and that it holds at c."""
+_CAP_DIGITS = 6
+_LONGEST_FRESH = 1024
+"""Windows of up to so many tokens are also looked at in a fresh row that is longer."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +51,23 @@ class _Attention:
 
 
 class MaskError(Exception):
-    """The scores are changed by more than a scale, a causal mask and padding."""
+    """The scores are changed by more than a scale, a cap, a causal mask with a window, and padding."""
 
 
 @dataclass(frozen=True)
 class MaskProof:
-    """``scale`` of the chain, and the longest past on which it was seen to be plain causal attention.
+    """``scale`` of the chain, and the longest past on which it was seen to be causal attention.
 
     ``chunks`` is False if the source cannot run several tokens after a past, so that nothing was seen there.
+    ``window`` and ``softcap`` are the op's attributes, 0 for none, ``sinks`` its input, None for none.
     """
 
     scale: float
     longest_past: int
     chunks: bool = True
+    window: int = 0
+    softcap: float = 0.0
+    sinks: tuple[float, ...] | None = None
 
 
 class MaskProver:
@@ -77,11 +87,31 @@ class MaskProver:
         if chain.scores is None and chain.mask is None:
             if not chain.causal:
                 raise MaskError("there is no mask, so tokens would see the future")
-            return MaskProof(1.0, LONG_PASTS[0])
-        key = _signature(chain)
-        if key not in self._known:
-            self._known[key] = self._prove(chain, site)
-        return self._known[key]
+            proof = MaskProof(1.0, LONG_PASTS[0])
+        else:
+            key = _signature(chain)
+            if key not in self._known:
+                self._known[key] = self._prove(chain, site)
+            proof = self._known[key]
+        return proof if chain.sinks is None else replace(proof, sinks=self._sinks(chain.sinks))
+
+    def _sinks(self, value: ir.Value) -> tuple[float, ...]:
+        """The sink of each head, which must be a constant."""
+        found = []
+        try:
+            part = cut(self._graph, [], [value], self._roles)
+            for sizes in map(self._roles.fit, _SIZES):
+                every = np.ones((sizes.batch, sizes.total), np.int64)
+                (sinks,) = part.run(self._roles, sizes, self._roles.feeds(sizes, every))
+                rows = (1, -1, 1) if sinks.ndim == 1 else (sizes.batch, -1, sizes.tokens)
+                by_row = sinks.reshape(rows)
+                found.append(by_row.transpose(0, 2, 1).reshape(-1, by_row.shape[1]))
+        except (EvaluationError, ValueError) as error:
+            raise MaskError(f"the attention sinks cannot be evaluated: {error}") from error
+        first = found[0][0]
+        if not all(tokens.shape[1] == first.size and (tokens == first).all() for tokens in found):
+            raise MaskError("the attention sinks are not one constant for each head")
+        return tuple(map(float, first))
 
     def _prove(self, chain: ScoreChain, site: AttentionSite | None) -> MaskProof:
         fed = _Attention() if site is None else _Attention((site.key, site.value))
@@ -95,39 +125,55 @@ class MaskProver:
             raise MaskError(f"the mask cannot be evaluated: {error}") from error
         if site is not None and chain.scores is not None and not self._runs(part, chain, fed):
             fed = replace(fed, heads=site.heads.num_query_heads)
-        scales = []
+        past, window = self._find_window(part, chain, fed)
+        factors = []
         chunks = True
-        for sizes in map(self._roles.fit, _SIZES):
+        for sizes in map(self._roles.fit, (*_SIZES, *self._edges(window), Sizes(1, 1, past))):
             for padding in _paddings(sizes):
                 try:
-                    scales.append(self._check(part, chain, fed, sizes, padding))
+                    factors.append(self._check(part, chain, fed, sizes, padding, window))
                 except EvaluationError as error:
                     if sizes.tokens == 1 or sizes.past == 0:
                         raise MaskError(f"the mask cannot be evaluated: {error}") from error
                     chunks = False
-        if not np.allclose(scales, scales[0], rtol=1e-5):
+        if not np.allclose(factors, factors[0], rtol=1e-5):
             raise MaskError("the scale of the scores depends on the sizes")
-        return MaskProof(scales[0], self._check_long(part, chain, fed), chunks)
+        scale, softcap = factors[0]
+        return MaskProof(scale, past, chunks, window, softcap)
 
     def _runs(self, part: Slice, chain: ScoreChain, fed: _Attention) -> bool:
         sizes = self._roles.fit(_SIZES[0])
         try:
-            self._check(part, chain, fed, sizes, _paddings(sizes)[0])
+            self._evaluated(part, chain, fed, sizes, _paddings(sizes)[0])
         except EvaluationError:
             return False
         return True
 
-    def _check_long(self, part: Slice, chain: ScoreChain, attention: _Attention) -> int:
+    def _find_window(self, part: Slice, chain: ScoreChain, attention: _Attention) -> tuple[int, int]:
+        """The longest past that can be evaluated, and how many positions a query sees there; 0: all."""
         failure: EvaluationError | None = None
         for past in self._long_pasts(part, attention):
-            sizes = Sizes(1, 1, past)
+            sizes = self._roles.fit(Sizes(1, 1, past))
+            every = np.ones((sizes.batch, sizes.total), np.int64)
             try:
-                self._check(part, chain, attention, sizes, np.ones((1, sizes.total), np.int64))
+                logits, _ = self._evaluated(part, chain, attention, sizes, every)
             except EvaluationError as error:
                 failure = error
                 continue
-            return past
+            visible = np.nonzero(logits[0, 0, 0, : sizes.total] > _BLOCKED)[0]
+            first = int(visible[0]) if visible.size else 0
+            return past, sizes.total - first if first else 0
         raise MaskError(f"the mask cannot be evaluated on a long past: {failure}")
+
+    def _edges(self, window: int) -> list[Sizes]:
+        """Sizes at which a window begins to hide something, as far as a fixed cache has room for them."""
+        if not window:
+            return []
+        sizes = [Sizes(1, 1, past) for past in (window - 2, window - 1, window, 2 * window) if past > 0]
+        sizes += [Sizes(2, 4, max(1, window - 2)), Sizes(1, 3, 3 * window)]
+        sizes += [Sizes(1, window + 2, 0)] if window <= _LONGEST_FRESH else []
+        room = self._roles.capacity
+        return [each for each in sizes if room is None or each.total <= room]
 
     def _long_pasts(self, part: Slice, attention: _Attention) -> list[int]:
         """Longest first; limited by fixed caches, and by memory where keys or all heads have to be fed."""
@@ -139,9 +185,30 @@ class MaskProver:
         return [past for past in LONG_PASTS if past * row <= _LARGEST_CACHE] or [LONG_PASTS[-1]]
 
     def _check(
+        self,
+        part: Slice,
+        chain: ScoreChain,
+        attention: _Attention,
+        sizes: Sizes,
+        padding: Array,
+        window: int,
+    ) -> tuple[float, float]:
+        """Compare one evaluation with the expected mask; return the chain's scale and soft cap."""
+        base, evaluate = self._evaluated(part, chain, attention, sizes, padding)
+        has_mask = self._roles.attention_mask is not None
+        allowed = _allowed(sizes, padding, has_mask, self._roles.columns(sizes), window)
+        judged = np.broadcast_to((padding[:, None, sizes.past :, None] != 0), allowed.shape)
+        _compare(base, allowed, judged, sizes, window)
+        return (1.0, 0.0) if evaluate is None else _scale_and_cap(evaluate, allowed & judged, base.shape)
+
+    def _evaluated(
         self, part: Slice, chain: ScoreChain, attention: _Attention, sizes: Sizes, padding: Array
-    ) -> float:
-        """Compare one evaluation with the expected mask; return the chain's scale."""
+    ) -> tuple[Array, Callable[[float], Array] | None]:
+        """What is added to scores of 0, [B, 1 or H, S, T], and the logits of any score all over.
+
+        Raises:
+            EvaluationError: ONNX Runtime cannot run these sizes.
+        """
         roles = self._roles
         feeds = roles.feeds(sizes, padding)
         for cache in attention.caches:
@@ -150,12 +217,9 @@ class MaskProver:
             heads, dim = roles.cache_sizes[cache.past]
             feeds[cache.new] = np.zeros((sizes.batch, heads, sizes.tokens, dim), np.float32)
         columns = roles.columns(sizes)
-        allowed = _allowed(sizes, padding, roles.attention_mask is not None, columns)
-        judged = np.broadcast_to((padding[:, None, sizes.past :, None] != 0), allowed.shape)
         if chain.scores is None:
             (mask,) = part.run(roles, sizes, feeds)
-            _compare(_additive(mask, chain, sizes, columns), allowed, judged, sizes)
-            return 1.0
+            return _additive(mask, chain, sizes, columns), None
         shape = self._score_shape(chain.scores, sizes, columns, attention.heads)
 
         def evaluate(score: float) -> Array:
@@ -164,9 +228,7 @@ class MaskProver:
             (logits,) = part.run(roles, sizes, {**feeds, chain.scores: scores})
             return np.asarray(logits, np.float32).reshape(sizes.batch, -1, sizes.tokens, columns)
 
-        base = evaluate(0.0)
-        _compare(base, allowed, judged, sizes)
-        return _linear_scale(evaluate, allowed & judged, base.shape)
+        return evaluate(0.0), evaluate
 
     def _score_shape(self, scores: ir.Value, sizes: Sizes, columns: int, heads: int) -> tuple[int, ...]:
         """[B, heads, S, T], unless batch and heads are merged into one axis."""
@@ -176,21 +238,30 @@ class MaskProver:
         return (dims[0], sizes.tokens, columns)
 
 
-def _linear_scale(evaluate: Callable[[float], Array], judged: Array, shape: tuple[int, ...]) -> float:
-    """The one factor between scores and logits where attention is allowed."""
+def _scale_and_cap(
+    evaluate: Callable[[float], Array], judged: Array, shape: tuple[int, ...]
+) -> tuple[float, float]:
+    """The one factor between scores and logits where attention is allowed, and c of c·tanh(score/c) or 0."""
     where = np.broadcast_to(judged, shape)
-    scale = 0.0
-    for score in _SCORES:
-        ratio = evaluate(score)[where] / np.float32(score)
-        scale = float(ratio.flat[0]) if score == _SCORES[0] else scale
-        if not np.allclose(ratio, scale, rtol=1e-4, atol=0):
-            raise MaskError("the scores are not just scaled before the softmax (a cap, or a factor per head)")
+    logits = {score: evaluate(score)[where].astype(np.float64) for score in (*_SCORES, _SMALL, _HUGE)}
+    scale = float(logits[_SMALL].flat[0]) / _SMALL
     if scale <= 0:
         raise MaskError("the scores are multiplied by a factor that is not positive")
-    return scale
+    expected = {score: scale * score for score in logits}
+    largest, cap = float(logits[_HUGE].flat[0]), 0.0
+    if largest < scale * _SCORES[-1] * 2:
+        cap = float(f"{largest:.{_CAP_DIGITS}g}")
+        expected = {score: cap * float(np.tanh(each / cap)) for score, each in expected.items()}
+    for score, found in logits.items():
+        if not np.allclose(found, expected[score], rtol=1e-4, atol=0):
+            raise MaskError(
+                "the scores are not just scaled or soft-capped before the softmax (clipped, or by a factor "
+                "per head)"
+            )
+    return scale, cap
 
 
-def _compare(logits: Array, allowed: Array, judged: Array, sizes: Sizes) -> None:
+def _compare(logits: Array, allowed: Array, judged: Array, sizes: Sizes, window: int) -> None:
     """Zero where attention is allowed and hopeless elsewhere, in judged rows; [B, 1 or H, S, T]."""
     try:
         shape = np.broadcast_shapes(logits.shape, allowed.shape)
@@ -204,25 +275,28 @@ def _compare(logits: Array, allowed: Array, judged: Array, sizes: Sizes) -> None
     if missing.any():
         row = np.argwhere(missing)[0]
         distance = sizes.past + int(row[2]) - int(row[3])
-        last = np.nonzero(missing[row[0], row[1], row[2]])[0].max()
-        window = sizes.past + int(row[2]) - int(last)
-        if sizes.tokens == 1 and window > 0 and sizes.past > 6:
-            raise MaskError(f"a sliding window of {window} tokens hides earlier ones")
-        raise MaskError(f"a key {distance} tokens back is hidden although it is neither future nor padding")
+        within = f", within a window of {window} tokens" if window else ""
+        raise MaskError(
+            f"a key {distance} tokens back is hidden although it is neither future nor padding{within}"
+        )
     extra = judged & ~allowed & ~(logits <= _BLOCKED)
     if extra.any():
         row = np.argwhere(extra)[0]
         ahead = int(row[3]) - sizes.past - int(row[2])
         what = f"{ahead} tokens ahead" if ahead > 0 else "that is padding"
+        if window and -ahead >= window:
+            what = f"{-ahead} tokens back, past a window of {window}"
         raise MaskError(f"a query sees a key {what}, so the mask is not causal with padding")
     biased = judged & allowed & (np.abs(logits) > 1e-6)
     if biased.any():
         raise MaskError("a bias is added to the scores (ALiBi or relative positions)")
 
 
-def _allowed(sizes: Sizes, padding: Array, has_mask: bool, columns: int) -> Array:
-    query = np.arange(sizes.past, sizes.total)[:, None]
-    causal = np.arange(columns)[None, :] <= query
+def _allowed(sizes: Sizes, padding: Array, has_mask: bool, columns: int, window: int) -> Array:
+    query, key = np.arange(sizes.past, sizes.total)[:, None], np.arange(columns)[None, :]
+    causal = key <= query
+    if window:
+        causal &= key > query - window
     keys = np.ones((sizes.batch, 1, 1, columns), bool)
     if has_mask:
         keys[:, 0, 0, : sizes.total] = padding != 0

@@ -34,7 +34,9 @@ def survey_again(model: ir.Model, known: Survey) -> Survey:
     """
     found = locate(model)
     pairs = zip(found.sites, known.sites, strict=True)
-    sites = tuple(replace(site, scale=first.scale, chunks=first.chunks) for site, first in pairs)
+    sites = tuple(
+        replace(site, scale=first.scale, terms=first.terms, chunks=first.chunks) for site, first in pairs
+    )
     return Survey(sites, found.roles, known.longest_past)
 
 
@@ -56,5 +58,12 @@ def _with_masks_proven(graph: ir.Graph, found: Survey, roles: Roles) -> Survey:
             checked.append(finding)
             continue
         longest.append(proof.longest_past)
-        checked.append(replace(finding, scale=finding.scale * proof.scale, chunks=proof.chunks))
+        terms = replace(
+            finding.terms,
+            window=proof.window or finding.terms.window,
+            softcap=proof.softcap or finding.terms.softcap,
+            sinks=finding.terms.sinks if proof.sinks is None else proof.sinks,
+        )
+        scale = finding.scale * proof.scale
+        checked.append(replace(finding, scale=scale, terms=terms, chunks=proof.chunks))
     return Survey(tuple(checked), roles, min(longest, default=0))

@@ -7,10 +7,11 @@ The op takes query [B,H,S,D], key and value [B,G,S,D] after RoPE. Fused operator
 2. Operators that take [B,S,H·D] get their operands split into heads and merged again in front of them, and
    the other way round behind them. The matchers hand on the split values; the rest falls away.
 3. ``ScatterND`` into a cache whose axes were moved gets the new rows moved to [B,G,S,D] and back.
-4. ``FusedMatMul`` of two computed values becomes Transpose, MatMul and Mul.
+4. A ``GroupQueryAttention`` whose caches hold the window only gets whole ones: its output is the same.
+5. ``FusedMatMul`` of two computed values becomes Transpose, MatMul and Mul.
 
-What the graph computes does not change. An operator whose sizes are not stated is left alone, for its matcher
-to refuse with the reason.
+What the graph computes does not change, but for rows of caches that nobody reads. An operator whose sizes are
+not stated is left alone, for its matcher to refuse with the reason.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ def _group_query(builder: Builder, node: ir.Node) -> None:
     if width % parts:
         return
     sizes = _Heads(heads, kv, width // parts)
+    if _attribute(node, "sliding_window_cache"):
+        node.attributes["sliding_window_cache"] = ir.AttrInt64("sliding_window_cache", 0)
     if packed:
         cuts = builder.integers(heads * sizes.dim, kv * sizes.dim, kv * sizes.dim)
         names = tuple(f"{node.name}/{part}" for part in ("query", "key", "value"))

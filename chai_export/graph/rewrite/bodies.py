@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from chai_export.op.function import function_proto, plain_forms
+from chai_export.op.function import form_named, function_proto
 from chai_export.op.schema import DOMAIN
 
 _WITH_OVERLOADS = 10
@@ -20,8 +20,7 @@ def add_bodies(model: ir.Model) -> None:
     model.ir_version = max(model.ir_version, _WITH_OVERLOADS)
     for identifier in [each for each in model.functions if each[0] == DOMAIN]:
         del model.functions[identifier]
-    forms = {form.overload: form for form in plain_forms()}
     nodes = [node for node in model.graph if node.domain == DOMAIN]
     for op_type, overload in sorted({(node.op_type, node.overload) for node in nodes}):
-        made = ir.serde.deserialize_function(function_proto(opset, forms[overload], op_type))
+        made = ir.serde.deserialize_function(function_proto(opset, form_named(overload), op_type))
         model.functions[made.identifier()] = made

@@ -49,6 +49,7 @@ def draft_manifest(
         key_bits=key_bits,
         value_bits=value_bits,
         group=precision.group(heads),
+        windows=_windows(sites),
         probe_tokens=probe_tokens,
         opset=opset,
         weights=quantised_weights(source.graph),
@@ -85,6 +86,24 @@ def _common_heads(sites: list[AttentionSite]) -> HeadCounts:
                     "choose a model whose layers have equal heads"
                 )
     return first
+
+
+def _windows(sites: list[AttentionSite]) -> list[int] | None:
+    """The window of each layer, 0 for none; None if no layer has one.
+
+    Raises:
+        ChaiError: a layer has another window than the one whose cache it reads.
+    """
+    windows = [site.terms.window for site in sites]
+    for site in sites:
+        source = site.source_layer
+        if source is not None and windows[site.layer] != windows[source]:
+            raise ChaiError(
+                f"layer {site.layer} sees {windows[site.layer] or 'all'} positions and reads the cache of "
+                f"layer {source}, which sees {windows[source] or 'all'}; choose a model whose layers on one "
+                "cache see the same"
+            )
+    return windows if any(windows) else None
 
 
 def _dtype(sites: list[AttentionSite]) -> Dtype:

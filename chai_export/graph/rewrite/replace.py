@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from chai_export.bundle.graph_io import (
@@ -132,21 +133,29 @@ def _node(
         key_bits=storage.key_bits[i],
         value_bits=storage.value_bits[i],
         group=storage.group,
+        window=site.terms.window,
+        softcap=site.terms.softcap,
     )
     first = builder.op(
         op_type,
         *inputs,
         graph_inputs[PAST_LENGTHS],
         graph_inputs[LENGTHS],
+        *([] if site.terms.sinks is None else [_sinks(builder, site)]),
         domain=DOMAIN,
         name=f"attention.{i}",
         outputs=outputs,
-        overload=Form.of(attributes).overload,
+        overload=Form.of(attributes, sinks=site.terms.sinks is not None).overload,
         **attributes.as_onnx(),
     )
     node = first.producer()
     assert node is not None
     return node
+
+
+def _sinks(builder: Builder, site: AttentionSite) -> ir.Value:
+    dtype = site.key.past.dtype or ir.DataType.FLOAT
+    return builder.constant(np.array(site.terms.sinks, dtype.numpy()), f"sinks.{site.layer}")
 
 
 def _connect(builder: Builder, site: AttentionSite, attended: ir.Value) -> None:
