@@ -65,7 +65,7 @@ def test_nothing_of_the_old_attention_is_left(fixture: Fixture, rewritten) -> No
     assert ops.count("chai::ClusteredHeadAttention") == fixture.layers
     assert not GONE & set(ops)
     assert {value.name for value in graph.inputs} == {
-        *("input_ids", "lengths", "past_lengths", "output_positions", "head_map"),
+        *("input_ids", "lengths", "past_lengths", "output_positions", "page_table", "head_map"),
         *(["rope_lengths"] if "longrope" in fixture.name else []),
         *(f"past_{kind}.{layer}" for layer in range(fixture.layers) for kind in ("key", "value")),
     }
