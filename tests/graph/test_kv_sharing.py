@@ -287,3 +287,17 @@ def test_what_does_not_know_shared_caches_says_so(bundle, model, tmp_path):
 
 def test_build_for_onnxruntime(implementation, bundle):
     assert ce.build(bundle.path, max_batch=2, max_seq=64).backend == "onnxruntime"
+
+
+def test_a_plan_gives_layers_of_one_cache_one_choice_and_counts_its_bytes_once(directory, tmp_path):
+    text = np.random.default_rng(0).integers(3, 96, 2000).tolist()
+    plan = ce.calibrate(
+        directory, [text], bytes_share=0.5, samples=3, seq_len=32, probe_tokens=PROBE, trust_remote_code=True
+    )
+    assert (plan.layers[0], plan.layers[2]) == (plan.layers[1], plan.layers[3])
+    assert len(plan.measured.damage) == 2
+    exported = ce.export(directory, plan, tmp_path / "bundle", trust_remote_code=True).manifest
+    assert exported.kv_bytes_per_token() / exported.kv_bytes_per_token_float16 == pytest.approx(
+        plan.kv_bytes_share
+    )
+    assert plan.kv_bytes_share <= 0.5

@@ -15,11 +15,13 @@ from chai_export.clustering.planner import BrokenPromiseError
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models import option_damage as damage
 from chai_export.models.key_peaks import key_peaks
+from chai_export.models.kv_sources import describe_model
 from chai_export.models.logits import total_kl
 from chai_export.models.oracle import Oracle, model_logits
 from chai_export.op.cache_storage import CacheStorage
 from chai_export.op.dtypes import Dtype
 from chai_export.op.heads import DecoderHeads
+from tests.helpers.families import family_model
 from tests.helpers.planted import distinct, planted_model
 
 GROUPS = ("ABAACABD", "ABCDEFGA")
@@ -213,3 +215,24 @@ def test_plans_are_public():
 def test_a_loss_out_of_reach_is_told_before_the_check(model, plan):
     with pytest.raises(ChaiError, match=r"--loss 1e-12 is out of reach"):
         calibrate(model, TOKENS, loss=1e-12, known=plan, **SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["gptj", "falcon-gqa", "falcon-mqa", "gpt2", "qwen2-gqa", "gemma-gqa"])
+def test_every_way_to_attention_is_measured(name):
+    """Attention of transformers' interface, as a method, and as a call in the middle of a layer."""
+    model = family_model(name)
+    geometry = describe_model(model)
+    window = np.random.default_rng(0).integers(3, 96, 40).astype(np.int32)
+    group = 8 if geometry.head_dim % 8 == 0 else 4
+    options = damage.Options((geometry.num_kv_heads,), (0, 4), (0, 4), group)
+    found = damage.option_damage(
+        model, window, options, probe_tokens=5, equalisers={}, sources=None, passes=24, seed=0
+    )
+    assert np.all(found[:, 0, 0, 0] < 1e-9)
+    bits = [4, 4]
+    oracle = Oracle(
+        model, geometry.all_kept, 5, storage=CacheStorage(geometry, Dtype.FLOAT32, bits, bits, group)
+    )
+    truth = total_kl(model_logits(model, window), oracle.logits(window))
+    assert found[:, 0, 1, 1].sum() == pytest.approx(truth, rel=0.6)
+    assert all(parameter.requires_grad for parameter in model.parameters())
