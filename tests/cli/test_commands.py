@@ -144,9 +144,10 @@ def test_run_reads_prompts_from_a_file(command: Command, bundle, tmp_path):
 def test_build_records_the_engine(command: Command, tmp_path, tiny_model, clusters):
     bundle = tmp_path / "bundle"
     assert command("export", tiny_model, "--clusters", clusters, "-o", bundle).code == 0
-    outcome = command("build", bundle, "--backend", "onnxruntime", "--max-seq", 64, "--json")
+    limits = ("--max-seq", 64, "--cache-memory", "64MiB")
+    outcome = command("build", bundle, "--backend", "onnxruntime", *limits, "--json")
     assert outcome.code == 0, outcome.err
-    assert outcome.json["max_seq"] == 64
+    assert (outcome.json["max_seq"], outcome.json["cache_memory"]) == (64, 64 << 20)
     assert command("inspect", bundle, "--json").json["engines"]["onnxruntime"]
     assert command("run", bundle, "--token-ids", "3,4,5", "--max-new-tokens", 2).code == 0
 

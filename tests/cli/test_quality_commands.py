@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from chai_export.bundle.bundle import Bundle
 from chai_export.recipe.recipe import load_recipe
 from tests.cli.conftest import Command
 
@@ -81,6 +82,7 @@ def test_a_recipe_can_measure_its_budget_and_choose_its_probe(
         f"model: {tiny_model}\n"
         f"calibrate: {{text: [{text}], samples: 2, seq_len: 24, keep: 'budget:0.2', measure: kl}}\n"
         "verify: null\n"
+        "build: {max_seq: 64, cache_memory: 64MiB}\n"
         f"eval: {{text: {text}, max_tokens: 64, window: 32, prompts: 1, new_tokens: 3}}\n"
     )
     recipe.write_text(settings)
@@ -92,6 +94,7 @@ def test_a_recipe_can_measure_its_budget_and_choose_its_probe(
     assert len(clusters["kl_curves"]) == 2
     assert clusters["probe_tokens"] == 5
     assert command("inspect", outcome.json["bundle"], "--json").json["probe_tokens"] == 5
+    assert Bundle.load(outcome.json["bundle"]).manifest.engines["onnxruntime"].cache_memory == 64 << 20
     assert [text["new_tokens"] for text in outcome.json["eval"]["divergence"]] == [3]
 
 
