@@ -204,19 +204,19 @@ def measure_prefill(architecture: int, bandwidth: float) -> dict[str, Any]:
 
 def print_model(architecture: int) -> None:
     """Bytes, operations and ceilings without a GPU, as the tables of docs/performance.md."""
-    print("| bits | B | T | kernel | MB | GFLOP |\n|---|---|---|---|---|---|")
+    print("| bits | B | T | scores, MB | values, MB | together, MB | GFLOP | gain at most |")
+    print("|---|---|---|---|---|---|---|---|")
     for bits, spec in SPECS.items():
         program = build_program(spec, choose(spec, architecture))
         for batch in BATCHES:
             for length in LENGTHS:
                 shape = one_pool(batch, 1, KEPT, length)
-                traffic = call_traffic(program, shape, length - 1, 1, MAPS["8 clusters of 4"])
-                where = f"| {bits} | {batch} | {length} |"
-                for name, kernel in traffic.items():
-                    print(f"{where} {name} | {kernel.bytes / 1e6:.2f} | {kernel.flops / 1e9:.2f} |")
-                ours = sum(kernel.bytes for kernel in traffic.values())
-                theirs = batch * all_heads_bytes(length)
-                print(f"{where} together | {ours / 1e6:.2f} | gain at most {theirs / ours:.3f} |")
+                traffic = call_traffic(program, shape, length - 1, 1, MAPS["8 clusters of 4"]).values()
+                moved = [kernel.bytes for kernel in traffic]
+                megabytes = " | ".join(f"{size / 1e6:.2f}" for size in (*moved, sum(moved)))
+                flops = sum(kernel.flops for kernel in traffic) / 1e9
+                gain = batch * all_heads_bytes(length) / sum(moved)
+                print(f"| {bits} | {batch} | {length} | {megabytes} | {flops:.2f} | {gain:.2f} |")
     program = build_program(EXACT, choose(EXACT, architecture))
     members = choose(EXACT, architecture).kernels["prefill"].constants["MEMBERS"]
     print("\n| map | pieces | GFLOP | all heads / ours |\n|---|---|---|---|")

@@ -213,10 +213,10 @@ benchmarks/attention.py NAME` and `python benchmarks/generate.py NAME` make them
 GPU = """## GPU
 
 **No GPU has run these kernels yet, so there is no measured figure for one.** `python benchmarks/gpu.py`
-measures on a machine that has one. What follows is computed, not measured: the bytes and operations of
-each kernel and the gain over the same kernels with all heads kept that the bytes allow. H = G = 32, D =
-128, R = 8, bfloat16; made by `python benchmarks/gpu.py --model sm_90`. More, prefill and the compiler's
-registers among it, is in [kernels.md](kernels.md)."""
+measures on a machine that has one. What follows is computed, not measured: the bytes and operations of a
+decode step, by kernel, and the gain over all heads in bfloat16 that the bytes allow. H = G = 32, D = 128, R
+= 8, keys and values in bfloat16, in 8 bits, and in 8 and 4; made by `python benchmarks/gpu.py --model
+sm_90`. More, prefill and the compiler's registers among it, is in [kernels.md](kernels.md)."""
 
 
 def gpu_section() -> str:

@@ -10,6 +10,7 @@ import atexit
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -138,8 +139,17 @@ def _play_tensorrt() -> None:
     """polygraphy uses TensorRT-RTX; the bindings' package lies under another name than it looks for."""
     import importlib
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ[SWITCH] = "1"
     sys.modules["tensorrt_rtx"] = importlib.import_module(MODULE)
+
+
+def _end_with_parent() -> None:
+    """A worker of a pool would wait for work for ever: it has the writing end of its own queue."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 class _Watched:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -24,6 +28,7 @@ from tests.helpers.tensorrt_rtx import MODULE, build_cut, in_worker, write_cut
 
 pytest.importorskip(MODULE, reason="TensorRT-RTX is not installed: pip install 'chai-export[dev]'")
 
+ROOT = Path(__file__).parents[2]
 FIXTURES_AT_ONCE = {
     "A-torch-2.13.0-opset18-sdpa-gqa",
     "C-torch-2.13.0-opset23-sdpa-mha",
@@ -40,7 +45,6 @@ FIXTURES_AT_ONCE = {
 }
 FAMILIES_AT_ONCE = {("qwen3-gqa", "bfloat16"), ("mixtral-gqa", "float16"), ("gpt_neox", "float16")}
 """An export takes seconds, what is built of it less than one."""
-PAGED: dict[str, Any] = {"key_bits": 16, "value_bits": 16}
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -49,8 +53,7 @@ def slow_but(at_once: bool) -> Any:
 
 
 def fixture_bundle(fixture: Fixture, place: Path) -> Bundle:
-    clusters = Clusters([max(1, fixture.kv_heads // 2)] * fixture.layers)
-    return rewrite(fixture.path, clusters, place, **PAGED)
+    return rewrite(fixture.path, Clusters([max(1, fixture.kv_heads // 2)] * fixture.layers), place)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,7 @@ def test_a_graph_of_another_exporter_is_built(fixture: Fixture, tmp_path: Path) 
     ],
 )
 def test_a_family_is_built(family: str, dtype: str, tmp_path: Path) -> None:
-    built = build_cut(bundle_in(family, dtype, tmp_path, **PAGED))
+    built = build_cut(bundle_in(family, dtype, tmp_path))
     assert built.refused == ""
     # What it takes in pieces, such as a rotary embedding through casts, shows as layers.
     assert 50 < built.layers < 450
@@ -91,7 +94,7 @@ def test_what_quantize_dynamic_makes_of_a_graph_is_built(options: dict[str, Any]
     fixture = next(fixture for fixture in REWRITTEN if fixture.name in FIXTURES_AT_ONCE)
     quantize_dynamic(fixture.path / "model.onnx", tmp_path / "model.onnx", **options)
     clusters = Clusters([fixture.kv_heads] * fixture.layers)
-    assert build_cut(rewrite(tmp_path / "model.onnx", clusters, tmp_path / "bundle", **PAGED)).refused == ""
+    assert build_cut(rewrite(tmp_path / "model.onnx", clusters, tmp_path / "bundle")).refused == ""
 
 
 def one_node(
@@ -172,3 +175,23 @@ def test_a_build_error_names_the_cause(tmp_path: Path) -> None:
     refused = in_worker(path, shapes).refused
     assert refused.startswith("TensorRT could not build the engine (")
     assert "lengths has 1 dimensions but profile 1 has 2" in refused
+
+
+def test_a_run_that_is_killed_leaves_no_worker(tmp_path: Path) -> None:
+    """The worker holds both ends of its queues, so it does not see them close."""
+    script = (
+        "import os, time\n"
+        "from tests.helpers.tensorrt_rtx import _worker\n"
+        "print(_worker().submit(os.getpid).result(), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        worker = int(run.stdout.readline())
+        assert psutil.pid_exists(worker)
+        run.kill()
+    # Init collects it, or nobody does: then it is a zombie.
+    gone, _ = psutil.wait_procs([psutil.Process(worker)] if psutil.pid_exists(worker) else [], timeout=60)
+    assert gone or not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
