@@ -125,6 +125,7 @@ def _optimised(model: ir.Model) -> ir.Model:
 
     from chai_export.exporter.exact_scalars import exact_scalars
     from chai_export.exporter.lazy_transpose import fold_weight_transposes
+    from chai_export.exporter.norm_types import align_norm_types
     from chai_export.exporter.rotary_casts import rotary_casts
 
     def is_small(node: ir.Node) -> bool | None:
@@ -135,6 +136,7 @@ def _optimised(model: ir.Model) -> ir.Model:
         optimizer.optimize_ir(model, should_fold=is_small)
     with rotary_casts(model):
         onnx_fusions.fuse(model)
+    align_norm_types(model)
     fold_weight_transposes(model)
     return model
 
