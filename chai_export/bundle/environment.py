@@ -9,6 +9,7 @@ from typing import Any
 from chai_export.arguments import as_integer, shown
 from chai_export.bundle.manifest import GenerationSettings
 from chai_export.bundle.sampling_rules import wanted_instead
+from chai_export.bundle.text_tokenizer import record_text_tokenizer
 from chai_export.progress import note
 
 GENERATION_FILE = "generation_config.json"
@@ -30,6 +31,7 @@ def save_environment(
     sources = [_plain(generation_config), _plain(config)]
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
+        record_text_tokenizer(directory, tokenizer)
         sources.append({name: getattr(tokenizer, name, None) for name in _ID_NAMES})
     defaults = _usable_defaults(_plain(generation_config))
     settings = GenerationSettings(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import onnx
 
@@ -18,6 +20,31 @@ if TYPE_CHECKING:
 _AGAIN = "export or rewrite again"
 
 
+def op_counts(nodes: Iterable[Any]) -> dict[str, int]:
+    """How many nodes there are of each operator, e.g. {"MatMul": 14, "chai::ClusteredHeadAttention": 2}.
+
+    Operators outside the default domain carry it as a prefix. The nodes are those of onnx or of onnx_ir.
+    """
+    names = (f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in nodes)
+    return dict(sorted(Counter(names).items()))
+
+
+def bundle_op_counts(bundle: Bundle) -> dict[str, int]:
+    """Those of a bundle's main graph, without onnx_ir, which takes longer to import than the rest together.
+
+    Raises:
+        ChaiError: the graph cannot be read.
+    """
+    return op_counts(_graph_of(bundle).graph.node)
+
+
+def _graph_of(bundle: Bundle) -> onnx.ModelProto:
+    try:
+        return onnx.load(str(bundle.model_path), load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError has no types
+        raise ChaiError(f"{bundle.model_path} cannot be read ({reason(error)}); {_AGAIN}") from error
+
+
 def check_op_nodes(bundle: Bundle) -> None:
     """Compare the numbers and attributes of the op nodes with the manifest; no weights are read.
 
@@ -28,10 +55,7 @@ def check_op_nodes(bundle: Bundle) -> None:
         ChaiError: they differ, or the graph cannot be read.
     """
     manifest = bundle.manifest
-    try:
-        model = onnx.load(str(bundle.model_path), load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError has no types
-        raise ChaiError(f"{bundle.model_path} cannot be read ({reason(error)}); {_AGAIN}") from error
+    model = _graph_of(bundle)
 
     def differs(what: str, found: object, wanted: object) -> ChaiError:
         return ChaiError(

@@ -11,17 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from chai_export.arguments import as_integer
+from chai_export.bundle.text_tokenizer import CONFIGURATION, RECORD, WHOLE, read_text_tokenizer
 from chai_export.errors import ChaiError, reason
 from chai_export.files import MissingFileError, is_unicode, open_file, read_json
 
-CONFIGURATION = "tokenizer_config.json"
-WHOLE = "tokenizer.json"
 _JSON_FILES = (WHOLE, CONFIGURATION, "special_tokens_map.json", "added_tokens.json")
 _AGAIN = "copy the tokenizer files of the model again"
 
 
 def load_tokenizer(directory: Path) -> Any | None:
     """The tokenizer saved in ``directory``, or None if there is none. Never runs code from the directory.
+
+    That is a :class:`~chai_export.bundle.text_tokenizer.TextTokenizer`, or one of transformers where only
+    transformers reads it rightly.
+
+    Raises:
+        ChaiError: its files cannot be loaded; names the file where one is to blame.
+    """
+    if not (directory / CONFIGURATION).is_file():
+        return None
+    if not (directory / RECORD).is_file():
+        return load_transformers_tokenizer(directory)
+    return tried(lambda: read_text_tokenizer(directory), directory, fix="pass token ids or export again")
+
+
+def load_transformers_tokenizer(directory: Path) -> Any | None:
+    """The same as transformers loads it, for who needs more of it than ids, texts and chats.
 
     Raises:
         ChaiError: its files cannot be loaded; names the file where one is to blame.

@@ -47,7 +47,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:
     """JSON object of ``inspect --json`` for a bundle; byte counts are for one token of one row."""
-    from chai_export.graph.explain.count_ops import count_ops
+    from chai_export.bundle.op_nodes import bundle_op_counts
 
     manifest = bundle.manifest
     return {
@@ -72,7 +72,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "max_positions": manifest.max_positions,
         "context_length": manifest.context_length,
         "rope": manifest.rope.model_dump(mode="json") if manifest.rope else None,
-        "ops": count_ops(bundle.model_path),
+        "ops": bundle_op_counts(bundle),
         "kv_bytes_per_token": manifest.kv_bytes_per_token("chai"),
         "kv_bytes_per_token_all_heads": manifest.kv_bytes_per_token("all"),
         "kv_bytes_per_token_float16": manifest.kv_bytes_per_token_float16,

@@ -1,8 +1,8 @@
 """Fused norms whose input and scale are of different dtypes become norms of one.
 
 onnxscript fuses ``norm(x.float()) * (1 + weight.float())`` of a 16-bit model (Gemma, Nemotron) into one
-RMSNormalization that reads ``x`` in 16 bits and the scale in float32. ONNX says that the result has the scale's
-dtype, its checker and ONNX Runtime that it has the input's, and the next operator gets both.
+RMSNormalization that reads ``x`` in 16 bits and the scale in float32. ONNX says that the result has the
+scale's dtype, its checker and ONNX Runtime that it has the input's, and the next operator gets both.
 """
 
 from __future__ import annotations

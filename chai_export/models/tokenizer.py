@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from chai_export.bundle.tokenizer import WHOLE, encode, tried
+from chai_export.bundle.text_tokenizer import WHOLE
+from chai_export.bundle.tokenizer import encode, tried
 from chai_export.errors import ChaiError
 from chai_export.models.folder import has_tokenizer
 from chai_export.models.loading import resolve_source

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from chai_export.bundle.choices import Backend
 from chai_export.bundle.manifest import read_manifest
+from chai_export.bundle.tokenizer import load_transformers_tokenizer
 from chai_export.errors import ChaiError, UsageError, reason
 from chai_export.models.text import leading_special_tokens
 from chai_export.quality.limits import position_limit
@@ -53,7 +54,7 @@ def evaluate_tasks(
     results: dict[str, dict[str, Any]] = {task: {} for task in tasks}
     for heads in ("all", "chai"):
         logits, runner = _engine(bundle, backend, heads, reference, trust_remote_code=trust_remote_code)
-        tokenizer = runner.tokenizer
+        tokenizer = load_transformers_tokenizer(runner.bundle.path)
         if tokenizer is None:
             raise ChaiError(f"{bundle} has no tokenizer, which tasks need; export it with one")
         prefix = leading_special_tokens(tokenizer) or [_separator(tokenizer)]
