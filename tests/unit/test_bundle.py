@@ -71,7 +71,7 @@ def test_tokenizer_and_template_travel_with_the_bundle(tmp_path):
     bundle = TinyModel().write(tmp_path / "b", tokenizer=written)
     read = bundle.tokenizer()
     assert read.chat_template == template
-    assert read("hello").input_ids == written("hello").input_ids
+    assert read("hello")["input_ids"] == written("hello").input_ids
     assert bundle.manifest.generation.add_bos
     assert bundle.manifest.generation.has_chat_template
 
