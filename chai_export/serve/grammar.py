@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chai_export.bundle.tokenizer import WHOLE
+from chai_export.bundle.text_tokenizer import WHOLE
 from chai_export.errors import ChaiError, UsageError, reason
 
 
