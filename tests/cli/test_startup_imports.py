@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from chai_export.clustering.clusters import Clusters
 from tests.cli.conftest import REPOSITORY
 from tests.helpers.tiny_graph import TinyModel, letters_tokenizer
 
@@ -41,6 +42,7 @@ def imported(*arguments: object) -> tuple[int, set[str]]:
 def test_commands_that_only_run_import_nothing_heavy(command: str, bundle: Path, tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     chat = TinyModel().write(tmp_path / "chat", tokenizer=letters_tokenizer(chat_template=template))
+    Clusters(kept_heads=chat.manifest.kept_heads).save(chat.path / "clusters.json")
     graph = REPOSITORY / "tests" / "fixtures" / "onnx" / "B-torch-2.13.0-opset18-eager-mha"
     arguments = {
         "run": ["run", bundle, "--prompt", "the cat", "--max-new-tokens", 2],
