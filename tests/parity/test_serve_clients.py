@@ -137,6 +137,7 @@ def test_a_stream_is_the_text_in_pieces(client, runner):
         )
     )  # fmt: skip
     assert chunks[-1].usage.completion_tokens == len(result.token_ids)
+    assert all(chunk.usage is None for chunk in chunks[:-1])
     pieces = [chunk.choices[0] for chunk in chunks[:-1]]
     assert len(pieces) > 5
     assert "".join(piece.text for piece in pieces) == PROMPTS[1] + result.text
@@ -148,6 +149,11 @@ def test_a_stream_is_the_text_in_pieces(client, runner):
     offsets = [offset for each in scored for offset in each.text_offset]
     assert offsets == whole.logprobs.text_offset
     assert [t for each in scored for t in each.tokens] == whole.logprobs.tokens
+    counted = client.completions.create(
+        model="tiny", prompt="x", max_tokens=4, temperature=0, stream=True,
+        stream_options={"continuous_usage_stats": True}, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    assert {chunk.usage.completion_tokens for chunk in counted} == {1, 2, 3, 4}
 
 
 def test_many_at_once_are_each_what_they_are_alone(server, runner):

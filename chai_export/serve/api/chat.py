@@ -140,7 +140,9 @@ class _Answer:
         return self._chunk([{"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish}])
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
-        extra = {"usage": usage} if self._body.include_usage else {}
+        if usage is None and self._body.usage_in_chunks:
+            usage = self.texts.usage()
+        extra = {"usage": usage} if usage is not None or self._body.include_usage else {}
         head = {**self._head, "object": "chat.completion.chunk"}
         return json.dumps({**head, "choices": choices, **extra}, ensure_ascii=False)
 

@@ -102,7 +102,9 @@ class _Answer:
             yield self._line([], usage=self.texts.usage(self._hidden))
 
     def _line(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
-        extra = {"usage": usage} if self._body.include_usage else {}
+        if usage is None and self._body.usage_in_chunks:
+            usage = self.texts.usage(self._hidden)
+        extra = {"usage": usage} if usage is not None or self._body.include_usage else {}
         return json.dumps({**self._head, "choices": choices, **extra}, ensure_ascii=False)
 
     def _choice(

@@ -21,9 +21,13 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """``include_usage``: a last chunk with the numbers of tokens."""
+    """``include_usage``: a last chunk with the numbers of tokens; ``continuous_usage_stats``: in every chunk.
+
+    The second is of other servers; load generators ask for it.
+    """
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class Generating(_Body):
@@ -70,6 +74,11 @@ class Generating(_Body):
     def include_usage(self) -> bool:
         """Whether a stream ends with the numbers of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_in_chunks(self) -> bool:
+        """Whether every chunk has the numbers so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 Ids = Annotated[list[int], Field(min_length=1)]
