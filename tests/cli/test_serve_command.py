@@ -223,6 +223,7 @@ def test_chats_that_are_wrong_are_told_why(client):
         ({"messages": [turn], "top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"messages": [turn], "tool_choice": "required"}, "tool_choice"),
         ({"messages": [turn], "response_format": {"type": "xml"}}, "response_format"),
+        ({"messages": [turn], "response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
         ({"messages": [turn], "functions": []}, "functions is not a field"),
     ):
         assert message in refused(client.post("/v1/chat/completions", json=body), 400)["message"]

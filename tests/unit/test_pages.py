@@ -158,3 +158,33 @@ def test_memory_that_was_touched_is_taken_first():
     assert pool.untouched_after(1, 20) == 2
     assert pool.promise(1, 8)
     assert pool.untouched_after(2, 8) == 1
+
+
+def test_retained_pages_outlive_their_row_and_are_adopted():
+    pool = PagePool(5, 4)
+    assert pool.promise(0, 10)
+    pool.extend(0, 10)
+    pool.retain([0, 1])
+    pool.release(0)
+    assert (pool.held, pool.outstanding) == (2, 0)
+    assert [pool.references(page) for page in range(5)] == [1, 1, 0, 0, 0]
+    pool.adopt(3, [0, 1])
+    assert pool.missing(3, 17) == 0
+    assert pool.promise(3, 17)
+    assert pool.missing(4, 4) == 1  # of three free pages three are promised
+    assert not pool.promise(4, 1)
+    pool.extend(3, 17)
+    assert pool.pages_of(3) == (0, 1, 2, 3, 4)
+    pool.forget([0, 1])
+    assert pool.held == 5
+    pool.release(3)
+    assert pool.held == 0
+    assert pool.promise(4, 20)
+    pool.extend(4, 20)
+    assert sorted(pool.pages_of(4)) == [0, 1, 2, 3, 4]
+
+
+def test_a_free_page_cannot_be_retained():
+    pool = PagePool(2, 4)
+    with pytest.raises(AssertionError, match="nothing to keep"):
+        pool.retain([0])

@@ -169,7 +169,11 @@ class ChatCompletion(Generating):
     parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
-    def _top_needs_logprobs(self) -> ChatCompletion:
+    def _fields_agree(self) -> ChatCompletion:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        if self.ignore_eos and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError(
+                "ignore_eos has no meaning for a text that ends by response_format; leave it out"
+            )
         return self
