@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'chai-export[quality]')")
 
 from chai_export.clustering.clusters import Clusters
+from chai_export.clustering.plan import LayerPlan, Plan
 from chai_export.errors import ChaiError, UsageError
 from chai_export.exporter.stage import export
 from chai_export.quality.lm_eval_model import LogitsLM
@@ -71,6 +72,21 @@ def test_every_engine_gives_the_same_score(bundle, tasks, monkeypatch):
     if find_library("chai_onnxruntime") is None:
         pytest.skip("the native library is not built; torch and the function body agree")
     assert evaluate_tasks(bundle, ["local_choice"], task_path=tasks)["tasks"] == torch["tasks"]
+
+
+def test_a_plan_scores_the_same_in_torch_and_on_onnxruntime(tasks, tmp_path):
+    bits = ((16, 8, 4), (16, 4, 4), (8, 8, 4), (5, 4, 8), (4, 8, 8), (4, 16, 4))
+    layers = tuple(LayerPlan(kept_heads=r, key_bits=k, value_bits=v) for r, k, v in bits)
+    export(MODEL, Plan(layers=layers, probe_tokens=16), tmp_path / "bundle")
+    engines = ({"backend": "torch", "reference": MODEL}, {})
+    torch, ours = (
+        evaluate_tasks(tmp_path / "bundle", ["local_choice"], task_path=tasks, **engine)["tasks"][
+            "local_choice"
+        ]
+        for engine in engines
+    )
+    assert torch["chai"] == ours["chai"]
+    assert ours["chai"]["acc"] > 0.6
 
 
 def test_an_unknown_task_and_a_missing_model_are_named(bundle, tasks, monkeypatch):
