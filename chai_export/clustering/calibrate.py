@@ -220,11 +220,15 @@ def _plan(
     earlier = known if known is None or isinstance(known, Plan) else Plan.load(known)
     if texts is None and (earlier is None or check is None):
         raise UsageError("calibrate needs --text FILE; only --from PLAN with --check FILE does without")
+    probe_tokens = (earlier and earlier.probe_tokens) or probe_tokens
+    if seq_len <= probe_tokens:
+        raise UsageError(
+            f"--seq-len {seq_len} leaves nothing after the probe of {probe_tokens} tokens; raise it"
+        )
     loaded = load_model(model, trust_remote_code=trust_remote_code)
     geometry = describe_model(loaded)
     if earlier is not None:
         earlier.check(geometry)
-        probe_tokens = earlier.probe_tokens or probe_tokens
     elif not family_of(geometry.model_type).tested:
         require_same_with_all_heads(loaded)
     if tokenizer is None:
@@ -232,7 +236,7 @@ def _plan(
     leading = leading_special_tokens(tokenizer)
     windows = text_windows(
         texts, check, loaded, tokenizer, leading[: seq_len - 1], samples=samples, seq_len=seq_len,
-        checked_only=earlier is not None,
+        least=probe_tokens + 1, checked_only=earlier is not None,
     )  # fmt: skip
     kept = PlanState.of(
         None if state is None or earlier is not None else Path(state), loaded, windows.damage,

@@ -344,6 +344,7 @@ def text_windows(
     *,
     samples: int,
     seq_len: int,
+    least: int,
     checked_only: bool = False,
 ) -> Windows:
     """The windows of a plan: damage from the first part of each text, whole plans from the next, the check
@@ -357,6 +358,7 @@ def text_windows(
         leading: special tokens that sequences start with.
         samples: windows for damage, at most.
         seq_len: their tokens; the others are twice as long, if the text is.
+        least: tokens of the shortest window that says anything.
         checked_only: measurements are known.
 
     Raises:
@@ -379,21 +381,22 @@ def text_windows(
     joined = [np.concatenate(part) if part else np.zeros(0, np.int32) for part in parts]
     none = np.zeros((0, seq_len), np.int32)
     given = (
-        none if checked_only else _cut(joined[0], leading, samples, seq_len, "measured"),
-        none if checked_only else _cut(joined[1], leading, WHOLE_WINDOWS, 2 * seq_len, "corrected"),
-        _cut(joined[2], leading, CHECK_WINDOWS, 2 * seq_len, "checked"),
+        none if checked_only else _cut(joined[0], leading, samples, seq_len, least, "measured"),
+        none if checked_only else _cut(joined[1], leading, WHOLE_WINDOWS, 2 * seq_len, least, "corrected"),
+        _cut(joined[2], leading, CHECK_WINDOWS, 2 * seq_len, least, "checked"),
     )
     return Windows(*given, skip=max(0, len(leading) - 1))
 
 
 def _cut(
-    tokens: NDArray[np.int32], leading: Sequence[int], count: int, length: int, what: str
+    tokens: NDArray[np.int32], leading: Sequence[int], count: int, length: int, least: int, what: str
 ) -> NDArray[np.int32]:
     """Windows of a part of the text, shorter ones if it is short."""
     length = min(length, len(tokens) + len(leading))
-    if length < len(leading) + 2 or len(tokens) == 0:
+    if length < max(least, len(leading) + 2):
         raise ChaiError(
-            f"the part of the text on which plans are {what} has {len(tokens)} tokens; give more text"
+            f"the part of the text on which plans are {what} has {len(tokens)} tokens, {least} are "
+            "the least; give more text"
         )
     return spread_windows(tokens, leading, count, length)
 

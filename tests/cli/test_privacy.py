@@ -32,7 +32,7 @@ def test_no_file_appears_that_is_not_named(tmp_path, tiny_model, text):
     commands = (
         ("calibrate", tiny_model, "--text", text, "-o", clusters, "--plot", work / "curves.png",
          "--samples", 1, "--seq-len", 16, "--keep", "elbow"),
-        ("calibrate", tiny_model, "--text", text, "-o", work / "plan.json", "--samples", 1, "--seq-len", 16,
+        ("calibrate", tiny_model, "--text", text, "-o", work / "plan.json", "--samples", 1, "--seq-len", 24,
          "--force"),
         ("export", tiny_model, "--clusters", clusters, "-o", bundle),
         ("run", bundle, "--token-ids", "1,2", "--max-new-tokens", 2),

@@ -180,6 +180,8 @@ def test_models_with_one_kv_head_or_odd_widths_are_planned_too():
 def test_texts_too_short_are_named(model):
     with pytest.raises(ChaiError, match="give more text"):
         calibrate(model, TOKENS[:3], **SETTINGS)
+    with pytest.raises(ChaiError, match="corrected has 5 tokens, 6 are the least; give more text"):
+        calibrate(model, TOKENS[:30], **SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +189,7 @@ def test_texts_too_short_are_named(model):
     [
         ({"keep": "all", "loss": 0.01}, "--loss exclude"),
         ({"keep": "all", "check": "text"}, "--check exclude"),
+        ({"seq_len": 16}, "leaves nothing after the probe of 16 tokens"),
         ({"measure": "kl"}, "--measure kl needs a budget"),
         ({"loss": 0.01, "bytes_share": 0.5}, "give one of them"),
     ],
