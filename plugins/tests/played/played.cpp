@@ -333,12 +333,12 @@ Dims ICudaEngine::getProfileShape(const char* name, std::int32_t,
                                   OptProfileSelector selector) const noexcept {
   const std::string tensor = name;
   const bool most = selector == OptProfileSelector::kMAX;
-  if (tensor == "head_map") return dims({2, most ? 3 : 1, 4});
-  if (tensor == "input_ids") return dims({most ? 3 : 1, most ? 16 : 1});
-  if (tensor == "page_table") return dims({most ? 3 : 1, most ? 8 : 1});
+  if (tensor == "head_map") return dims({2, most ? 5 : 1, 4});
+  if (tensor == "input_ids") return dims({most ? 5 : 1, most ? 16 : 1});
+  if (tensor == "page_table") return dims({most ? 5 : 1, most ? 8 : 1});
   Dims pool = getTensorShape(name);
   if (pool.nbDims != 4) return dims({});
-  pool.d[0] = most ? 24 : 1;
+  pool.d[0] = most ? 40 : 1;
   if (pool.d[1] < 0) pool.d[1] = most ? 2 : 1;
   pool.d[2] = 4;
   return pool;

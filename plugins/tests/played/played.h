@@ -12,7 +12,7 @@ namespace chai::test {
 
 // The engine of a model whose next token is the last one plus one: two layers of one KV head of two, four
 // query heads, keys in 8 bits (head dim 8, 2 scales), values in float16 (head dim 4), float16 logits over 50
-// tokens, up to 3 rows of 16 new tokens and of 8 pages of 4 positions. It keeps a row's tokens in its pages,
+// tokens, up to 5 rows of 16 new tokens and of 8 pages of 4 positions. It keeps a row's tokens in its pages,
 // in the pool past_key.0, and gives logits of 0 where they are not those that it was fed before. The new head
 // map of a fresh row is its first token.
 struct Played {

@@ -59,7 +59,7 @@ TEST_CASE("an engine tells its geometry") {
   CHECK(session.max_tokens() == 16);
   CHECK(session.page_length() == 4);
   CHECK(session.max_capacity() == 32);
-  CHECK(session.max_batch() == 3);
+  CHECK(session.max_batch() == 5);
 }
 
 TEST_CASE("a constructor that throws leaves nothing behind") {
@@ -182,6 +182,46 @@ TEST_CASE("calls have the rows that they name, and rows keep their pages and map
   CHECK(session.pool().touched() == 3);
 }
 
+TEST_CASE("the graphs that were used last stay, and contexts of others are used again") {
+  const Stage stage;
+  {
+    TensorRtSession session(stage.plan(), "plugin.so");
+    session.start(5, 40);
+    for (std::int64_t row = 0; row < 5; ++row) REQUIRE(session.promise(row, 32));
+    std::int32_t past = 0;
+    // Of 1, 2, 4 and 8 pages; 20 shapes in all. The token of row r at position p is p + r.
+    for (const std::int32_t until : {2, 6, 14, 30}) {
+      for (std::int64_t row = 0; row < 5; ++row) {
+        std::vector<std::int64_t> chunk;
+        for (std::int32_t place = past; place < until; ++place) chunk.push_back(place + row);
+        session.step({chunk, {until - past}, {past}, {until - past - 1}}, {row});
+      }
+      past = until;
+      for (std::size_t count = 1; count <= 5; ++count) {
+        chai::Step step;
+        std::vector<std::int64_t> rows;
+        for (std::size_t row = 0; row < count; ++row) {
+          step.input_ids.push_back(past + static_cast<std::int64_t>(row));
+          rows.push_back(static_cast<std::int64_t>(row));
+        }
+        step.lengths.assign(count, 1);
+        step.past_lengths.assign(count, past);
+        step.output_positions.assign(count, 0);
+        for (int again = 0; again < 3; ++again) {
+          const std::vector<float> logits = session.step(step, rows);
+          for (std::size_t row = 0; row < count; ++row) {
+            const auto first = logits.begin() + static_cast<std::ptrdiff_t>(50 * row);
+            CHECK(most_likely({first, first + 50}) == past + 1 + static_cast<std::int64_t>(row));
+          }
+        }
+      }
+    }
+    CHECK(played().captured_steps == 20);
+    CHECK(played().graphs == TensorRtSession::kMostGraphs);
+    CHECK(played().contexts.size() == 1 + TensorRtSession::kMostGraphs);
+  }
+}
+
 TEST_CASE("pools are bound to one address as past and present, and the head map to two") {
   const Stage stage;
   TensorRtSession session(stage.plan(), "plugin.so", chai::Heads::kAll);
@@ -235,7 +275,7 @@ TEST_CASE("steps that do not fit are refused") {
   const Stage stage;
   TensorRtSession session(stage.plan(), "plugin.so");
   CHECK_THROWS_WITH_AS(session.step({{7}, {1}, {0}, {0}}, {0}), "call start first", std::runtime_error);
-  CHECK_THROWS_WITH_AS(session.start(4, 8), doctest::Contains("build with a higher --max-batch"),
+  CHECK_THROWS_WITH_AS(session.start(6, 8), doctest::Contains("build with a higher --max-batch"),
                        std::runtime_error);
   session.start(1, 2);
   CHECK_THROWS_WITH_AS(session.promise(0, 33), doctest::Contains("rows of up to 32 tokens"),
