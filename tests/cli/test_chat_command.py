@@ -111,22 +111,24 @@ class Terminal:
         os.write(self._descriptor, text)
 
 
-def test_on_a_terminal_an_answer_can_be_interrupted(bundle):
-    """Ctrl-C ends a long answer, not the conversation; Ctrl-D ends that."""
+def test_on_a_terminal_an_answer_can_be_interrupted(tmp_path):
+    """Ctrl-C ends an answer that has no end of its own, not the conversation; Ctrl-D ends that."""
+    tokenizer = letters_tokenizer(chat_template=TEMPLATE)
+    endless = TinyModel(positions=50_000, bits=(8, 4)).write(tmp_path / "endless", tokenizer=tokenizer).path
     ours, theirs = pty.openpty()
-    words = [sys.executable, "-c", PROGRAM, "chat", str(bundle), "--temperature", "1", "--seed", "1"]
+    words = [sys.executable, "-c", PROGRAM, "chat", str(endless), "--temperature", "1", "--seed", "1"]
+    words += ["--max-new-tokens", "40000"]
     environment = {**os.environ, "TERM": "dumb"}
     process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, env=environment)
     os.close(theirs)
     terminal = Terminal(ours)
     try:
         terminal.until("> ")
-        terminal.write(b"hello\n")
-        terminal.until("hello\n", "a")
-        process.send_signal(signal.SIGINT)
-        terminal.until("\n> ")
-        terminal.write(b"why\n")
-        terminal.until("why\n", "\n> ")
+        for question in (b"hello\n", b"why\n"):
+            terminal.write(question)
+            terminal.until(question.decode(), "a")
+            process.send_signal(signal.SIGINT)
+            terminal.until("\n> ")
         terminal.write(b"\x04")
         assert process.wait(timeout=60) == 0
     finally:
