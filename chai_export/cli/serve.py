@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from chai_export.arguments import whole
 from chai_export.bundle.choices import Backend, Heads
 from chai_export.cli.output import print_json
-from chai_export.errors import ChaiError
+from chai_export.errors import ChaiError, UsageError
 from chai_export.progress import note
 from chai_export.units import bytes_of, bytes_text
 
@@ -51,6 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--heads", choices=Heads.words(), default=Heads.CHAI, help="all: plain multi-head attention"
     )
+    parser.add_argument(
+        "--ray", action="store_true", help="run replicas on Ray Serve; --max-rows and the like are of each"
+    )
+    parser.add_argument("--replicas", metavar="N", type=int, help="with --ray (default 1)")
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -59,23 +65,29 @@ def execute(arguments: argparse.Namespace) -> int:
 
     api = _api()
     whole(arguments.port, "--port", least=0, most=65535)
+    if arguments.replicas is not None:
+        whole(arguments.replicas, "--replicas")
+        if not arguments.ray:
+            raise UsageError("--replicas are started by Ray; give --ray too")
     memory = arguments.cache_memory
     keys = [] if arguments.api_key_file is None else api["guards"].read_keys(arguments.api_key_file)
     listener = api["server"].listen(arguments.host, arguments.port)  # before the weights are read
+    url = api["server"].url_of(listener)
     try:
-        model = open_model(
-            arguments.bundle,
-            backend=arguments.backend,
-            heads=arguments.heads,
-            max_rows=arguments.max_rows,
-            max_waiting=arguments.max_waiting,
-            max_seq=arguments.max_seq,
-            cache_memory=bytes_of(memory, "--cache-memory") if memory is not None else None,
-        )
+        options = {
+            "backend": arguments.backend,
+            "heads": arguments.heads,
+            "max_rows": arguments.max_rows,
+            "max_waiting": arguments.max_waiting,
+            "max_seq": arguments.max_seq,
+            "cache_memory": bytes_of(memory, "--cache-memory") if memory is not None else None,
+        }
+        if arguments.ray:
+            return _serve_replicas(arguments, keys, listener, url, options)
+        model = open_model(arguments.bundle, **options)
     except BaseException:
         listener.close()
         raise
-    url = api["server"].url_of(listener)
     pages, *_ = model.engine.batch.pages
     length = model.session.page_length
     facts = {
@@ -102,6 +114,37 @@ def execute(arguments: argparse.Namespace) -> int:
         api["server"].serve(api["app"].make_app(model, keys), listener, ready)
     finally:
         model.close()
+    note("ended")
+    return 0
+
+
+def _serve_replicas(
+    arguments: argparse.Namespace,
+    keys: list[str],
+    listener: socket.socket,
+    url: str,
+    options: dict[str, Any],
+) -> int:
+    """Run replicas until a signal comes. What is wrong with the bundle is found here, not in each of them."""
+    fleet: Any = importlib.import_module("chai_export.serve.api.fleet")
+    from chai_export.serve.model import open_model
+
+    open_model(arguments.bundle, **options).close()
+    replicas = arguments.replicas or 1
+    app = fleet.application(arguments.bundle, replicas=replicas, keys=keys, **options)
+    port = listener.getsockname()[1]
+    listener.close()  # Ray listens itself
+    try:
+        fleet.start(app, arguments.host, port)
+        if arguments.json:
+            print_json({"url": url, "model": arguments.bundle.resolve().name, "replicas": replicas})
+            sys.stdout.flush()
+        note(f"{replicas} replicas at {url}/v1")
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        note("ending: running texts are finished")
+    finally:
+        fleet.stop()
     note("ended")
     return 0
 
