@@ -16,7 +16,7 @@ from tests.helpers.exported import bundle_in, model_of
 from tests.helpers.families import FAMILIES
 
 TOKENS = [5, 11, 7, 90, 3, 3, 64, 21, 8]
-IN_CI = {("gemma-gqa", "float16"), ("gemma-gqa", "bfloat16")}
+IN_CI = {("gemma-gqa", "float16"), ("gemma-gqa", "bfloat16"), ("gptj", "float16")}
 EACH = [
     pytest.param(name, dtype, marks=[] if (name, dtype) in IN_CI else [pytest.mark.slow])
     for name in FAMILIES

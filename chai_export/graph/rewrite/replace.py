@@ -48,7 +48,8 @@ def replace_sites(
         past_map = builder.op("Gather", inputs[HEAD_MAP], builder.integer(i), axis=0, name=f"head_map.{i}")
         factors = equalisers.get(i if site.source_layer is None else site.source_layer)
         products = (site.query, site.key.new) if factors is None else equalised(builder, site, factors)
-        new = (*products, site.value.new)
+        query, key, value = (_of_cache_type(builder, site, each) for each in (*products, site.value.new))
+        new = (query, key, value)
         if site.source_layer is None:
             node = _own(builder, site, new, inputs, past_map, draft)
         else:
@@ -63,6 +64,16 @@ def replace_sites(
     head_map = builder.op("Concat", *maps, axis=0, name=PRESENT_HEAD_MAP)
     head_map.type, head_map.shape = inputs[HEAD_MAP].type, inputs[HEAD_MAP].shape
     return [head_map, *caches]
+
+
+def _of_cache_type(builder: Builder, site: AttentionSite, value: ir.Value) -> ir.Value:
+    """The op computes in one type: GPT-J and CodeGen widen queries and keys of 16 bits for the scores."""
+    dtype = site.key.past.dtype
+    if dtype is None or value.dtype in (None, dtype):
+        return value
+    cast = builder.op("Cast", value, to=dtype)
+    cast.type, cast.shape = ir.TensorType(dtype), value.shape
+    return cast
 
 
 def _own(
