@@ -27,6 +27,7 @@ from chai_export.models.loading import load_model
 from chai_export.models.oracle import Oracle, model_logits
 from chai_export.quality.method_comparison import compare
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, SWITCH, find_library
+from chai_export.runtime.pages import PAGE_LENGTH
 from tests.cla.modeling_cla import ClaConfig, ClaForCausalLM
 from tests.helpers.families import family_model
 from tests.helpers.graph_runner import GraphRunner
@@ -179,8 +180,8 @@ def test_a_shared_cache_is_held_and_counted_once(bundle):
     runner = ce.load(bundle.path)
     runner.logits(TOKENS)
     # Two caches of 4 KV heads of 8 floats: 3 and 2 heads of keys, all heads of values.
-    assert runner.kv_cache_bytes == 40 * 4 * 8 * (3 + 4 + 2 + 4)
-    assert runner.kv_cache_bytes_all_heads == 40 * 4 * 8 * (4 * 4)
+    assert runner.kv_cache_bytes == PAGE_LENGTH * 4 * 8 * (3 + 4 + 2 + 4)
+    assert runner.kv_cache_bytes_all_heads == PAGE_LENGTH * 4 * 8 * (4 * 4)
     everything = bundle.manifest.model_copy(update={"kv_source_layers": None})
     assert bundle.manifest.kv_bytes_per_token("all") * 2 == everything.kv_bytes_per_token("all")
 
