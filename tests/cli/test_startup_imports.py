@@ -31,14 +31,16 @@ MOST_MODULES = 1500
 def imported(*arguments: object) -> tuple[int, set[str]]:
     done = subprocess.run(
         [sys.executable, "-c", REPORT, *map(str, arguments)],
-        capture_output=True, text=True, check=True, cwd=REPOSITORY,
+        capture_output=True, input="the cat\n", text=True, check=True, cwd=REPOSITORY,
     )  # fmt: skip
     word, code, count, *names = done.stdout.splitlines()[-1].split()
     assert (word, code) == ("imported", "0"), done.stdout
     return int(count), set(names)
 
 
-@pytest.mark.parametrize("command", ["run", "run a chat", "inspect", "inspect a graph", "doctor", "--help"])
+@pytest.mark.parametrize(
+    "command", ["run", "run a chat", "inspect", "inspect a graph", "doctor", "--help", "chat"]
+)
 def test_commands_that_only_run_import_nothing_heavy(command: str, bundle: Path, tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     chat = TinyModel().write(tmp_path / "chat", tokenizer=letters_tokenizer(chat_template=template))
@@ -51,6 +53,7 @@ def test_commands_that_only_run_import_nothing_heavy(command: str, bundle: Path,
         "inspect a graph": ["inspect", graph],
         "doctor": ["doctor"],
         "--help": ["--help"],
+        "chat": ["chat", chat.path, "--max-new-tokens", 2],
     }[command]
     count, names = imported(*arguments)
     assert not names & (HEAVY if command == "inspect a graph" else HEAVY | GRAPHS)
