@@ -131,8 +131,8 @@ def test_numbers(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_texts(runner: ce.Runner) -> None:
-    refuses(lambda v: ce.calibrate(MODEL, v, samples=1, seq_len=16))
-    refuses(lambda v: ce.calibrate(MODEL, [v], samples=1, seq_len=16))
+    refuses(lambda v: ce.calibrate(MODEL, v, samples=1, seq_len=24))
+    refuses(lambda v: ce.calibrate(MODEL, [v], samples=1, seq_len=24))
     for text in ([5] * 50 + [80], [5] * 50 + [2**31 - 1]):
         with pytest.raises(ce.ChaiError, match="not in the model's vocabulary of 80"):
-            ce.calibrate(MODEL, text, samples=1, seq_len=16)
+            ce.calibrate(MODEL, text, samples=1, seq_len=24)
