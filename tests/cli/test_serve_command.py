@@ -163,6 +163,13 @@ def test_a_key_of_the_file_opens_v1_and_nothing_else_needs_one(server, client):
         assert httpx.get(server.url + path).status_code == 200
 
 
+def test_it_runs_without_torch(server, client):
+    assert completed(client).status_code == 200
+    loaded = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "tokenizers" in loaded
+    assert "libtorch" not in loaded
+
+
 # Bodies
 
 
