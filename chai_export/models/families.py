@@ -18,6 +18,7 @@ class Attention(Enum):
     INTERFACE = "transformers' attention interface"
     METHOD = "a method _attn of its attention modules"
     CALL = "a call of torch's scaled_dot_product_attention in its layers"
+    PRODUCTS = "baddbmm with ALiBi, softmax and bmm in its layers"
 
 
 def _kv_heads(config: Any, heads: int) -> int:
@@ -68,7 +69,7 @@ _TABLE = (
     Family("afmoe", "AFMoE", ("afmoe",)),
     Family("arcee", "Arcee", ("arcee-gqa",)),
     Family("biogpt", "BioGPT", ("biogpt",), position_table=True),
-    Family("bloom", "BLOOM", refused="ALiBi adds a bias of its own per head to the scores"),
+    Family("bloom", "BLOOM", ("bloom",), Attention.PRODUCTS),
     Family("codegen", "CodeGen", ("codegen",), Attention.METHOD, position_table=True),
     Family("cohere", "Cohere", ("cohere-gqa",)),
     Family("cohere2", "Cohere 2", ("cohere2-window",)),

@@ -6,6 +6,7 @@ Each is given another way into :data:`Attend`, for the length of one forward pas
 * Falcon calls torch's ``scaled_dot_product_attention`` in the middle of its layers; that call is caught.
   Its newer architecture repeats KV heads before they are cached, so H heads arrive here; its multi-query
   variant brings one.
+* BLOOM writes ALiBi plus query·key as ``baddbmm``, and its softmax and ``bmm`` follow; the three are caught.
 
 Query, key and value arrive as from the interface: after RoPE, KV heads not repeated for their queries.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from chai_export.errors import ChaiError
 from chai_export.models.families import Attention, family_of
 from chai_export.models.scoring import Scoring
 
@@ -91,7 +93,71 @@ def _caught_call(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-_WAYS = {Attention.METHOD: _replaced_method, Attention.CALL: _caught_call}
+@contextmanager
+def _caught_products(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
+    with _CatchProducts(attend, int(model.config.num_attention_heads)):
+        yield
+
+
+_WAYS = {
+    Attention.METHOD: _replaced_method,
+    Attention.CALL: _caught_call,
+    Attention.PRODUCTS: _caught_products,
+}
+
+
+class _CatchProducts(TorchFunctionMode):
+    """Attention of [B·H, S, D] as three calls, of which the last gives what ``attend`` computes."""
+
+    def __init__(self, attend: Attend, heads: int) -> None:
+        super().__init__()
+        self._attend = attend
+        self._heads = heads
+        self._products: tuple[Tensor, Tensor, Scoring] | None = None
+        self._scores: Tensor | None = None
+        self._mask: Tensor | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        if func is torch.bmm and self._products is not None:
+            return self._attended(*args)
+        result = func(*args, **options)
+        if func is torch.Tensor.baddbmm:
+            self._keep(args[0], **options)
+            self._scores = result
+        elif func is torch.nn.functional.softmax and self._scores is not None:
+            self._mask = args[0] - self._scores.view(args[0].shape)
+        return result
+
+    def _keep(self, bias: Tensor, batch1: Tensor, batch2: Tensor, beta: float, alpha: float) -> None:
+        query, key = (self._by_head(rows) for rows in (batch1, batch2.transpose(1, 2)))
+        self._products = query, key, Scoring(float(alpha), slopes=self._slopes(bias * beta))
+
+    def _slopes(self, bias: Tensor) -> Tensor:
+        """[H] of ALiBi [B·H, 1, S] of rows without padding.
+
+        Raises:
+            ChaiError: its steps from key to key are not even.
+        """
+        by_head = bias[: self._heads, 0].float()
+        slopes = by_head[:, 1] - by_head[:, 0] if by_head.shape[1] > 1 else torch.zeros_like(by_head[:, 0])
+        places = torch.arange(by_head.shape[1], device=bias.device)
+        if not torch.allclose(by_head, by_head[:, :1] + slopes[:, None] * places, rtol=1e-5):
+            raise ChaiError("its ALiBi does not grow evenly from key to key, which the op cannot express")
+        return slopes
+
+    def _attended(self, probabilities: Tensor, value: Tensor) -> Tensor:
+        del probabilities
+        assert self._products is not None
+        (query, key, scoring), mask = self._products, self._mask
+        self._products = self._scores = self._mask = None
+        attended = self._attend(query, key, self._by_head(value), mask, scoring)
+        return attended.to(value.dtype).flatten(0, 1)
+
+    def _by_head(self, rows: Tensor) -> Tensor:
+        return rows.reshape(-1, self._heads, *rows.shape[1:])
 
 
 class _CatchProduct(TorchFunctionMode):

@@ -104,7 +104,7 @@ def _scores(config: Any, layers: int) -> list[str]:
     nested = getattr(config, "attn_config", None)
     nested_alibi = nested.get("alibi") if isinstance(nested, dict) else getattr(nested, "alibi", False)
     if getattr(config, "alibi", False) or nested_alibi:
-        reasons.append(f"{everywhere}: ALiBi adds a bias of its own per head to the scores")
+        reasons.append(f"{everywhere}: ALiBi is added to the scores in a way that the op has not")
     return reasons
 
 

@@ -19,7 +19,6 @@ REWRITTEN = {"gptj": 8, "codegen": 8, "falcon-gqa": 8, "falcon-mqa": 1}
 """KV heads in the cache: Falcon's newer architecture caches repeated ones."""
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}, "layers 0-1: ALiBi"),
     "mpt": ({"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 64}, "layers 0-1: ALiBi"),
     "falcon": ({**SIZES, "alibi": True}, "layers 0-1: ALiBi"),
 }

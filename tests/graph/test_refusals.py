@@ -25,8 +25,7 @@ _SIZES: dict[str, Any] = {
 }
 
 CASES: dict[str, tuple[str, dict[str, Any], str, int, str]] = {
-    "alibi": ("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64}, "eager", 18, "bias"),
-    "alibi-reshaped": (
+    "alibi in bfloat16": (
         "falcon",
         {
             "hidden_size": 32,

@@ -84,6 +84,8 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "another cap": ("gemma2", {"softcap": 2.01}),
     "no sinks": ("gpt_oss", {"sinks": None}),
     "one sink": ("gpt_oss", {"sinks": (0.0,) * 8}),
+    "no slopes": ("bloom", {"slopes": None}),
+    "other slopes": ("bloom", {"slopes": tuple(2.0**-i for i in range(8))}),
     "a window where sinks are": ("gpt_oss", {"window": WINDOW + 1}),
 }
 
@@ -99,6 +101,14 @@ def test_other_terms_than_the_sources_are_caught_by_the_proof(case: str) -> None
     prover.prove([site])
     with pytest.raises(ChaiError, match=r"layer 0: .* computes something else than causal attention"):
         prover.prove([replace(site, terms=replace(site.terms, **change))])
+
+
+def test_the_slopes_of_a_model_are_its_nodes_input() -> None:
+    nodes = [n for n in onnx.load(bundle_of("bloom").model_path).graph.node if n.domain == "chai"]
+    assert [list(node.input[-2:]) for node in nodes] == [["", "alibi_slopes.0"]]
+    sites = survey(load_graph(exported("bloom"))).sites
+    assert sites[0].terms == ScoreTerms(slopes=tuple(2.0 ** -(i + 1) for i in range(8)))
+    assert sites[0].terms.describe() == ", ALiBi"
 
 
 def test_what_is_found_is_named_by_layer() -> None:

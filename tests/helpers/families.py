@@ -70,6 +70,8 @@ _MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus-gqa": ("apertus", _GQA),
     "arcee-gqa": ("arcee", _GQA),
     "biogpt": ("biogpt", _MODERN),
+    "bloom": ("bloom", {**_SPECIAL, "hidden_size": 64, "n_layer": 2, "n_head": 8, "vocab_size": 96,
+                        "max_position_embeddings": 128}),
     "cohere-gqa": ("cohere", {**_GQA, "use_qk_norm": True}),
     "cohere2-window": ("cohere2", _MIXED),
     "cohere2_moe": ("cohere2_moe", {**_MIXED, **_EXPERTS, **_SMALL_EXPERTS}),

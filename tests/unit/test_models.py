@@ -89,7 +89,6 @@ def of_type(model_type, **options):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (of_type("bloom", n_layer=3), "layers 0-2: ALiBi"),
         (of_type("falcon", alibi=True, num_hidden_layers=2), "layers 0-1: ALiBi"),
         (of_type("mpt"), "ALiBi"),
         (of_type("llama4_text", num_hidden_layers=4), "layers 0-2: 'chunked_attention'"),

@@ -57,18 +57,21 @@ class CachedHeads:
 class ScoreTerms:
     """What becomes of scores besides their scale, as the op has it.
 
-    ``window`` and ``softcap`` are its attributes, 0 for none; ``sinks`` its input [H], None for none.
+    ``window`` and ``softcap`` are its attributes, 0 for none; ``sinks`` and ``slopes`` (ALiBi's) its inputs
+    [H], None for none.
     """
 
     window: int = 0
     softcap: float = 0.0
     sinks: tuple[float, ...] | None = None
+    slopes: tuple[float, ...] | None = None
 
     def describe(self) -> str:
         """ ", window 16, soft cap 50, sinks": what there is."""
         said = [("window", self.window), ("soft cap", self.softcap)]
         numbers = "".join(f", {name} {value:g}" for name, value in said if value)
-        return numbers + (", sinks" if self.sinks is not None else "")
+        named = [("sinks", self.sinks), ("ALiBi", self.slopes)]
+        return numbers + "".join(f", {name}" for name, value in named if value is not None)
 
 
 @dataclass(frozen=True)

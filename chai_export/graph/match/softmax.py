@@ -8,6 +8,7 @@
    forgets.
 3. Query: constant factors are taken off it. Key and value go back to a Concat of a cache and new rows
    (:mod:`~chai_export.graph.match.trace_cache`); factors on the key are taken off too.
+   Rows and heads may be one axis on the way through both products.
 4. Everything between the two products is left to the mask proof, and which way the key was transposed to
    the numerical proof.
 
@@ -66,8 +67,10 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
     query, key = product.inputs
     assert query is not None
     assert key is not None
-    if rank(query) not in (None, 4):
-        reason = f"the query has rank {rank(query)} instead of 4 [B, H, S, D]"
+    merged = rank(query) == 3  # [B·H, S, D], as BLOOM has it
+    query = _before_merging(query) if merged else query
+    if query is None or rank(query) not in (None, 4):
+        reason = f"the query has rank {rank(product.inputs[0])} instead of 4 [B, H, S, D]"
         chain = ScoreChain(scores=product.outputs[0], logits=logits, sinks=sinks)
         raise NoMatch(product, reason, Reached.SCORES, chain)
     keys = trace_cache(key, "the key")
@@ -78,13 +81,14 @@ def match(node: ir.Node, opset: int) -> AttentionSite:
         raise NoMatch(after, f"the value is multiplied by {values.scale:g} after the cache", Reached.CACHE)
     source, query_scale = strip_scale(query)
     heads = site_geometry(product, source, keys, values)
+    output = _after_merging(after) if merged else after.outputs[0]
     return AttentionSite(
         form=_form(node, keys),
         anchor=node,
         query=source,
         key=keys,
         value=values,
-        output=after.outputs[0],
+        output=output,
         chain=ScoreChain(scores=product.outputs[0], logits=logits, sinks=sinks),
         scale=query_scale * keys.scale,
         heads=heads,
@@ -163,6 +167,21 @@ def _value_product(softmax: ir.Node) -> ir.Node:
         if node.op_type in OPERATORS:
             raise quantised(node, "the probabilities", Reached.SCORES)
     raise NoMatch(softmax, "the probabilities do not meet values", Reached.SCORES)
+
+
+def _before_merging(value: ir.Value) -> ir.Value | None:
+    """The [B,H,S,D] of a [B·H,S,D]."""
+    node = value.producer()
+    return node.inputs[0] if node is not None and node.op_type == "Reshape" else None
+
+
+def _after_merging(after: ir.Node) -> ir.Value:
+    readers = list(after.outputs[0].consumers())
+    if len(readers) != 1 or readers[0].op_type != "Reshape" or rank(readers[0].outputs[0]) != 4:
+        raise NoMatch(
+            after, "the attended values of all rows and heads are not split by head", Reached.RETURN
+        )
+    return readers[0].outputs[0]
 
 
 def _is_weight(value: ir.Value | None) -> bool:

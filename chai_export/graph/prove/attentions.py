@@ -69,8 +69,14 @@ class SiteProver:
     def _our_session(self, op_type: str, scale: float, terms: ScoreTerms) -> Any:
         opset = self.graph.opset_imports[""]
         stored = Attributes(scale, self.probe_tokens, window=terms.window, softcap=terms.softcap)
-        sinks = terms.sinks is not None
-        model = node_model(stored, "float32", sinks=sinks, opset=opset, op_type=op_type)
+        model = node_model(
+            stored,
+            "float32",
+            sinks=terms.sinks is not None,
+            slopes=terms.slopes is not None,
+            opset=opset,
+            op_type=op_type,
+        )
         return session(ir.serde.deserialize_model(model))
 
     def _prove(self, site: AttentionSite, ours: Any) -> None:
@@ -161,7 +167,8 @@ def _op_inputs(
         "past_head_map": identity,
         "past_lengths": np.full(sizes.batch, sizes.past, np.int32),
         "lengths": lengths,
-        **({} if site.terms.sinks is None else {"sinks": np.array(site.terms.sinks, np.float32)}),
+        "sinks": np.array(site.terms.sinks or (), np.float32),
+        "alibi_slopes": np.array(site.terms.slopes or (), np.float32),
     }
 
 

@@ -1,10 +1,11 @@
-"""Proof that scores get a scale, a cap, a causal mask, a window and padding before the softmax: no more.
+"""Proof that scores get a scale, a cap, slopes, a causal mask, a window and padding: no more.
 
 The arithmetic between Q·K and the softmax is cut out and run on several sizes and masks, with chosen scores:
 
 1. One query over a very long past shows how far it sees: the window, or none.
 2. Where attention is allowed (key position ≤ query position, within the window, key not padded) the result is
-   exactly proportional to the score, or c·tanh of it over c: no bias. The factor is the chain's scale.
+   exactly proportional to the score, or c·tanh of it over c, and no bias or that of ALiBi is added: one that
+   grows evenly from key to key, by a slope for each head. The factor is the chain's scale.
 3. Everywhere else it is so low that its exponential is zero.
 4. Both hold for small sizes, and where a window begins to hide: at pasts around it, in chunks, with padding.
 5. Rows of padded queries are free: nobody reads them.
@@ -35,6 +36,8 @@ _SCORES = (1.0, -64.0, 8192.0)
 _SMALL, _HUGE = 2.0**-10, 2.0**100
 """Scores that a cap leaves as they are, and that it holds at c."""
 _CAP_DIGITS = 6
+_FLAT, _ROUNDING = 1e-6, 5e-7
+"""A bias that is none, and what float32 makes of one, as a part of it."""
 _LONGEST_FRESH = 1024
 """Windows of up to so many tokens are also looked at in a fresh row that is longer."""
 
@@ -51,7 +54,7 @@ class _Attention:
 
 
 class MaskError(Exception):
-    """The scores are changed by more than a scale, a cap, a causal mask with a window, and padding."""
+    """The scores are changed by more than the op can say."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class MaskProof:
     """``scale`` of the chain, and the longest past on which it was seen to be causal attention.
 
     ``chunks`` is False if the source cannot run several tokens after a past, so that nothing was seen there.
-    ``window`` and ``softcap`` are the op's attributes, 0 for none, ``sinks`` its input, None for none.
+    ``window`` and ``softcap`` are the op's attributes, 0 for none, ``sinks`` and ``slopes`` its inputs, None
+    for none.
     """
 
     scale: float
@@ -68,6 +72,7 @@ class MaskProof:
     window: int = 0
     softcap: float = 0.0
     sinks: tuple[float, ...] | None = None
+    slopes: tuple[float, ...] | None = None
 
 
 class MaskProver:
@@ -125,13 +130,14 @@ class MaskProver:
             raise MaskError(f"the mask cannot be evaluated: {error}") from error
         if site is not None and chain.scores is not None and not self._runs(part, chain, fed):
             fed = replace(fed, heads=site.heads.num_query_heads)
-        past, window = self._find_window(part, chain, fed)
+        slopes = self._find_slopes(part, chain, fed)
+        past, window = self._find_window(part, chain, fed, slopes)
         factors = []
         chunks = True
         for sizes in map(self._roles.fit, (*_SIZES, *self._edges(window), Sizes(1, 1, past))):
             for padding in _paddings(sizes):
                 try:
-                    factors.append(self._check(part, chain, fed, sizes, padding, window))
+                    factors.append(self._check(part, chain, fed, sizes, padding, window, slopes))
                 except EvaluationError as error:
                     if sizes.tokens == 1 or sizes.past == 0:
                         raise MaskError(f"the mask cannot be evaluated: {error}") from error
@@ -139,7 +145,8 @@ class MaskProver:
         if not np.allclose(factors, factors[0], rtol=1e-5):
             raise MaskError("the scale of the scores depends on the sizes")
         scale, softcap = factors[0]
-        return MaskProof(scale, past, chunks, window, softcap)
+        of_heads = None if slopes is None else tuple(map(float, np.broadcast_to(slopes, self._heads(site))))
+        return MaskProof(scale, past, chunks, window, softcap, slopes=of_heads)
 
     def _runs(self, part: Slice, chain: ScoreChain, fed: _Attention) -> bool:
         sizes = self._roles.fit(_SIZES[0])
@@ -149,10 +156,29 @@ class MaskProver:
             return False
         return True
 
-    def _find_window(self, part: Slice, chain: ScoreChain, attention: _Attention) -> tuple[int, int]:
+    @staticmethod
+    def _heads(site: AttentionSite | None) -> int:
+        if site is None:
+            raise MaskError("ALiBi is added to the scores")
+        return site.heads.num_query_heads
+
+    def _find_slopes(self, part: Slice, chain: ScoreChain, attention: _Attention) -> Array | None:
+        """Of ALiBi, for each head or [1] for all alike; None where the last two keys get the same."""
+        sizes = self._roles.fit(_SIZES[0])
+        try:
+            base, _ = self._evaluated(part, chain, attention, sizes, _paddings(sizes)[0])
+        except EvaluationError as error:
+            raise MaskError(f"the mask cannot be evaluated: {error}") from error
+        last = base[0, :, -1, sizes.total - 2 : sizes.total]
+        slopes = last[:, 1] - last[:, 0]
+        return slopes if (last > _BLOCKED).all() and (np.abs(slopes) > _FLAT).any() else None
+
+    def _find_window(
+        self, part: Slice, chain: ScoreChain, attention: _Attention, slopes: Array | None
+    ) -> tuple[int, int]:
         """The longest past that can be evaluated, and how many positions a query sees there; 0: all."""
         failure: EvaluationError | None = None
-        for past in self._long_pasts(part, attention):
+        for past in self._long_pasts(part, attention, 1 if slopes is None else slopes.size):
             sizes = self._roles.fit(Sizes(1, 1, past))
             every = np.ones((sizes.batch, sizes.total), np.int64)
             try:
@@ -160,7 +186,8 @@ class MaskProver:
             except EvaluationError as error:
                 failure = error
                 continue
-            visible = np.nonzero(logits[0, 0, 0, : sizes.total] > _BLOCKED)[0]
+            level = _level(logits, sizes, slopes)
+            visible = np.nonzero(level[0, 0, 0, : sizes.total] > _BLOCKED)[0]
             first = int(visible[0]) if visible.size else 0
             return past, sizes.total - first if first else 0
         raise MaskError(f"the mask cannot be evaluated on a long past: {failure}")
@@ -175,13 +202,14 @@ class MaskProver:
         room = self._roles.capacity
         return [each for each in sizes if room is None or each.total <= room]
 
-    def _long_pasts(self, part: Slice, attention: _Attention) -> list[int]:
+    def _long_pasts(self, part: Slice, attention: _Attention, biases: int) -> list[int]:
         """Longest first; limited by fixed caches, and by memory where keys or all heads have to be fed."""
         capacity = self._roles.capacity
         if capacity is not None:
             return [capacity - 1]
         fed = [self._roles.cache_sizes[cache.past] for cache in attention.caches if cache.past in part.inputs]
-        row = 4 * (sum(heads * dim for heads, dim in fed) + (attention.heads if attention.heads > 1 else 0))
+        of_heads = max(attention.heads, biases)
+        row = 4 * (sum(heads * dim for heads, dim in fed) + (of_heads if of_heads > 1 else 0))
         return [past for past in LONG_PASTS if past * row <= _LARGEST_CACHE] or [LONG_PASTS[-1]]
 
     def _check(
@@ -192,14 +220,15 @@ class MaskProver:
         sizes: Sizes,
         padding: Array,
         window: int,
+        slopes: Array | None,
     ) -> tuple[float, float]:
         """Compare one evaluation with the expected mask; return the chain's scale and soft cap."""
         base, evaluate = self._evaluated(part, chain, attention, sizes, padding)
         has_mask = self._roles.attention_mask is not None
         allowed = _allowed(sizes, padding, has_mask, self._roles.columns(sizes), window)
         judged = np.broadcast_to((padding[:, None, sizes.past :, None] != 0), allowed.shape)
-        _compare(base, allowed, judged, sizes, window)
-        return (1.0, 0.0) if evaluate is None else _scale_and_cap(evaluate, allowed & judged, base.shape)
+        _compare(_level(base, sizes, slopes), allowed, judged, sizes, window, _rounding(sizes, slopes))
+        return (1.0, 0.0) if evaluate is None else _scale_and_cap(evaluate, allowed & judged, base)
 
     def _evaluated(
         self, part: Slice, chain: ScoreChain, attention: _Attention, sizes: Sizes, padding: Array
@@ -238,22 +267,23 @@ class MaskProver:
         return (dims[0], sizes.tokens, columns)
 
 
-def _scale_and_cap(
-    evaluate: Callable[[float], Array], judged: Array, shape: tuple[int, ...]
-) -> tuple[float, float]:
+def _scale_and_cap(evaluate: Callable[[float], Array], judged: Array, base: Array) -> tuple[float, float]:
     """The one factor between scores and logits where attention is allowed, and c of c·tanh(score/c) or 0."""
-    where = np.broadcast_to(judged, shape)
-    logits = {score: evaluate(score)[where].astype(np.float64) for score in (*_SCORES, _SMALL, _HUGE)}
-    scale = float(logits[_SMALL].flat[0]) / _SMALL
+    where = np.broadcast_to(judged, base.shape)
+    added = base[where].astype(np.float64)
+    logits = {score: evaluate(score)[where] - added for score in (*_SCORES, _SMALL, _HUGE)}
+    largest, small = float(logits[_HUGE].flat[0]), float(logits[_SMALL].flat[0]) / _SMALL
+    capped = largest < 2 * small * _SCORES[-1]
+    scale = small if capped else largest / _HUGE  # which no bias can blur
     if scale <= 0:
         raise MaskError("the scores are multiplied by a factor that is not positive")
-    expected = {score: scale * score for score in logits}
-    largest, cap = float(logits[_HUGE].flat[0]), 0.0
-    if largest < scale * _SCORES[-1] * 2:
+    expected, cap = {score: scale * score for score in logits}, 0.0
+    if capped:
         cap = float(f"{largest:.{_CAP_DIGITS}g}")
         expected = {score: cap * float(np.tanh(each / cap)) for score, each in expected.items()}
+    blur = _ROUNDING * float(np.abs(added).max(initial=0.0))
     for score, found in logits.items():
-        if not np.allclose(found, expected[score], rtol=1e-4, atol=0):
+        if not np.allclose(found, expected[score], rtol=1e-4, atol=blur):
             raise MaskError(
                 "the scores are not just scaled or soft-capped before the softmax (clipped, or by a factor "
                 "per head)"
@@ -261,7 +291,24 @@ def _scale_and_cap(
     return scale, cap
 
 
-def _compare(logits: Array, allowed: Array, judged: Array, sizes: Sizes, window: int) -> None:
+def _level(logits: Array, sizes: Sizes, slopes: Array | None) -> Array:
+    """Logits without ALiBi: as high at every key that a query sees as at its own place, which is 0."""
+    if slopes is None:
+        return logits
+    query, key = np.arange(sizes.past, sizes.total), np.arange(logits.shape[3])
+    level = logits - slopes[:, None, None].astype(np.float64) * (key - query[:, None])
+    with np.errstate(invalid="ignore"):  # a padded query may see nothing: -inf - -inf
+        return np.asarray(level - np.take_along_axis(level, query[None, None, :, None], axis=3))
+
+
+def _rounding(sizes: Sizes, slopes: Array | None) -> float:
+    """What float32 makes of a bias that should be 0."""
+    return _FLAT if slopes is None else _FLAT + _ROUNDING * float(np.abs(slopes).max()) * sizes.total
+
+
+def _compare(
+    logits: Array, allowed: Array, judged: Array, sizes: Sizes, window: int, rounding: float
+) -> None:
     """Zero where attention is allowed and hopeless elsewhere, in judged rows; [B, 1 or H, S, T]."""
     try:
         shape = np.broadcast_shapes(logits.shape, allowed.shape)
@@ -287,9 +334,9 @@ def _compare(logits: Array, allowed: Array, judged: Array, sizes: Sizes, window:
         if window and -ahead >= window:
             what = f"{-ahead} tokens back, past a window of {window}"
         raise MaskError(f"a query sees a key {what}, so the mask is not causal with padding")
-    biased = judged & allowed & (np.abs(logits) > 1e-6)
+    biased = judged & allowed & (np.abs(logits) > rounding)
     if biased.any():
-        raise MaskError("a bias is added to the scores (ALiBi or relative positions)")
+        raise MaskError("a bias is added to the scores (relative positions, or another than ALiBi)")
 
 
 def _allowed(sizes: Sizes, padding: Array, has_mask: bool, columns: int, window: int) -> Array:

@@ -63,6 +63,7 @@ def _with_masks_proven(graph: ir.Graph, found: Survey, roles: Roles) -> Survey:
             window=proof.window or finding.terms.window,
             softcap=proof.softcap or finding.terms.softcap,
             sinks=finding.terms.sinks if proof.sinks is None else proof.sinks,
+            slopes=proof.slopes,
         )
         scale = finding.scale * proof.scale
         checked.append(replace(finding, scale=scale, terms=terms, chunks=proof.chunks))

@@ -152,11 +152,13 @@ def _node(
         *inputs,
         graph_inputs[PAST_LENGTHS],
         graph_inputs[LENGTHS],
-        *([] if site.terms.sinks is None else [_sinks(builder, site)]),
+        *_of_heads(builder, site),
         domain=DOMAIN,
         name=f"attention.{i}",
         outputs=outputs,
-        overload=Form.of(attributes, sinks=site.terms.sinks is not None).overload,
+        overload=Form.of(
+            attributes, sinks=site.terms.sinks is not None, slopes=site.terms.slopes is not None
+        ).overload,
         **attributes.as_onnx(),
     )
     node = first.producer()
@@ -164,9 +166,17 @@ def _node(
     return node
 
 
-def _sinks(builder: Builder, site: AttentionSite) -> ir.Value:
-    dtype = site.key.past.dtype or ir.DataType.FLOAT
-    return builder.constant(np.array(site.terms.sinks, dtype.numpy()), f"sinks.{site.layer}")
+def _of_heads(builder: Builder, site: AttentionSite) -> list[ir.Value | None]:
+    """Sinks and slopes, None for absent ones that are not the last."""
+    i, terms, dtype = site.layer, site.terms, site.key.past.dtype or ir.DataType.FLOAT
+    values: list[ir.Value | None] = [None, None]
+    if terms.sinks is not None:
+        values[0] = builder.constant(np.array(terms.sinks, dtype.numpy()), f"sinks.{i}")
+    if terms.slopes is not None:
+        values[1] = builder.constant(np.array(terms.slopes, np.float32), f"alibi_slopes.{i}")
+    while values and values[-1] is None:
+        values.pop()
+    return values
 
 
 def _connect(builder: Builder, site: AttentionSite, attended: ir.Value) -> None:
