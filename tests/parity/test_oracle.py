@@ -130,8 +130,13 @@ def test_probe_features_do_not_depend_on_what_follows_the_probe():
         np.testing.assert_allclose(feature[0], probabilities, atol=1e-6)
 
 
-def test_a_mask_that_is_not_causal_is_noticed():
-    model = family_model("mistral-mha", sliding_window=8)
+def test_a_mask_that_is_not_causal_is_noticed(monkeypatch):
+    from transformers.models.mistral import modeling_mistral
+
+    model = family_model("mistral-mha")
+    chunks = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
+    chunks[..., 10:, :10] = False
+    monkeypatch.setattr(modeling_mistral, "create_causal_mask", lambda **_: chunks)
     with pytest.raises(ChaiError, match="layer 0: its attention mask is not causal"):
         Oracle(model, [8, 8]).logits(tokens_for(model, 20))
 

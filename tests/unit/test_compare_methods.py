@@ -12,6 +12,7 @@ from chai_export.clustering.clusters import Clusters
 from chai_export.clustering.static_maps import static_head_maps
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.oracle import Oracle, model_logits
+from chai_export.models.scoring import Scoring
 from chai_export.quality.clustered_run import fixed_maps, logits_with_maps, method_maps, probe
 from chai_export.quality.divergence import Divergence
 from chai_export.quality.method_comparison import compare
@@ -75,7 +76,7 @@ def test_static_maps_find_the_planted_groups_and_run_as_given_maps(model):
 def test_an_unmasked_probe_sees_later_tokens():
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 4, 6, 8, generator=generator) for _ in range(2))
-    causal, open_probe = (probe(query, key, 0.3, 4, causal=causal) for causal in (True, False))
+    causal, open_probe = (probe(query, key, Scoring(0.3), 4, causal=causal) for causal in (True, False))
     assert causal.shape == open_probe.shape == (4, 4, 4)
     assert (causal[:, 0, 1:] == 0).all()
     assert (open_probe > 0).all()

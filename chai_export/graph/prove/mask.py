@@ -38,6 +38,7 @@ _SMALL, _HUGE = 2.0**-10, 2.0**100
 _CAP_DIGITS = 6
 _FLAT, _ROUNDING = 1e-6, 5e-7
 """A bias that is none, and what float32 makes of one, as a part of it."""
+_BIAS = "a bias is added to the scores (relative positions, or another than ALiBi)"
 _LONGEST_FRESH = 1024
 """Windows of up to so many tokens are also looked at in a fresh row that is longer."""
 
@@ -171,7 +172,13 @@ class MaskProver:
             raise MaskError(f"the mask cannot be evaluated: {error}") from error
         last = base[0, :, -1, sizes.total - 2 : sizes.total]
         slopes = last[:, 1] - last[:, 0]
-        return slopes if (last > _BLOCKED).all() and (np.abs(slopes) > _FLAT).any() else None
+        if not (last > _BLOCKED).all() or not (np.abs(slopes) > _FLAT).any():
+            return None
+        # What is not even among a few keys would look like a window among many.
+        level = _level(base, sizes, slopes)
+        if (np.abs(level[base > _BLOCKED]) > _rounding(sizes, slopes)).any():
+            raise MaskError(_BIAS)
+        return slopes
 
     def _find_window(
         self, part: Slice, chain: ScoreChain, attention: _Attention, slopes: Array | None
@@ -336,7 +343,7 @@ def _compare(
         raise MaskError(f"a query sees a key {what}, so the mask is not causal with padding")
     biased = judged & allowed & (np.abs(logits) > rounding)
     if biased.any():
-        raise MaskError("a bias is added to the scores (relative positions, or another than ALiBi)")
+        raise MaskError(_BIAS)
 
 
 def _allowed(sizes: Sizes, padding: Array, has_mask: bool, columns: int, window: int) -> Array:
