@@ -8,7 +8,7 @@ from pathlib import Path
 
 from chai_export.bundle.choices import Backend, Heads
 from chai_export.cli.output import print_json
-from chai_export.cli.storage_options import warn_of
+from chai_export.cli.storage_options import warn_of_bundle
 from chai_export.errors import UsageError
 from chai_export.progress import note
 from chai_export.runtime.prompts import read_prompt_file
@@ -55,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Generate and print."""
-    from chai_export.clustering.plan import load_plan
     from chai_export.runtime.report import run_report
     from chai_export.runtime.runner import load
     from chai_export.runtime.sampling import SamplingSettings
@@ -77,7 +76,7 @@ def execute(arguments: argparse.Namespace) -> int:
         heads=arguments.heads,
         cache_memory=bytes_of(memory, "--cache-memory") if memory is not None else None,
     )
-    warn_of(load_plan(runner.bundle.clusters_path))
+    warn_of_bundle(runner.bundle)
     generations = runner.generate(
         prompts,
         max_new_tokens=arguments.max_new_tokens,

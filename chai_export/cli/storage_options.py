@@ -10,6 +10,7 @@ from chai_export.op.precision import SAFE_BITS
 from chai_export.progress import note
 
 if TYPE_CHECKING:
+    from chai_export.bundle.bundle import Bundle
     from chai_export.clustering.plan import Chosen
 
 _CHOICES = (16, 8, 4, 0)
@@ -47,6 +48,19 @@ def warn_of(chosen: Chosen | None) -> None:
     warning = chosen.forced_warning() if isinstance(chosen, Plan) else None
     if warning is not None:
         note(f"warning: {warning}")
+
+
+def warn_of_bundle(bundle: Bundle) -> None:
+    """Say so if the bundle was made with a plan that was forced.
+
+    Raises:
+        ChaiError: its plan is malformed.
+    """
+    from chai_export.bundle.bundle import PLAN_FILE
+    from chai_export.clustering.plan import Plan
+
+    if PLAN_FILE in bundle.manifest.files:
+        warn_of(Plan.load(bundle.clusters_path))
 
 
 def add_storage_options(parser: argparse.ArgumentParser) -> None:
