@@ -31,6 +31,7 @@ RIGHT = (
     "F-optimum-0.1.0-gqa",
     "H-genai-0.18.0-dml-fp16-gqa-longrope",
     "K-handmade-onnx-1.23.2-opset24-tensorscatter-gqa",
+    "J-genai-0.18.0-cpu-fp32-window",
     *sorted(ROUNDING),
 )
 
