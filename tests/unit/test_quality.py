@@ -42,7 +42,8 @@ class Engine:
         manifest["storage"] = CacheStorage.exact(geometry, Dtype.FLOAT32)
         manifest["heads"] = lambda mode: KEPT if mode == "chai" else geometry.all_kept
         manifest |= faults.get("manifest", {})
-        self.bundle = SimpleNamespace(manifest=SimpleNamespace(switch_lengths=[], **manifest), path="bundle")
+        of_model = SimpleNamespace(switch_lengths=[], windows=None, **manifest)
+        self.bundle = SimpleNamespace(manifest=of_model, path="bundle")
         self.backend, self.tokenizer = "onnxruntime", None
         self._faults = faults if heads == faults.get("heads", heads) else {}
         kept = faults.get("kept", KEPT) if heads == "chai" else [geometry.num_kv_heads] * geometry.num_layers
