@@ -61,6 +61,12 @@ class _Parser(argparse.ArgumentParser):
         action.type = str
         return action
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """As argparse, which takes the value of ``--prompt=--`` for the end of options and gives a list."""
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         self.exit(2, f"error: {printable(message)}\n")

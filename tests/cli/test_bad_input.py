@@ -275,3 +275,16 @@ def test_an_onnx_file_as_reference_is_looked_at(command: Command, tmp_path, bund
     assert fails(
         command("eval", bundle, "--text", text, "--reference", source), "only `chai-export verify` takes"
     )
+
+
+@pytest.mark.parametrize("option", ["--token-ids", "--temperature", "--prompt-file"])
+def test_two_dashes_as_a_value_are_a_value(command: Command, bundle, option):
+    outcome = command("run", bundle, f"{option}=--")
+    assert outcome.code != 0
+    assert "unexpected" not in outcome.err
+    assert "--" in outcome.err
+
+
+def test_a_link_to_itself_is_named(command: Command, tmp_path):
+    (tmp_path / "model.onnx").symlink_to(tmp_path / "model.onnx")
+    assert fails(command("inspect", tmp_path), "is a link to", "download the model again")

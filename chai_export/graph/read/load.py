@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import onnx
@@ -29,7 +30,7 @@ def find_onnx(path: Path) -> Path:
         return path
     if path.is_symlink() and not path.exists():
         raise ChaiError(
-            f"{path} is a link to {path.resolve()}, which does not exist; download the model again"
+            f"{path} is a link to {os.path.realpath(path)}, which does not exist; download the model again"
         )
     if not path.is_dir():
         raise ChaiError(f"{path} does not exist; name an ONNX file or a directory that holds one")
