@@ -118,10 +118,10 @@ def test_bits_that_there_are_not_are_refused_before_any_work(bits, tmp_path):
 
 def test_the_command_takes_the_bits(tmp_path, capsys):
     Clusters((2, 1)).save(tmp_path / "clusters.json")
-    options = ["--clusters", str(tmp_path / "clusters.json"), "-o", str(tmp_path / "b"), "--key-bits", "8"]
+    options = ["--clusters", str(tmp_path / "clusters.json"), "-o", str(tmp_path / "b"), "--key-bits", "4"]
     assert main(["rewrite", str(exported(NAME)), *options, "--json"]) == 0
     manifest = Bundle.load(tmp_path / "b").manifest
-    assert (manifest.key_bits, manifest.value_bits) == ([8, 8], [0, 0])
+    assert (manifest.key_bits, manifest.value_bits) == ([4, 4], [8, 8])  # 8 bits unless something is said
 
 
 def test_a_half_precision_model_has_its_caches_stored_alike(tmp_path):

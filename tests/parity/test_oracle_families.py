@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from chai_export.bundle.bundle import Bundle
 from chai_export.clustering.clusters import Clusters
 from chai_export.exporter.stage import export
 from chai_export.quality.verify import verify
@@ -21,4 +22,7 @@ def test_a_bundle_of_every_family_passes_the_gate(name, tmp_path):
     assert result.greedy_match == {"all": True, "chai": True}
     assert result.head_map_agreement == 1.0
     assert result.greedy_ties == 0
-    assert (result.prompts, result.tokens) == (4, 4 * 64 + 3 + 6 + 17 + 29)
+    # Beside the four prompts and what follows them: texts up to each window, past it, and across it.
+    windows = {window for window in Bundle.load(tmp_path / "bundle").manifest.windows or () if window}
+    around = sum(window + (window + 2) + (window - 1 + 3) + (window // 2 + 3) for window in windows)
+    assert (result.prompts, result.tokens) == (4 + len(windows), 4 * 64 + 3 + 6 + 17 + 29 + around)
