@@ -21,6 +21,7 @@ from chai_export.graph.prove.in_memory import in_memory
 from chai_export.graph.prove.rounding_errors import FLOAT_ERROR, TIE_ERROR, add_rounding_errors
 from chai_export.graph.prove.survey import survey
 from chai_export.graph.read.load import find_onnx, load_graph, read_model
+from chai_export.graph.read.quantised_caches import has_quantised_caches
 from chai_export.models.logits import differences
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.quality.rounding import ALLOWANCE, STORED_ALLOWANCE, tolerances
@@ -73,6 +74,7 @@ class Source:
         self.rows = roles.batch
         self.capacity = roles.capacity
         self.chunks = all(site.chunks for site in sites)
+        self.quantised_caches = has_quantised_caches(read_model(self._path).graph)
         _require_same_sizes(self._path, manifest, len(sites), sites[0].heads)
 
     def as_written(self, *, exact: bool, batches: bool = True) -> SourceTruth:

@@ -1,6 +1,7 @@
 """Forms G and H: onnxruntime's ``GroupQueryAttention``, after :mod:`chai_export.graph.read.unfuse`.
 
-1. No bias, quantised cache or extra output: refused by name.
+1. No bias or extra output: refused by name. Quantised caches have become floats before
+   (:mod:`chai_export.graph.read.quantised_caches`).
 2. ``local_window_size`` and ``softcap`` are the op's window and soft cap, ``head_sink`` its sinks; a smooth
    softmax has a sink of 0 for each head.
 3. Query, key and value have been split into heads in front of the node, RoPE stands before it; both caches
@@ -25,7 +26,6 @@ from chai_export.graph.match.site import AttentionSite, CachedHeads, RightPaddin
 from chai_export.graph.read.unfuse import MICROSOFT, by_head, output_by_head
 
 _BIAS, _SINKS = 10, 11
-_SCALES = (12, 13)
 _NORMS = (14, 15)
 
 
@@ -94,10 +94,6 @@ def _plain(node: ir.Node) -> None:
 
 
 def _reasons(node: ir.Node) -> Iterator[str]:
-    kinds = (node.attributes.get(name) for name in ("k_quant_type", "v_quant_type"))
-    quantised = any(kind is not None and kind.as_string() not in ("", "NONE") for kind in kinds)
-    if quantised or any(_input(node, index) is not None for index in _SCALES):
-        yield "the KV cache is quantised"
     if _input(node, _BIAS) is not None:
         yield "a bias is added to the scores (attention_bias)"
     if any(_input(node, index) is not None for index in _NORMS):

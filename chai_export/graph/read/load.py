@@ -14,6 +14,7 @@ from chai_export.graph.read.check import check_model
 from chai_export.graph.read.external_data import external_tensors, locate_external_data
 from chai_export.graph.read.normalise import normalise
 from chai_export.graph.read.omitted_outputs import remember_omitted_outputs
+from chai_export.graph.read.quantised_caches import take_caches_as_floats
 from chai_export.graph.read.quiet import quiet_onnx_ir
 from chai_export.graph.read.unfuse import unfuse
 
@@ -93,6 +94,7 @@ def load_graph(path: Path) -> ir.Model:
     try:
         remember_omitted_outputs(model)
         choose_cache_branch(model)
+        take_caches_as_floats(model.graph)
         normalise(model)
         unfuse(model)
     except ChaiError:
