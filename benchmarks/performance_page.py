@@ -1,4 +1,4 @@
-"""docs/performance.md and its plots from benchmarks/results/{attention,generate}-*.json.
+"""docs/performance.md and its plots from results/{attention,paged-attention,generate,startup}-*.json.
 
 python benchmarks/performance_page.py [--results DIR] [--docs DIR]
 """
@@ -121,13 +121,13 @@ def plot_gains(cases: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def section(path: Path, images: Path) -> str:
-    name = path.stem.partition("-")[2]
+def section(kind: str, path: Path, images: Path) -> str:
+    name = path.stem.removeprefix(f"{kind}-")
     result = json.loads(path.read_text(encoding="utf-8"))
-    return (
-        generate_section(name, result)
-        if path.stem.startswith("generate")
-        else op_section(name, result, images)
+    if kind == "attention":
+        return op_section(name, result, images)
+    return {"paged-attention": paged_section, "generate": generate_section, "startup": startup_section}[kind](
+        name, result
     )
 
 
@@ -159,6 +159,52 @@ distance of their quartiles, *GB/s* counts the cache bytes that decoding must re
 {GQA}
 
 {skipped_lines(result["cases"])}"""
+
+
+def paged_section(name: str, result: Row) -> str:
+    cases = result["cases"]
+    kinds = [kind for kind in cases[0]["ms"] if "_kept_" not in kind]
+    fewer = list(dict.fromkeys(kind.rpartition("_")[0] for kind in cases[0]["ms"] if "_kept_" in kind))
+
+    def cell(case: Row, kind: str) -> str:
+        gain = case["times_as_fast_as_float32_all_heads"].get(kind)
+        return "" if gain is None else f"{gain:.2f}"
+
+    def row(case: Row) -> list[str]:
+        sizes = [str(case[size]) for size in "BHGRT"]
+        kept = [cell(case, f"{kind}_{case['R']}") for kind in fewer]
+        return [*sizes, *(cell(case, kind) for kind in kinds), *kept]
+
+    columns = ("B", "H", "G", "R", "T", *map(column_of, kinds), *(f"{column_of(kind)}, R" for kind in fewer))
+    return f"""## Decode on caches in pages on {name}
+
+{machine_line(result)} Memory reads at {result["read_bandwidth_gb_s"]:.1f} GB/s.
+`python benchmarks/paged_attention.py`; pages of {cases[0]["page"]} positions in random order, D = 128. How
+many times as fast as our own float32 with all heads; bits are of keys/values, *R*: R KV heads keep keys.
+
+{table(columns, map(row, cases))}"""
+
+
+def column_of(kind: str) -> str:
+    """paged_8_4_all_heads is "8/4"; peers keep their names."""
+    if not kind.startswith("paged_"):
+        return kind
+    keys, values = kind.split("_")[1:3]
+    return f"{keys}/{values}"
+
+
+def startup_section(name: str, result: Row) -> str:
+    machine = result["machine"]
+    rows = (
+        (command, f"{times['warm_s']:.2f}", f"{times['cold_s']:.2f}")
+        for command, times in result["commands"].items()
+    )
+    return f"""## Start of the commands on {name}
+
+{machine["date"]}, {machine["processor"]}, {machine["cores"]} cores. `python benchmarks/startup.py`; the demo
+model's bundle, seconds to the first byte of output, of `run` to its first token.
+
+{table(("command", "files warm", "files cold"), rows)}"""
 
 
 def machine_line(result: Row) -> str:
@@ -235,9 +281,9 @@ def main() -> None:
     arguments = parser.parse_args()
     images = arguments.docs / "images"
     images.mkdir(parents=True, exist_ok=True)
-    kinds = ("attention", "generate")
-    files = [path for kind in kinds for path in sorted(arguments.results.glob(f"{kind}-*.json"))]
-    cpu = [section(path, images) for path in files] or [NO_CPU_RESULT]
+    kinds = ("attention", "paged-attention", "generate", "startup")
+    files = [(kind, path) for kind in kinds for path in sorted(arguments.results.glob(f"{kind}-*.json"))]
+    cpu = [section(kind, path, images) for kind, path in files] or [NO_CPU_RESULT]
     page = "\n\n".join([INTRODUCTION, *cpu, gpu_section()])
     (arguments.docs / "performance.md").write_text(page.rstrip() + "\n", encoding="utf-8")
 

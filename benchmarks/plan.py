@@ -109,6 +109,9 @@ def measure(model: Path, kept: Path, windows: int) -> dict[str, Any]:
         "calibration": {
             "text": f"examples/text/{CALIBRATION.name}", "seconds": seconds, "windows": plan.measured.windows,
             "whole_plans": [each.model_dump() for each in plan.measured.whole_plans],
+            "rule": str(plan.rule), "times_smaller": 1.0 / (plan.kv_bytes_share or 1.0),
+            "expected": plan.expected and plan.expected.model_dump(),
+            "checked": plan.checked and plan.checked.model_dump(),
         },
         "plans": [{**row, "layers": bench.described(row["layers"])} for row in rows],
         "texts": texts,

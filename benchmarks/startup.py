@@ -1,6 +1,6 @@
 """How long each command takes to its first answer, with files cold and warm.
 
-    python benchmarks/startup.py BUNDLE [--repeats 5] [-o startup.json]
+    python benchmarks/startup.py NAME BUNDLE [--repeats 5]   # results/startup-NAME.json; NAME of the machine
 
 Warm is the fastest of some runs in a row. Cold is a run after the pages of the package, of its libraries
 and of the bundle have been dropped from the page cache, by posix_fadvise: no root is needed, and files that
@@ -18,15 +18,17 @@ import sysconfig
 from pathlib import Path
 from time import perf_counter
 
+from chai_export.bench import machine
+
 PROMPT = "The first token"
 
 
 def main() -> None:
     """Measure every command and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", help="of the machine, such as milan-2")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("-o", dest="output", type=Path)
     arguments = parser.parse_args()
     bundle = str(arguments.bundle)
     commands = {
@@ -35,17 +37,19 @@ def main() -> None:
         "doctor": ["doctor"],
         "--help": ["--help"],
     }
-    result = {}
+    times = {}
     for name, command in commands.items():
         drop_pages(
             [Path(sysconfig.get_path("purelib")), Path(sys.prefix), arguments.bundle, *map(Path, sys.path)]
         )
         cold = seconds(command)
         warm = min(seconds(command) for _ in range(arguments.repeats))
-        result[name] = {"cold_s": round(cold, 3), "warm_s": round(warm, 3)}
+        times[name] = {"cold_s": round(cold, 3), "warm_s": round(warm, 3)}
         print(f"{name:10} cold {cold:6.2f} s, warm {warm:6.2f} s", flush=True)
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps({"cpus": os.cpu_count(), "commands": result}, indent=2) + "\n")
+    result = {"machine": machine.describe(), "bundle": arguments.bundle.name, "commands": times}
+    path = Path(__file__).parent / "results" / f"startup-{arguments.name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(path)
 
 
 def seconds(command: list[str]) -> float:
