@@ -246,8 +246,8 @@ GroupQueryAttention with a shared cache buffer (ort_gqa), the same on caches in 
 (ort_gqa_float16, ort_gqa_int8, ort_gqa_int4), Attention of ONNX opset 23 (ort_attention), torch's
 scaled_dot_product_attention (torch_sdpa), this op with all KV heads kept (chai_all_heads; where caches have
 fewer bits also chai_float32_all_heads). The ceiling is the bytes of cache that all heads read in the dtype
-over those that CHAI reads: 2G / (R + G) where it stores the same. What was tried on the way is in
-`benchmarks/experiments.md`."""
+over those that CHAI reads: 2G / (R + G) where it stores the same. Results of milan-2 are of the kernel before
+caches lay in pages. What was tried on the way is in `benchmarks/experiments.md`."""
 
 
 NO_CPU_RESULT = """## CPU
