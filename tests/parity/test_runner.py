@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,6 @@ import chai_export as ce
 from chai_export.bundle.bundle import Bundle
 from chai_export.errors import ChaiError, UsageError
 from chai_export.runtime import onnxruntime_session
-from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, SWITCH, find_library
 from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
 from chai_export.runtime.runner import Runner
 from tests.helpers.tiny_graph import TinyModel, letters_tokenizer
@@ -23,21 +20,6 @@ GROUPED = TinyModel(heads=6, kv_heads=3, kept=(1, 2), head_dim=4, value_dim=8, p
 SHARED = TinyModel(heads=6, kv_heads=3, kept=(2, 1, 2), sources=(0, 1, 0), positions=400)
 TOLERANCE = 1e-4
 SHORT, MIDDLE, LONG = [5, 9], [7, 8, 20, 21, 6, 30], list(range(4, 33))
-
-
-@pytest.fixture(scope="module", params=["function body", "library"])
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Both implementations of the op; the library where it was built."""
-    before = os.environ.get(SWITCH)
-    os.environ[SWITCH] = "0" if request.param == "function body" else "1"
-    try:
-        if request.param == "library" and find_library(ONNXRUNTIME_LIBRARY) is None:
-            pytest.skip("libchai_onnxruntime.so was not built")
-        yield request.param
-    finally:
-        os.environ.pop(SWITCH)
-        if before is not None:
-            os.environ[SWITCH] = before
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,21 +36,6 @@ MODELS = {name: TinyModel(positions=400, **options) for name, options in {**EXAC
 TOLERANCE = 1e-4
 SHORT, MIDDLE, LONG = [5, 9], [7, 8, 20, 21, 6, 30], list(range(4, 33))
 PROMPTS = [SHORT, LONG, [11], MIDDLE, LONG[:7]]
-
-
-@pytest.fixture(scope="module", params=["function body", "library"])
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Both implementations of the op; the library where it was built."""
-    before = os.environ.get(SWITCH)
-    os.environ[SWITCH] = "0" if request.param == "function body" else "1"
-    try:
-        if request.param == "library" and find_library(ONNXRUNTIME_LIBRARY) is None:
-            pytest.skip("libchai_onnxruntime.so was not built")
-        yield request.param
-    finally:
-        os.environ.pop(SWITCH)
-        if before is not None:
-            os.environ[SWITCH] = before
 
 
 @pytest.fixture

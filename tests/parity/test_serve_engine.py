@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
 from random import Random
@@ -16,7 +14,6 @@ import pytest
 import chai_export as ce
 from chai_export.bundle.bundle import Bundle
 from chai_export.errors import ChaiError, UsageError
-from chai_export.runtime.native import SWITCH
 from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
 from chai_export.runtime.sampling import settings_for
 from chai_export.serve import batch as batch_module
@@ -33,18 +30,6 @@ MODELS = {
     "shared 4/8": TinyModel(positions=400, **SHARED, bits=((4, 8), (8, 4), (0, 0))),
 }
 LENGTH = 8
-
-
-@pytest.fixture(scope="module", params=["function body", "library"])
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = os.environ.get(SWITCH)
-    os.environ[SWITCH] = "0" if request.param == "function body" else "1"
-    try:
-        yield request.param
-    finally:
-        os.environ.pop(SWITCH)
-        if before is not None:
-            os.environ[SWITCH] = before
 
 
 @pytest.fixture(scope="module")
