@@ -57,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ray", action="store_true", help="run replicas on Ray Serve; --max-rows and the like are of each"
     )
     parser.add_argument("--replicas", metavar="N", type=int, help="with --ray (default 1)")
+    parser.add_argument(
+        "--by-session", action="store_true",
+        help="with --ray: requests with one x-session-id go to the replica that has their beginnings cached",
+    )  # fmt: skip
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -69,6 +73,8 @@ def execute(arguments: argparse.Namespace) -> int:
         whole(arguments.replicas, "--replicas")
         if not arguments.ray:
             raise UsageError("--replicas are started by Ray; give --ray too")
+    if arguments.by_session and not arguments.ray:
+        raise UsageError("--by-session is for replicas; give --ray too")
     memory = arguments.cache_memory
     keys = [] if arguments.api_key_file is None else api["guards"].read_keys(arguments.api_key_file)
     listener = api["server"].listen(arguments.host, arguments.port)  # before the weights are read
@@ -131,7 +137,9 @@ def _serve_replicas(
 
     open_model(arguments.bundle, **options).close()
     replicas = arguments.replicas or 1
-    app = fleet.application(arguments.bundle, replicas=replicas, keys=keys, **options)
+    app = fleet.application(
+        arguments.bundle, replicas=replicas, by_session=arguments.by_session, keys=keys, **options
+    )
     port = listener.getsockname()[1]
     listener.close()  # Ray listens itself
     try:

@@ -16,7 +16,6 @@ import pytest
 pytest.importorskip("fastapi", reason="needs chai-export[serve]")
 pytest.importorskip("uvicorn", reason="needs chai-export[serve]")
 pytest.importorskip("prometheus_client", reason="needs chai-export[serve]")
-pytest.importorskip("httpx", reason="needs httpx, which openai brings")
 
 import httpx
 from starlette.exceptions import HTTPException
@@ -82,6 +81,7 @@ def test_what_it_cannot_start_with_is_one_line(command, tiny, tmp_path):
         (1, "--host nowhere.invalid is no address", tiny, "--host", "nowhere.invalid"),
         (2, "--port is 70000; give 0 to 65535", tiny, "--port", 70000),
         (2, "--replicas are started by Ray; give --ray too", tiny, "--port", 0, "--replicas", 2),
+        (2, "--by-session is for replicas; give --ray too", tiny, "--port", 0, "--by-session"),
         (2, "--max-rows is 0", tiny, "--port", 0, "--max-rows", 0),
         (2, "--max-waiting is -1", tiny, "--port", 0, "--max-waiting", -1),
         (2, "--cache-memory", tiny, "--port", 0, "--cache-memory", "many"),

@@ -17,10 +17,12 @@ from chai_export.progress import note
 
 GRACE_SECONDS = 300
 """Texts that still run so long after the server was told to end are cut off."""
+STALLED_SECONDS = 60.0
+"""A client that takes nothing of what is sent for so long has lost its connection."""
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes a free one.
+def listen(host: str, port: int, stalled_seconds: float = STALLED_SECONDS) -> socket.socket:
+    """A socket that listens; port 0 takes a free one. Connections inherit the limit where the system has it.
 
     Raises:
         ChaiError: the address cannot be had.
@@ -32,6 +34,10 @@ def listen(host: str, port: int) -> socket.socket:
         raise ChaiError(f"--host {host} is no address ({error}); give one of this machine's") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # The server cannot see it: what is sent waits in buffers of the event loop and of the system.
+            milliseconds = int(1e3 * stalled_seconds)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         listener.bind(address)
         listener.listen(2048)
     except OSError as error:
