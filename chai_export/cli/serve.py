@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--port", metavar="N", type=int, default=8000, help="0 takes a free one (default %(default)s)"
     )
     parser.add_argument(
-        "--max-rows", metavar="N", type=int, default=16, help="texts made at one time (default %(default)s)"
-    )
+        "--max-rows", metavar="N", type=int,
+        help="texts made at one time (default 16, or what an engine was built for)",
+    )  # fmt: skip
     parser.add_argument(
         "--max-waiting", metavar="N", type=int, default=64,
         help="texts that may wait; beyond them clients are sent away (default %(default)s)",
@@ -100,7 +101,7 @@ def execute(arguments: argparse.Namespace) -> int:
         "url": url,
         "model": model.name,
         "max_seq": model.positions,
-        "max_rows": arguments.max_rows,
+        "max_rows": model.engine.rows,
         "cache_tokens": pages * length,
         "cache_bytes": pages * model.session.page_bytes,
     }
@@ -110,7 +111,7 @@ def execute(arguments: argparse.Namespace) -> int:
             print_json(facts)
             sys.stdout.flush()
         note(
-            f"{model.name} at {url}/v1: {arguments.max_rows} rows, texts of up to {model.positions} tokens, "
+            f"{model.name} at {url}/v1: {model.engine.rows} rows, texts of up to {model.positions} tokens, "
             f"a cache of {pages} pages of {length} tokens ({bytes_text(int(facts['cache_bytes']))})"
         )
         if not keys and not arguments.host.startswith(_LOOPBACK):
@@ -135,7 +136,9 @@ def _serve_replicas(
     fleet: Any = importlib.import_module("chai_export.serve.api.fleet")
     from chai_export.serve.model import open_model
 
-    open_model(arguments.bundle, **options).close()
+    model = open_model(arguments.bundle, **options)
+    options["max_rows"] = model.engine.rows
+    model.close()
     replicas = arguments.replicas or 1
     app = fleet.application(
         arguments.bundle, replicas=replicas, by_session=arguments.by_session, keys=keys, **options

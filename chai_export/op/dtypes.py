@@ -33,7 +33,6 @@ class ElementType:
         onnxruntime: type of a graph's input or output, ``tensor(…)``, also in ONNX schemas.
         tensorrt: member of ``tensorrt.DataType``.
         triton: in the signature of a kernel in the Triton language.
-        triton_server: in a configuration of NVIDIA Triton Inference Server.
     """
 
     name: str
@@ -42,7 +41,6 @@ class ElementType:
     onnxruntime: str
     tensorrt: str
     triton: str
-    triton_server: str
 
     @property
     def numpy(self) -> np.dtype[Any]:
@@ -60,13 +58,13 @@ class ElementType:
 ELEMENT_TYPES = {
     element.name: element
     for element in (
-        ElementType("float32", 4, 1, "tensor(float)", "FLOAT", "fp32", "TYPE_FP32"),
-        ElementType("float16", 2, 10, "tensor(float16)", "HALF", "fp16", "TYPE_FP16"),
-        ElementType("bfloat16", 2, 16, "tensor(bfloat16)", "BF16", "bf16", "TYPE_BF16"),
-        ElementType("int8", 1, 3, "tensor(int8)", "INT8", "i8", "TYPE_INT8"),
-        ElementType("uint8", 1, 2, "tensor(uint8)", "UINT8", "u8", "TYPE_UINT8"),
-        ElementType("int32", 4, 6, "tensor(int32)", "INT32", "i32", "TYPE_INT32"),
-        ElementType("int64", 8, 7, "tensor(int64)", "INT64", "i64", "TYPE_INT64"),
+        ElementType("float32", 4, 1, "tensor(float)", "FLOAT", "fp32"),
+        ElementType("float16", 2, 10, "tensor(float16)", "HALF", "fp16"),
+        ElementType("bfloat16", 2, 16, "tensor(bfloat16)", "BF16", "bf16"),
+        ElementType("int8", 1, 3, "tensor(int8)", "INT8", "i8"),
+        ElementType("uint8", 1, 2, "tensor(uint8)", "UINT8", "u8"),
+        ElementType("int32", 4, 6, "tensor(int32)", "INT32", "i32"),
+        ElementType("int64", 8, 7, "tensor(int64)", "INT64", "i64"),
     )
 }
 """By name; members of :class:`Dtype` are keys too."""

@@ -211,6 +211,19 @@ class TensorRtSession:
         """Take all pages from a row, whose text has ended."""
         self._pool.release(row)
 
+    def adopt(self, row: int, pages: Sequence[int], head_map: NDArray[np.int32]) -> None:
+        """Begin a row with pages of another one that hold its first tokens; see :class:`.SharingSession`."""
+        self._pool.adopt(row, pages)
+        self._head_map[:, row] = head_map
+
+    def copy_page(self, page: int, row: int, tokens: int) -> None:
+        """Begin the last page of a row's first ``tokens`` with a copy of ``page``."""
+        self._pool.extend(row, tokens)
+        target, used = self._pool.pages_of(row)[-1], (tokens - 1) % self.page_length + 1
+        with self._device.in_stream():
+            for pool in self._caches.values():
+                pool[target, :, :used] = pool[page, :, :used]
+
     def step(
         self,
         input_ids: NDArray[np.int64],

@@ -93,7 +93,7 @@ class ServedModel:
         require_fits(len(ids), self.positions, self.flag)
         eos = frozenset() if ignore_eos else frozenset(self.manifest.generation.eos_token_ids)
         limits = Limits(max_new_tokens or MOST, self.positions, eos, self.manifest.switch_lengths)
-        detokenizer = Detokenizer(self.tokenizer, ids)
+        detokenizer = Detokenizer(self.tokenizer, ids) if self.tokenizer is not None else None
         request = Request(0, list(ids), limits, Sampler(settings), StopStrings(stop), detokenizer)
         return Job(request, listen, **options)
 
@@ -108,12 +108,13 @@ def open_model(
     *,
     backend: Backend | str = Backend.ONNXRUNTIME,
     heads: Heads | str = Heads.CHAI,
-    max_rows: int = DEFAULT_MAX_ROWS,
+    max_rows: int | None = None,
     max_waiting: int = DEFAULT_MAX_WAITING,
     max_seq: int | None = None,
     cache_memory: int | None = None,
     threads: int = 0,
     reuse: bool = True,
+    need_tokenizer: bool = True,
 ) -> ServedModel:
     """Load a bundle and start its engine.
 
@@ -121,29 +122,40 @@ def open_model(
         path: the bundle.
         backend: that runs it.
         heads: "chai", or "all" for plain multi-head attention.
-        max_rows: texts computed at one time.
+        max_rows: texts computed at one time. Default: 16, or what the backend's engine was built for.
         max_waiting: texts that may wait for a row; beyond them clients are sent away.
         max_seq: most tokens of a prompt with its text. Default: what the model has learned.
         cache_memory: bytes that the pool of pages may take. Default: room for ``max_rows`` of the longest
             texts, or half of the memory that is free where that is less.
         threads: threads within an operator; 0 lets the backend decide.
         reuse: keep beginnings of texts for others.
+        need_tokenizer: refuse a bundle without one, which takes and makes token ids only.
 
     Raises:
         UsageError: an argument is out of range.
         ChaiError: the bundle cannot be served, or there is no memory for its cache.
     """
-    whole(max_rows, "--max-rows", most=1024)
+    if max_rows is not None:
+        whole(max_rows, "--max-rows", most=1024)
     whole(max_waiting, "--max-waiting", least=0)
     if max_seq is not None:
         whole(max_seq, "--max-seq")
     backend, heads = Backend(backend), Heads(heads)
     bundle = Bundle.load(path)
     require_heads(bundle, heads)
-    tokenizer = _tokenizer(bundle)  # before the weights are read
+    tokenizer = _tokenizer(bundle) if need_tokenizer else bundle.tokenizer()  # before the weights are read
+    engine = bundle.manifest.engines.get(backend) if backend is not Backend.ONNXRUNTIME else None
+    build = f"`chai-export build {bundle.path} --backend {backend}"
+    most_rows = DEFAULT_MAX_ROWS if engine is None else engine.max_batch
+    if engine is not None and max_rows is not None and max_rows > most_rows:
+        raise ChaiError(
+            f"--max-rows is {max_rows} and the {backend} engine was built for {most_rows}; give less, or run "
+            f"{build} --max-batch {max_rows}`"
+        )
+    max_rows = max_rows or min(DEFAULT_MAX_ROWS, most_rows)
     session = open_session(bundle, backend, heads, threads=threads, cache_memory=cache_memory)
     if not hasattr(session, "adopt"):
-        raise ChaiError(f"{backend} does not share pages among rows yet; serve with --backend onnxruntime")
+        raise ChaiError(f"{backend} does not share pages among rows; serve with --backend onnxruntime")
     sharing = cast(SharingSession, session)
     length = sharing.page_length
     fitting, budget = sharing.budget()
@@ -151,6 +163,8 @@ def open_model(
     bounds = [(MOST, "shorten it")]
     if max_seq is not None:
         bounds.append((max_seq, "shorten it, or start the server with a larger --max-seq"))
+    if engine is not None:
+        bounds.append((engine.max_seq, f"shorten it, or build for more with {build} --max-seq N`"))
     if bundle.manifest.max_positions is not None:
         learned = "shorten it: the model has learned no more positions"
         bounds.append((bundle.manifest.max_positions, learned))

@@ -18,8 +18,8 @@ from chai_export.bundle.manifest import EngineRecord
 from chai_export.bundle.work_directory import SUFFIX
 from chai_export.clustering.clusters import Clusters
 from chai_export.clustering.plot import PICTURE
-from chai_export.engines.triton_server import RECORD_FILE
 from chai_export.report.stage import REPORT
+from chai_export.serve.triton_server.repository import RECORD_FILE
 from tests.cli.conftest import TINY
 from tests.helpers.onnx_fixtures import ALL
 from tests.helpers.stage_server import StageServer, serving
@@ -93,7 +93,7 @@ def whole_repository(folder: Path) -> str:
     record = json.loads((out / RECORD_FILE).read_text())
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert found == {*record["files"], RECORD_FILE}
-    return "old" if (out / "models" / "old").is_dir() else "new"
+    return "old" if (out / "old").is_dir() else "new"
 
 
 def whole_engine(folder: Path) -> str:

@@ -16,12 +16,16 @@ import pytest
 from chai_export.bundle.engine_record import add_engine
 from chai_export.bundle.manifest import EngineRecord
 from chai_export.cli.main import main
-from chai_export.engines import triton_server
+from chai_export.clustering import calibrate
+from chai_export.exporter import stage
 from tests.cli.conftest import TINY, Command
 from tests.cli.test_bad_input import fails, largest_file
 from tests.helpers.folders import snapshot
 from tests.helpers.onnx_fixtures import ALL
 from tests.helpers.tiny_graph import TinyModel, letters_tokenizer
+
+IMPORTED = (calibrate, stage)
+"""They have names of what the tests replace, and must have the real ones."""
 
 GRAPH = next(fixture for fixture in ALL if fixture.name.startswith("A-") and fixture.name.endswith("mha"))
 QUICK = ("--samples", "2", "--seq-len", "16", "--keep", "5,3")
@@ -84,7 +88,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 @pytest.fixture
 def inputs(made: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inputs:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))
-    monkeypatch.setattr(triton_server, "find_library", lambda name: None)
     return Inputs(Path(shutil.copytree(made.folder, tmp_path / "inputs")))
 
 
@@ -111,7 +114,7 @@ DIRECTORIES = {
     "package": Writer(
         lambda i, out: ("package", i.bundle, "--triton-server", out),
         lambda i: [i.bundle],
-        "chai_export.engines.triton_server.model_config",
+        "chai_export.serve.triton_server.repository.model_config",
     ),
 }  # fmt: skip
 FILES = {

@@ -103,10 +103,10 @@ HEAVY = (
     "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "transformers",
     "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama",
     "chai_export.cli.parser", "chai_export.clustering.calibrate", "chai_export.clustering.plot",
-    "chai_export.engines.build", "chai_export.engines.onnxruntime", "chai_export.engines.triton_server",
+    "chai_export.engines.build", "chai_export.engines.onnxruntime",
     "chai_export.exporter.stage", "chai_export.exporter.torch_export", "chai_export.graph.pipeline",
     "chai_export.quality.verify", "chai_export.recipe.make", "chai_export.report.page",
-    "chai_export.report.stage", "chai_export.runtime.runner",
+    "chai_export.report.stage", "chai_export.runtime.runner", "chai_export.serve.triton_server.repository",
 )  # fmt: skip
 
 

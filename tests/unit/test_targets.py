@@ -17,8 +17,8 @@ from chai_export.bundle.parts import BUNDLE, ENGINE
 from chai_export.bundle.targets import DirectoryKind, FileKind
 from chai_export.clustering.clusters import CLUSTERS, Clusters
 from chai_export.clustering.plot import PICTURE, plot_curves
-from chai_export.engines.triton_server import REPOSITORY
 from chai_export.errors import ChaiError
+from chai_export.serve.triton_server.repository import REPOSITORY
 from tests.helpers.folders import snapshot
 from tests.helpers.tiny_graph import TinyModel
 
