@@ -24,7 +24,7 @@ struct Budget {
 // what a caller calls it.
 Budget budget_of(std::int64_t limit, std::int64_t available, const std::string& memory = "memory");
 
-// Addresses that the system gives memory to, a few KiB at a time, when something is written there. So a pool
+// Addresses that the system gives memory to, a little at a time, when something is written there. So a pool
 // can be as large as its rows can ever need, and growing is writing further.
 class ReservedMemory {
  public:

@@ -23,19 +23,21 @@ struct Int4Codes {
 #endif
   static CHAI_INLINE Vec high_codes(IntVec both) { return to_floats(both >> 4); }
 
-  // query · row = Σ_g scale_g (even · low nibbles + odd · high nibbles) + minimum_g · (sum of the query's
+  // A byte is 16 high + low, and whole bytes become floats without a shift:
+  // query · row = Σ_g scale_g ((even - odd / 16) · low + odd / 16 · bytes) + minimum_g · (sum of the query's
   // group)
   struct Query {
-    const float* even;
-    const float* odd;
+    const float* for_low;
+    const float* for_bytes;
     const float* sums;
 
     Query(const float* query, std::int64_t dim, std::int64_t group, float* scratch)
-        : even(scratch), odd(scratch + dim / 2), sums(scratch + dim) {
+        : for_low(scratch), for_bytes(scratch + dim / 2), sums(scratch + dim) {
       float* const to = scratch;
       for (std::int64_t i = 0; i < dim / 2; ++i) {
-        to[i] = query[2 * i];
-        to[dim / 2 + i] = query[2 * i + 1];
+        const float odd = query[2 * i + 1] * 0.0625f;
+        to[i] = query[2 * i] - odd;
+        to[dim / 2 + i] = odd;
       }
       for (std::int64_t g = 0; g < dim / group; ++g) {
         float total = 0.0f;
@@ -44,9 +46,12 @@ struct Int4Codes {
       }
     }
 
-    CHAI_INLINE float offset(const float* scales, std::int64_t groups) const {
-      float total = 0.0f;
-      for (std::int64_t g = 0; g < groups; ++g) total += scales[groups + g] * sums[g];
+    // Lanes whose sum is the minima's part.
+    CHAI_INLINE Vec offset(const float* scales, std::int64_t groups) const {
+      Vec total = {};
+      std::int64_t g = 0;
+      for (; g + 4 <= groups; g += 4) total += widened(load_four(scales + groups + g) * load_four(sums + g));
+      for (; g < groups; ++g) total[0] += scales[groups + g] * sums[g];
       return total;
     }
   };
@@ -55,7 +60,7 @@ struct Int4Codes {
   static CHAI_INLINE Vec dot(const Query& query, const Byte* codes, const float* scales,
                              std::int64_t groups) {
     const std::int64_t count = GROUPS > 0 ? GROUPS : groups;
-    Vec total = {};
+    Vec total = query.offset(scales, count);
 #pragma GCC unroll 4
     for (std::int64_t g = 0; g < count; ++g) {
       Vec part = {};
@@ -63,23 +68,23 @@ struct Int4Codes {
       for (int i = 0; i < PER; ++i) {
         const std::int64_t at = (g * PER + i) * kLanes;
         const IntVec both = load_bytes(codes + at);
-        part += CHAI_ISA::load(query.even + at) * low_codes(both);
-        part += CHAI_ISA::load(query.odd + at) * high_codes(both);
+        part += CHAI_ISA::load(query.for_low + at) * low_codes(both);
+        part += CHAI_ISA::load(query.for_bytes + at) * to_floats(both);
       }
       total += part * splat(scales[g]);
     }
     return total;
   }
 
-  // Sums of even and odd elements apart, and of the minima.
+  // Sums of low codes (even elements), of whole bytes, and of the minima.
   struct Sum {
-    float* even;    // [dim/2], then odd ones [dim/2]
+    float* low;     // [dim/2], then those of bytes [dim/2]
     float* minima;  // [groups]
 
-    Sum(std::int64_t dim, std::int64_t group, float* scratch) : even(scratch), minima(scratch + dim) {
+    Sum(std::int64_t dim, std::int64_t group, float* scratch) : low(scratch), minima(scratch + dim) {
       __builtin_memset(scratch, 0, (dim + dim / group) * sizeof(float));
     }
-    float* target(float*) const { return even; }
+    float* target(float*) const { return low; }
     void add_offsets(const float* factors, std::int64_t rows, std::int64_t groups) {
       std::int64_t g = 0;
       for (; g + 4 <= groups; g += 4) {
@@ -107,22 +112,22 @@ struct Int4Codes {
     void finish(float* sums, std::int64_t dim, std::int64_t group) {
       for (std::int64_t g = 0; g < dim / group; ++g) {
         for (std::int64_t i = g * group / 2; i < (g + 1) * group / 2; ++i) {
-          sums[2 * i] += even[i] + minima[g];
-          sums[2 * i + 1] += even[dim / 2 + i] + minima[g];
+          sums[2 * i] += low[i] + minima[g];
+          sums[2 * i + 1] += (low[dim / 2 + i] - low[i]) * 0.0625f + minima[g];
         }
       }
     }
   };
 
   template <int PER, int GROUPS>
-  static CHAI_INLINE void add_columns(float* even, float* odd, const Byte* codes, const float* factors,
-                                      std::int64_t rows, std::int64_t row_length, std::int64_t groups,
-                                      const char* ahead) {
-    Vec low[GROUPS * PER], high[GROUPS * PER];
+  static CHAI_INLINE void add_columns(float* low_sums, float* byte_sums, const Byte* codes,
+                                      const float* factors, std::int64_t rows, std::int64_t row_length,
+                                      std::int64_t groups, const char* ahead) {
+    Vec low[GROUPS * PER], whole[GROUPS * PER];
 #pragma GCC unroll 4
     for (int i = 0; i < GROUPS * PER; ++i) {
-      low[i] = CHAI_ISA::load(even + i * kLanes);
-      high[i] = CHAI_ISA::load(odd + i * kLanes);
+      low[i] = CHAI_ISA::load(low_sums + i * kLanes);
+      whole[i] = CHAI_ISA::load(byte_sums + i * kLanes);
     }
     for (std::int64_t t = 0; t < rows; ++t) {
       const Byte* row = codes + t * row_length;
@@ -134,31 +139,31 @@ struct Int4Codes {
         for (int i = g * PER; i < (g + 1) * PER; ++i) {
           const IntVec both = load_bytes(row + i * kLanes);
           low[i] += factor * low_codes(both);
-          high[i] += factor * high_codes(both);
+          whole[i] += factor * to_floats(both);
         }
       }
     }
 #pragma GCC unroll 4
     for (int i = 0; i < GROUPS * PER; ++i) {
-      CHAI_ISA::store(even + i * kLanes, low[i]);
-      CHAI_ISA::store(odd + i * kLanes, high[i]);
+      CHAI_ISA::store(low_sums + i * kLanes, low[i]);
+      CHAI_ISA::store(byte_sums + i * kLanes, whole[i]);
     }
   }
 
   template <int PER>
-  static void add_rows(float* even, const Byte* codes, const float* factors, std::int64_t rows,
+  static void add_rows(float* low, const Byte* codes, const float* factors, std::int64_t rows,
                        std::int64_t dim, std::int64_t groups, const char* ahead) {
     constexpr int kGroups = kColumnVectors / 2 / PER;
-    float* odd = even + dim / 2;
+    float* bytes = low + dim / 2;
     std::int64_t g = 0;
     for (; g + kGroups <= groups; g += kGroups) {
       const std::int64_t at = g * PER * kLanes;
-      add_columns<PER, kGroups>(even + at, odd + at, codes + at, factors + g, rows, dim / 2, groups,
+      add_columns<PER, kGroups>(low + at, bytes + at, codes + at, factors + g, rows, dim / 2, groups,
                                 g == 0 ? ahead : nullptr);
     }
     for (; g < groups; ++g) {
       const std::int64_t at = g * PER * kLanes;
-      add_columns<PER, 1>(even + at, odd + at, codes + at, factors + g, rows, dim / 2, groups,
+      add_columns<PER, 1>(low + at, bytes + at, codes + at, factors + g, rows, dim / 2, groups,
                           g == 0 ? ahead : nullptr);
     }
   }

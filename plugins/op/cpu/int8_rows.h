@@ -15,7 +15,6 @@ struct Int8Codes {
   struct Query {
     const float* values;
     Query(const float* query, std::int64_t, std::int64_t, float*) : values(query) {}
-    CHAI_INLINE float offset(const float*, std::int64_t) const { return 0.0f; }
   };
 
   template <int PER, int GROUPS>

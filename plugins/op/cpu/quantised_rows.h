@@ -32,10 +32,12 @@ struct QuantisedRows {
                        std::int64_t group) {
     const std::int64_t bytes = Codes::bytes(dim), scales = row_scales(Codes::kStorage, dim, group);
     return {block.rows + first * bytes, block.scales + first * scales, least(most_rows, block.count - first),
-            block.ahead == nullptr ? nullptr : block.ahead + first * bytes};
+            block.ahead == nullptr ? nullptr : block.ahead + first * bytes,
+            block.scales_ahead == nullptr ? nullptr : block.scales_ahead + 2 * first * scales};
   }
 
   static const float* scales_of(const RowBlock& block, std::int64_t numbers, float* to) {
+    prefetch(block.scales_ahead, 2 * block.count * numbers);
     widen(to, reinterpret_cast<const Float16*>(block.scales), block.count * numbers, 1.0f);
     return to;
   }
@@ -66,14 +68,12 @@ struct QuantisedRows {
           lanes[r] = Codes::template dot<PER, GROUPS>(prepared, codes + (t + r) * bytes,
                                                       scales + (t + r) * numbers, groups);
         }
-        Quad total = sums(lanes[0], lanes[1], lanes[2], lanes[3]);
-        for (int r = 0; r < kSumsAtOnce; ++r) total[r] += prepared.offset(scales + (t + r) * numbers, groups);
+        const Quad total = sums(lanes[0], lanes[1], lanes[2], lanes[3]);
         __builtin_memcpy(to + t, &total, sizeof(total));
       }
       for (; t < rows.count; ++t) {
         to[t] =
-            sum(Codes::template dot<PER, GROUPS>(prepared, codes + t * bytes, scales + t * numbers, groups)) +
-            prepared.offset(scales + t * numbers, groups);
+            sum(Codes::template dot<PER, GROUPS>(prepared, codes + t * bytes, scales + t * numbers, groups));
       }
     }
   }

@@ -15,6 +15,7 @@ struct RowBlock {
   // Rows that are read next, to be brought nearer meanwhile; null: none. At least as many as `count`, but at
   // the end of a range.
   const char* ahead = nullptr;
+  const char* scales_ahead = nullptr;  // of those rows
 };
 
 // Position p is row p % page_size of page table[p / page_size].
@@ -46,7 +47,11 @@ CHAI_INLINE void for_each_block(const PagedRows& paged, std::int64_t begin, std:
   while (begin < end) {
     RowBlock block = paged.block(begin, end);
     const std::int64_t next = begin + block.count;
-    if (next < end && block.count * paged.row_bytes <= kMostAhead) block.ahead = paged.block(next, end).rows;
+    if (next < end && block.count * paged.row_bytes <= kMostAhead) {
+      const RowBlock then = paged.block(next, end);
+      block.ahead = then.rows;
+      block.scales_ahead = reinterpret_cast<const char*>(then.scales);
+    }
     body(block, begin);
     begin = next;
   }

@@ -78,6 +78,19 @@ CHAI_INLINE Quad load_four(const float* from) {
   return q;
 }
 
+// Four floats in the first lanes, zeros in the others.
+CHAI_INLINE Vec widened(Quad q) {
+#if defined(__AVX512F__)
+  return _mm512_zextps128_ps512(q);
+#elif defined(__AVX2__) && CHAI_LANES == 8
+  return _mm256_zextps128_ps256(q);
+#else
+  Vec v = {};
+  __builtin_memcpy(&v, &q, sizeof(q));
+  return v;
+#endif
+}
+
 CHAI_INLINE UintVec load_bits(const void* from) {
   HalfVec half;
   __builtin_memcpy(&half, from, sizeof(half));

@@ -9,6 +9,7 @@
 #include <limits>
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
 namespace {
 
@@ -54,6 +55,16 @@ TEST_CASE("addresses take no memory before they are written") {
   CHECK(memory.data() == nullptr);
   CHECK(resident() - before < kGiB / 4);
   CHECK(chai::ReservedMemory(0).data() == nullptr);
+}
+
+TEST_CASE("the beginning of a pool takes no large page") {
+  const std::int64_t before = resident();
+  std::vector<chai::ReservedMemory> pools;
+  for (int i = 0; i < 60; ++i) {
+    pools.emplace_back(std::size_t{1} << 28);
+    pools.back().data()[100] = 1;
+  }
+  CHECK(resident() - before < 16 << 20);
 }
 
 TEST_CASE("more addresses than there are is an error that names the options") {
