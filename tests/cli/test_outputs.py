@@ -93,7 +93,11 @@ def inputs(made: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inp
 
 @dataclass(frozen=True)
 class Writer:
-    """One command: its arguments, what it reads, and the function that does its work."""
+    """One command: its arguments, what it reads, and the function that does its work.
+
+    The function is named in the module that calls it: elsewhere a module imported before would not see a
+    test's double, and one imported meanwhile would keep it.
+    """
 
     arguments: Callable[[Inputs, str], tuple[object, ...]]
     sources: Callable[[Inputs], list[Path]]
@@ -104,7 +108,7 @@ DIRECTORIES = {
     "export": Writer(
         lambda i, out: ("export", i.model, "--clusters", i.clusters, "-o", out),
         lambda i: [i.model, i.clusters],
-        "chai_export.models.loading.load_model",
+        "chai_export.exporter.stage.load_model",
     ),
     "rewrite": Writer(
         lambda i, out: ("rewrite", i.graph, "--clusters", i.clusters, "--tokenizer", i.model, "-o", out),
@@ -121,12 +125,12 @@ FILES = {
     "calibrate": Writer(
         lambda i, out: ("calibrate", i.model, "--text", i.text, *QUICK, "-o", out),
         lambda i: [i.text, i.model / "config.json"],
-        "chai_export.models.loading.load_model",
+        "chai_export.clustering.calibrate.load_model",
     ),
     "plot": Writer(
         lambda i, out: ("calibrate", i.model, "--text", i.text, *QUICK, "-o", i.folder / "c", "--plot", out),
         lambda i: [i.text],
-        "chai_export.models.loading.load_model",
+        "chai_export.clustering.calibrate.load_model",
     ),
     "report": Writer(
         lambda i, out: ("report", i.bundle, "-o", out),
@@ -421,7 +425,7 @@ def recipe(inputs: Inputs, output: Path | str) -> Path:
 
 
 MAKE = Writer(
-    lambda i, out: ("make", recipe(i, out)), lambda i: [], "chai_export.models.loading.load_model"
+    lambda i, out: ("make", recipe(i, out)), lambda i: [], "chai_export.clustering.calibrate.load_model"
 )  # fmt: skip
 
 
