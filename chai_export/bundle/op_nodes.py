@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
+from chai_export.bundle.graph_io import past_key, present_key
 from chai_export.errors import ChaiError, reason
 from chai_export.op.attributes import DEFAULT_GROUP
 from chai_export.op.probe import PAPER_PROBE_TOKENS
@@ -102,9 +103,7 @@ def _layer(manifest: Manifest, node: onnx.NodeProto) -> int:
     Raises:
         ChaiError: it reads no cache of the graph.
     """
-    names = {
-        name: cache.layer for cache in manifest.io.caches for name in (cache.past.name, cache.present.name)
-    }
+    names = {name(layer): layer for layer in manifest.cache_layers for name in (past_key, present_key)}
     place = signature(node.op_type).input_names.index("key_cache")
     name = node.input[place] if place < len(node.input) else ""
     if name not in names:

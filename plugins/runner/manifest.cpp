@@ -129,16 +129,17 @@ std::vector<std::int64_t> read_bits(const Json& json, const std::string& name, c
   return bits;
 }
 
-// Those of layers on one cache are the same.
-void check_windows(const Json& json, const Geometry& geometry) {
+// None, or one number per layer; those of layers on one cache are the same.
+std::vector<std::int64_t> read_windows(const Json& json, const Geometry& geometry) {
   const auto given = json.find("windows");
-  if (!given) return;
-  const std::vector<std::int64_t> windows = integers(*given);
+  if (!given) return {};
+  std::vector<std::int64_t> windows = integers(*given);
   require(static_cast<std::int64_t>(windows.size()) == geometry.num_layers,
           "windows has not one number per layer");
   for (std::size_t layer = 0; layer < windows.size(); ++layer)
     require(windows[layer] == windows[static_cast<std::size_t>(geometry.kv_source_layers[layer])],
             "windows of layer " + std::to_string(layer) + " is not that of the cache it reads");
+  return windows;
 }
 
 void check_group(std::int64_t group, std::int64_t dim, const std::vector<std::int64_t>& bits) {
@@ -176,7 +177,7 @@ Manifest read_fields(const Json& json) {
   check_heads(geometry);
   geometry.kv_source_layers = kv_source_layers(json, geometry);
   read_storage(json, manifest);
-  check_windows(json, geometry);
+  manifest.windows = read_windows(json, geometry);
   if (const auto positions = json.find("max_positions")) manifest.max_positions = positions->integer();
   const auto membership = json.find("static");
   manifest.has_static_membership = membership.has_value();

@@ -38,7 +38,8 @@ struct Manifest {
   // How keys and values are stored, by layer: 0 (in the item type), 16 (float16), 8 or 4.
   std::vector<std::int64_t> key_bits;
   std::vector<std::int64_t> value_bits;
-  std::int64_t group = 0;  // elements that share a scale
+  std::int64_t group = 0;             // elements that share a scale
+  std::vector<std::int64_t> windows;  // by layer, 0: none; empty: none anywhere
   std::optional<std::int64_t> max_positions;
   bool has_static_membership = false;
   bool switches_rope = false;  // rotary factors follow the length of a row
