@@ -3,7 +3,8 @@
 Writes benchmarks/results/serving-<name>.json:
 
 * users: tokens per second of 16 texts at one time, of the same texts one after another, and their ratio, on
-  one engine;
+  one engine; where onnxruntime-genai is installed, of the same texts as one batch of its own, which begins
+  and ends at one time, and one after another;
 * prefix: milliseconds to the first token of a second question on a long prompt, with and without reuse, and
   whether the texts are the same;
 * soak (``--soak SECONDS``): 64 clients over HTTP on the demo model, a third of which leave; texts that differ
@@ -31,11 +32,13 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+import numpy as np
 import psutil
 from generate import LAYERS, REPOSITORY, make_bundle, make_model
 
 import chai_export as ce
 from chai_export.bench import machine
+from chai_export.bench.decoders import build_genai, genai_is_installed
 from chai_export.clustering.clusters import Clusters
 from chai_export.exporter.stage import export
 from chai_export.runtime.sampling import SamplingSettings
@@ -76,21 +79,67 @@ def prompts_of(model: ServedModel, count: int, shortest: int, longest: int) -> l
     ]
 
 
-def users(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of both ways take turns."""
+class GenaiBatch:
+    """onnxruntime-genai on the same weights, with the batches of its CPU build: padded to one length."""
+
+    def __init__(self, work: Path, threads: int) -> None:
+        import onnxruntime_genai
+
+        self._genai = onnxruntime_genai
+        directory = work / "genai"
+        if not directory.exists():
+            build_genai(work / "model", directory, "float32", threads or len(os.sched_getaffinity(0)))
+        config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))
+        self._padding = config["model"]["pad_token_id"]
+        self._model = onnxruntime_genai.Model(str(directory))
+
+    def texts(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        padded = np.full((len(prompts), longest), self._padding, np.int32)
+        for row, ids in zip(padded, prompts, strict=True):
+            row[: len(ids)] = ids
+        parameters = self._genai.GeneratorParams(self._model)
+        end = longest + new
+        parameters.set_search_options(
+            batch_size=len(prompts), max_length=end, min_length=end, do_sample=False
+        )
+        generator = self._genai.Generator(self._model, parameters)
+        generator.append_tokens(padded)
+        steps = []
+        for _ in range(new):
+            generator.generate_next_token()
+            steps.append(np.array(generator.get_next_tokens()))
+        return np.stack(steps, axis=1).tolist()
+
+
+def users(bundle: Path, work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rounds of all ways take turns."""
     model = open_model(bundle, max_rows=arguments.users, reuse=False, threads=arguments.threads)
     prompts = prompts_of(model, arguments.users, 32, arguments.prompt)
-    rates: dict[str, list[float]] = {"together": [], "one after another": []}
-    texts = []
+    new = arguments.new_tokens
+
+    def together() -> list[list[int]]:
+        made = [Text(model, ids, new) for ids in prompts]
+        return [text.finish() for text in made]
+
+    def one_after_another() -> list[list[int]]:
+        return [Text(model, ids, new).finish() for ids in prompts]
+
+    ways = {"together": together, "one after another": one_after_another}
+    if genai_is_installed():
+        genai = GenaiBatch(work, arguments.threads)
+        ways["onnxruntime-genai, together"] = lambda: genai.texts(prompts, new)
+        ways["onnxruntime-genai, one after another"] = lambda: [
+            text for ids in prompts for text in genai.texts([ids], new)
+        ]
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    texts: dict[str, list[list[int]]] = {}
     for _ in range(arguments.rounds):
-        for name, rate in rates.items():
+        for name, make in ways.items():
             begun = time.perf_counter()
-            if name == "together":
-                made = [Text(model, ids, arguments.new_tokens) for ids in prompts]
-                texts.append([text.finish() for text in made])
-            else:
-                texts.append([Text(model, ids, arguments.new_tokens).finish() for ids in prompts])
-            rate.append(sum(map(len, texts[-1])) / (time.perf_counter() - begun))
+            made = make()
+            rates[name].append(sum(map(len, made)) / (time.perf_counter() - begun))
+            assert texts.setdefault(name, made) == made
     model.close()
     medians = {name: sorted(rate)[len(rate) // 2] for name, rate in rates.items()}
     return {
@@ -98,8 +147,8 @@ def users(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "prompt_tokens": [len(ids) for ids in prompts],
         "new_tokens": arguments.new_tokens,
         "tokens_per_second": rates,
-        "times": medians["together"] / medians["one after another"],
-        "same_texts": all(text == texts[0] for text in texts),
+        "times": {name: medians["together"] / rate for name, rate in medians.items()},
+        "same_texts": texts["together"] == texts["one after another"],
     }
 
 
@@ -134,7 +183,9 @@ def soak(work: Path, seconds: float) -> dict[str, Any]:
         export(REPOSITORY / "examples" / "pydoc-5m", Clusters(kept_heads=(16, 16, 8, 5, 4, 4)), bundle)
     words = [sys.executable, "-m", "chai_export", "serve", str(bundle), "--port", "0", "--json"]
     server = subprocess.Popen(
-        [*words, "--max-rows", "16", "--max-waiting", "32"], stdout=subprocess.PIPE, text=True
+        [*words, "--max-rows", "16", "--max-waiting", "32", "--cache-memory", "256MiB"],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert server.stdout is not None
     lines = [server.stdout.readline()]
@@ -240,7 +291,7 @@ def main() -> None:
             make_model(work / "model", arguments.layers, arguments.hidden)
         bundle = make_bundle(work, PATTERN, arguments.cache, arguments.layers)
         settings = {"machine": machine.describe(), "pattern": PATTERN, "cache": arguments.cache}
-        result = {**settings, "users": users(bundle, arguments), "prefix": prefix(bundle, arguments)}
+        result = {**settings, "users": users(bundle, work, arguments), "prefix": prefix(bundle, arguments)}
         if arguments.soak:
             result["soak"] = soak(work, arguments.soak)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
