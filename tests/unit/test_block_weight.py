@@ -89,6 +89,6 @@ def test_parts_that_do_not_fit_are_refused():
         BlockWeight(np.zeros((4, 2, 16), np.uint8), np.zeros((4, 3), np.float32), None, 4, 32, 64)
     with pytest.raises(ValueError, match="blocks of 24"):
         BlockWeight(np.zeros((4, 2, 12), np.uint8), np.zeros((4, 2), np.float32), None, 4, 24, 48)
+    scales = np.zeros((4, 2), np.float32)
     with pytest.raises(ValueError, match="zero points in 8 bits"):
-        scales = np.zeros((4, 2), np.float32)
         BlockWeight(np.zeros((4, 2, 32), np.uint8), scales, scales, 8, 32, 64)
