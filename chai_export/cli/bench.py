@@ -38,8 +38,14 @@ def execute(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _subparser(subparsers: Any, name: str, help_: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = subparsers.add_parser(name, help=help_, description=help_)
+def _subparser(subparsers: Any, name: str, help_: str, example: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=help_,
+        description=help_,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object"
     )
@@ -51,6 +57,7 @@ def _add_attention(subparsers: Any) -> None:
         subparsers,
         "attention",
         "The op alone, against GroupQueryAttention in any precision, Attention-23 and torch.",
+        EXAMPLE,
     )
     command.add_argument("--phase", choices=Phase.words(), help="(default: both)")
     command.add_argument("--length", metavar="T", type=int, action="append", help="tokens; may be repeated")
@@ -159,7 +166,12 @@ def _add_bundle_arguments(command: argparse.ArgumentParser, new_tokens: int) -> 
 
 
 def _add_generate(subparsers: Any) -> None:
-    command = _subparser(subparsers, "generate", "Time to the first token and per token of a bundle.")
+    command = _subparser(
+        subparsers,
+        "generate",
+        "Time to the first token and per token of a bundle.",
+        "chai-export bench generate ./bundle --prompt-tokens 4096 --model ./model",
+    )
     _add_bundle_arguments(command, new_tokens=32)
     command.add_argument(
         "--rounds", metavar="N", type=int, default=3, help="prompts timed (default %(default)s)"
@@ -210,7 +222,12 @@ def _show_generate(result: Mapping[str, Any]) -> None:
 
 
 def _add_memory(subparsers: Any) -> None:
-    command = _subparser(subparsers, "memory", "Bytes of caches and peak resident size of a bundle.")
+    command = _subparser(
+        subparsers,
+        "memory",
+        "Bytes of caches and peak resident size of a bundle.",
+        "chai-export bench memory ./bundle --prompt-tokens 4096",
+    )
     _add_bundle_arguments(command, new_tokens=8)
     command.set_defaults(measure=(_memory, _show_memory))
 
