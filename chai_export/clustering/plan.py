@@ -118,6 +118,7 @@ class Plan(_Part):
             there is none.
         key_peaks: per layer G lists of D numbers, the largest magnitude of each channel of the keys.
         measured: what other rules can reuse.
+        checks: every check so far, by :func:`chai_export.clustering.plan_check.check_key`.
         created_with: program and version.
         origin: the file it came from, for messages.
     """
@@ -139,6 +140,7 @@ class Plan(_Part):
     kv_bytes_share_every_head: Finite | None = None
     key_peaks: tuple[Peaks, ...] = ()
     measured: Measurement | None = None
+    checks: dict[str, Check] = Field(default_factory=dict)
     created_with: str | None = None
     origin: str = Field(default="plan.json", exclude=True)
 

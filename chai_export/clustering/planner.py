@@ -20,6 +20,7 @@ from chai_export.clustering.allocation import Choice, Frontier
 from chai_export.clustering.correction import Correction
 from chai_export.clustering.equaliser import Equalisers, equaliser
 from chai_export.clustering.plan import Check, LayerPlan, Loss, Measurement, Plan, WholePlan
+from chai_export.clustering.plan_check import check_key, check_of
 from chai_export.clustering.plan_state import PlanState
 from chai_export.clustering.plan_tradeoff import best_choices, damage_sum, option_table, storage_of
 from chai_export.errors import ChaiError, UsageError
@@ -29,7 +30,7 @@ from chai_export.op.cache_storage import CacheStorage
 from chai_export.op.dtypes import Dtype
 from chai_export.op.kv_sharing import for_each_layer
 from chai_export.op.precision import GROUPS, Precision
-from chai_export.progress import track
+from chai_export.progress import note, track
 from chai_export.version import CREATED_WITH
 
 if TYPE_CHECKING:
@@ -161,7 +162,15 @@ def plan_cache(
     layers = planner.layers(measured, choice)
     kl = correction.kl(damage_sum(measured, choice))
     expected = Loss(perplexity_ratio=math.exp(correction.nll_change(kl)), kl=kl)
-    checked = _check_of(planner.run([layers], windows.check, "checking the plan")[0])
+    key = check_key(
+        model, windows.check, layers, group=group, peaks=peaks, probe_tokens=probe_tokens, skip=windows.skip
+    )
+    checks = {} if known is None else known.checks
+    if key in checks:
+        note("this plan was checked on this text before; it is not run again")
+    else:
+        checks = {**checks, key: check_of(planner.run([layers], windows.check, "checking the plan")[0])}
+    checked = checks[key]
     sources = geometry.kv_source_layers
     broken = rule.loss is not None and checked.perplexity_ratio > 1 + rule.loss
     plan = Plan(
@@ -182,6 +191,7 @@ def plan_cache(
         kv_bytes_share_every_head=every_head,
         key_peaks=peaks,
         measured=measured,
+        checks=checks,
         created_with=CREATED_WITH,
     )
     if broken and not force:
@@ -456,18 +466,6 @@ def _measurement(by_window: Sequence[NDArray[np.float64]], options: Options, tok
         tokens=tokens * len(by_window),
         windows=len(by_window),
         whole_plans=(),
-    )
-
-
-def _check_of(sums: Distance) -> Check:
-    ratio = math.exp(sums.mean_nll_change)
-    return Check(
-        perplexity_ratio=ratio,
-        kl=sums.mean_kl,
-        tokens=sums.total_tokens,
-        windows=len(sums.tokens),
-        top1_agreement=sums.top1_agreement,
-        perplexity_error=ratio * sums.nll_change_error,
     )
 
 

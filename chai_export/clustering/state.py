@@ -40,11 +40,17 @@ def require_state_place(path: Path) -> None:
     require_file_target(Path(os.path.realpath(path)), STATE, ())
 
 
-def state_key(model: PreTrainedModel, windows: NDArray[np.int32], settings: dict[str, Any]) -> str:
-    """Hash of everything the curves depend on: configuration, weights, tokens and settings.
+def state_key(
+    model: PreTrainedModel,
+    windows: NDArray[np.int32],
+    settings: dict[str, Any],
+    *,
+    every_value: bool = False,
+) -> str:
+    """Hash of everything a measurement depends on: configuration, weights, tokens and settings.
 
     Of each weight tensor some evenly spread values are hashed, enough to tell two checkpoints apart
-    without reading gigabytes.
+    without reading gigabytes; ``every_value`` reads them all.
     """
     digest = hashlib.sha256()
     digest.update(json.dumps(settings, sort_keys=True).encode())
@@ -52,7 +58,7 @@ def state_key(model: PreTrainedModel, windows: NDArray[np.int32], settings: dict
     digest.update(np.ascontiguousarray(windows).tobytes())
     for name, weight in model.named_parameters():
         flat = weight.detach().reshape(-1)
-        step = max(1, flat.numel() // _VALUES_PER_WEIGHT)
+        step = 1 if every_value else max(1, flat.numel() // _VALUES_PER_WEIGHT)
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import chai_export as ce
 from chai_export.clustering import planner
@@ -103,6 +104,32 @@ def test_more_loss_gives_a_smaller_cache_from_the_same_measurements(model, plan,
     assert shares[0] > shares[1] > shares[2]
     again = calibrate(model, None, check=TOKENS[-600:], loss=0.05, known=plan, force=True, **SETTINGS)
     assert again.layers == plan.layers or again.checked.tokens != plan.checked.tokens
+
+
+def test_a_plan_that_was_checked_is_not_checked_again(model, plan, tmp_path, monkeypatch):
+    def run_again(*arguments: object, **options: object) -> None:
+        raise AssertionError("run again")
+
+    other = calibrate(model, TOKENS, loss=0.3, known=plan, force=True, **SETTINGS)
+    assert other.layers != plan.layers
+    other.save(tmp_path / "plan.json")
+    monkeypatch.setattr("chai_export.models.whole_plan.add_window", run_again)
+    back = calibrate(model, TOKENS, loss=0.05, known=tmp_path / "plan.json", **SETTINGS)
+    assert (back.layers, back.checked, back.checks) == (plan.layers, plan.checked, other.checks)
+    assert len(back.checks) == 2
+    settings = {**SETTINGS, "loss": 0.05, "force": True}
+    with pytest.raises(AssertionError, match="run again"):
+        calibrate(model, TOKENS, known=other, check=TOKENS[:900], **settings)
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        kept = float(weight[7, 3])
+        weight[7, 3] += 1e-3
+    try:
+        with pytest.raises(AssertionError, match="run again"):
+            calibrate(model, TOKENS, known=other, **settings)
+    finally:
+        with torch.no_grad():
+            weight[7, 3] = kept
 
 
 @pytest.mark.parametrize("share", [0.3, 0.4, 0.6])
