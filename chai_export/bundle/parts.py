@@ -15,6 +15,8 @@ _ENGINE = (
     "integer_weights.data",
     "kernels/*/index.json",
     "kernels/*/*.cubin",
+    "kernels/*/*/index.json",  # by architecture first
+    "kernels/*/*/*.cubin",
     "kernels/index.json",  # of engines of version 1 of the op
     "kernels/*.cubin",
 )

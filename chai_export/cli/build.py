@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="tensorrt: tell the builder that caches are appended to in place (default: yes)",
     )
+    parser.add_argument(
+        "--gpu", metavar="ARCHITECTURES", nargs="?", const="here",
+        help="onnxruntime: compile kernels for its CUDA provider, for this machine's GPU or those named, "
+        "such as sm_80,sm_90",
+    )  # fmt: skip
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -60,6 +65,7 @@ def execute(arguments: argparse.Namespace) -> int:
         builder_memory=None if arguments.builder_memory is None else int(arguments.builder_memory * 2**30),
         kernels=arguments.kernels,
         alias_caches=arguments.alias_caches,
+        gpu=arguments.gpu,
     )
     if arguments.json:
         print_json(record.model_dump(mode="json"))

@@ -25,6 +25,7 @@ def build(
     builder_memory: int | None = None,
     kernels: str | Path | None = None,
     alias_caches: bool | None = None,
+    gpu: str | None = None,
 ) -> EngineRecord:
     """Build an engine for ``backend`` and enter it in the bundle's manifest.
 
@@ -39,6 +40,8 @@ def build(
         kernels: "tensorrt" only: directory of kernels compiled elsewhere, instead of compiling them.
         alias_caches: "tensorrt" only: whether the builder is told that caches are appended to in place
             (preview feature ``kALIASED_PLUGIN_IO_10_03``). Default: it is.
+        gpu: "onnxruntime" only: compile GPU kernels for its CUDA provider: "here" for this machine's GPU, or
+            architectures such as "sm_80,sm_90", which need not be here. Default: kernels stay as they are.
 
     Raises:
         UsageError: the backend is unknown, a limit is below 1, or an argument is of another backend.
@@ -54,6 +57,8 @@ def build(
     for flag, option in options:
         if option is not None and backend is not Backend.TENSORRT:
             raise UsageError(f"{flag} is for --backend tensorrt; leave it out for {backend}")
+    if gpu is not None and backend is not Backend.ONNXRUNTIME:
+        raise UsageError(f"--gpu is for --backend onnxruntime; leave it out for {backend}")
     whole(max_batch, "--max-batch")
     require_at_least_one(max_seq=max_seq)
     if cache_memory is not None:
@@ -83,7 +88,7 @@ def build(
     else:
         from chai_export.engines.onnxruntime import build_onnxruntime
 
-        record = build_onnxruntime(bundle, max_batch, max_seq, cache_memory)
+        record = build_onnxruntime(bundle, max_batch, max_seq, cache_memory, gpu)
     record = record.model_copy(update={"cache_memory": cache_memory})
     add_engine(bundle, record)
     return record

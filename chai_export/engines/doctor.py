@@ -37,6 +37,7 @@ def diagnose() -> list[Finding]:
     return [
         _function_body(),
         _native_library(),
+        _cuda_provider(),
         _tensorrt(),
         _gpu(),
         *(_package(name, fix) for name, fix in _PACKAGES.items()),
@@ -74,6 +75,30 @@ def _native_library() -> Finding:
     except Exception as error:
         return Finding(name, False, reason(error), fix, is_backend=True)
     return Finding(name, True, answer, is_backend=True)
+
+
+def _cuda_provider() -> Finding:
+    """Whether bundles with GPU kernels run on ONNX Runtime's CUDA provider; no model is run to find out."""
+    import onnxruntime
+
+    from chai_export.runtime.onnxruntime_gpu import require_cuda_gpu, require_provider
+
+    name = "onnxruntime, CUDA"
+    try:
+        gpu = require_cuda_gpu()
+        require_provider()
+    except (ChaiError, OSError, AttributeError) as problem:
+        found, _, fix = str(problem).partition("; ")
+        return Finding(name, False, reason(found), fix)
+    return Finding(name, True, f"onnxruntime {onnxruntime.__version__} on {gpu.target}, {_compiler()}")
+
+
+def _compiler() -> str:
+    """What ``build --gpu`` compiles with."""
+    try:
+        return f"triton {importlib.metadata.version('triton')} compiles its kernels"
+    except importlib.metadata.PackageNotFoundError:
+        return "kernels are to be compiled elsewhere: no triton here (pip install triton)"
 
 
 def _tensorrt() -> Finding:

@@ -17,11 +17,15 @@ from chai_export.bundle.op_nodes import check_op_nodes
 from chai_export.errors import ChaiError, reason
 from chai_export.op.dtypes import ELEMENT_TYPES, Dtype
 from chai_export.runtime.native import SWITCH
+from chai_export.runtime.onnxruntime_gpu import CacheDevice
 
 _COMPUTED = (Dtype.FLOAT32, Dtype.FLOAT16)
 """What ONNX Runtime's CPU provider has operators for."""
 _ELEMENT_TYPES = {element.onnxruntime: name for name, element in ELEMENT_TYPES.items()}
 _QUIET = 4  # what it would log as an error is raised as well
+_ERRORS = 3  # a provider that does not start raises nothing
+_KERNELS_ENTRY = "chai.gpu_kernels"
+"""What the op's library asks a session's configuration for."""
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -45,7 +49,12 @@ class GraphInMemory:
 
 
 def open_model(
-    bundle: Bundle, library: Path | None, threads: int, spin_after: bool, graph: GraphInMemory | None = None
+    bundle: Bundle,
+    library: Path | None,
+    threads: int,
+    spin_after: bool,
+    graph: GraphInMemory | None = None,
+    gpu: CacheDevice | None = None,
 ) -> Any:
     """An InferenceSession of the bundle's graph, which fits its manifest.
 
@@ -55,9 +64,11 @@ def open_model(
         threads: threads within an operator; 0 lets ONNX Runtime decide.
         spin_after: whether idle threads go on spinning after a step, for the sake of the next one soon.
         graph: in place of the bundle's; it must fit the manifest as that does.
+        gpu: that computes what it can.
 
     Raises:
-        ChaiError: the bundle is bfloat16, or its graph does not fit its manifest or ONNX Runtime.
+        ChaiError: the bundle is bfloat16, its graph does not fit its manifest or ONNX Runtime, or that has no
+            use for the GPU.
     """
     if bundle.manifest.dtype not in _COMPUTED:
         raise ChaiError(
@@ -70,6 +81,13 @@ def open_model(
     if not spin_after:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     model = str(bundle.model_path)
+    providers = ["CPUExecutionProvider"]
+    if gpu is not None:
+        options.add_session_config_entry(_KERNELS_ENTRY, str(gpu.kernels))
+        options.log_severity_level = _ERRORS
+        providers = list(dict.fromkeys([gpu.provider, *providers]))
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN of their own packages
     if library is not None:
         try:
             options.register_custom_ops_library(str(library))
@@ -82,12 +100,17 @@ def open_model(
         if graph is not None:
             session = graph.open(options)
         else:
-            session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(model, options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         hint = f" or set {SWITCH}=0" if library is not None else ""
         raise ChaiError(
             f"ONNX Runtime {ort.__version__} cannot load {model} ({reason(error)}); export again{hint}"
         ) from error
+    if session.get_providers()[0] != providers[0]:
+        raise ChaiError(
+            f"ONNX Runtime {ort.__version__} could not start its {providers[0]} (its message says why); "
+            "install the CUDA and cuDNN it asks for, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
     _check_graph(session, bundle)
     if graph is None:
         check_op_nodes(bundle)

@@ -29,6 +29,7 @@ from chai_export.bundle.graph_io import (
 )
 from chai_export.runtime.cache import Budget, KvCache, available_memory, memory_error
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, find_library
+from chai_export.runtime.onnxruntime_gpu import CacheDevice
 from chai_export.runtime.onnxruntime_model import GraphInMemory, open_model, output_type, shared_value
 from chai_export.runtime.pages import PAGE_LENGTH, PagePool
 
@@ -45,6 +46,7 @@ class OnnxRuntimeSession:
         page_length: positions of a page.
         native: whether the compiled op is used where there is one; if not, the function body.
         graph: in place of the bundle's, see :func:`open_model`.
+        gpu: likewise.
 
     Raises:
         ChaiError: the bundle is bfloat16, or its graph does not fit its manifest or ONNX Runtime.
@@ -61,6 +63,7 @@ class OnnxRuntimeSession:
         page_length: int = PAGE_LENGTH,
         native: bool = True,
         graph: GraphInMemory | None = None,
+        gpu: CacheDevice | None = None,
     ) -> None:
         self._manifest = bundle.manifest
         self._heads = heads
@@ -68,7 +71,7 @@ class OnnxRuntimeSession:
         self.page_length = page_length
         self.library = find_library(ONNXRUNTIME_LIBRARY) if native else None
         self._graph = graph  # its weights are the session's
-        self._session = open_model(bundle, self.library, threads, spin_after, graph)
+        self._session = open_model(bundle, self.library, threads, spin_after, graph, gpu)
         self._io = bundle.manifest.io
         self._logits_type = output_type(self._session, LOGITS)
         self._caches: list[KvCache] = []

@@ -154,6 +154,12 @@ def open_session(bundle: Bundle, backend: Backend | str, heads: Heads | str, **o
         from chai_export.runtime.tensorrt_session import open_tensorrt_session
 
         return open_tensorrt_session(bundle, heads, cache_memory=options.get("cache_memory"))
+    from chai_export.runtime.onnxruntime_gpu import gpu_for
     from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
+    gpu = gpu_for(bundle) if options.keys() <= {"threads", "cache_memory"} else None
+    if gpu is not None:
+        from chai_export.runtime.onnxruntime_gpu_session import OnnxRuntimeGpuSession
+
+        return OnnxRuntimeGpuSession(bundle, heads, gpu, **options)
     return OnnxRuntimeSession(bundle, heads, **options)

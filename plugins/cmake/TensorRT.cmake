@@ -3,6 +3,14 @@
 set(CHAI_MIN_CUDA 12.8)  # cudaLibraryLoadData and cudaLibraryGetKernel
 set(CHAI_HAS_CUDA OFF)
 set(CHAI_HAS_TENSORRT OFF)
+find_package(CUDAToolkit QUIET)
+if(CUDAToolkit_FOUND AND NOT CUDAToolkit_VERSION VERSION_LESS CHAI_MIN_CUDA)
+  find_package(Threads REQUIRED)
+  set(CHAI_HAS_CUDA ON)
+else()
+  message(STATUS "No CUDA toolkit ${CHAI_MIN_CUDA} or newer was found: the op is built for CPUs only. "
+                 "Set CUDAToolkit_ROOT.")
+endif()
 
 # Looked for anew each time: a build folder that is kept must follow TensorRT_ROOT to another version.
 find_path(TensorRT_INCLUDE_DIR NvInferRuntime.h NO_CACHE HINTS "${TensorRT_ROOT}" "$ENV{TensorRT_ROOT}"
@@ -12,14 +20,11 @@ if(NOT TensorRT_INCLUDE_DIR)
                  "directory with include/NvInferRuntime.h (a TensorRT installation, or a clone of NVIDIA/TensorRT).")
   return()
 endif()
-find_package(CUDAToolkit QUIET)
-if(NOT CUDAToolkit_FOUND OR CUDAToolkit_VERSION VERSION_LESS CHAI_MIN_CUDA)
+if(NOT CHAI_HAS_CUDA)
   message(WARNING "No CUDA toolkit ${CHAI_MIN_CUDA} or newer was found: libchai_tensorrt.so is not built. "
                   "Set CUDAToolkit_ROOT.")
   return()
 endif()
-find_package(Threads REQUIRED)
 find_library(TensorRT_LIBRARY NAMES nvinfer nvinfer_lean NO_CACHE HINTS "${TensorRT_ROOT}" "$ENV{TensorRT_ROOT}"
   PATH_SUFFIXES lib lib64)
-set(CHAI_HAS_CUDA ON)
 set(CHAI_HAS_TENSORRT ON)

@@ -79,27 +79,35 @@ def write_model_repository(
         engines = {} if engine is None else {settings.backend: engine}
         write_manifest(copied, bundle.manifest.model_copy(update={"engines": engines}))
         (version / MODEL_FILE).write_text(MODEL, encoding="utf-8")
-        (root / name / CONFIG_FILE).write_text(model_config(name, settings), encoding="utf-8")
+        instances = _instances(settings, on_gpu=engine is not None and bool(engine.files))
+        config = model_config(name, settings, instances)
+        (root / name / CONFIG_FILE).write_text(config, encoding="utf-8")
         _write_record(root)
     return target
 
 
-def model_config(name: str, settings: Settings) -> str:
-    """config.pbtxt: inputs, outputs, decoupled responses, and the settings as parameters."""
-    kind = "KIND_CPU" if settings.backend is Backend.ONNXRUNTIME else "KIND_GPU"
+def model_config(name: str, settings: Settings, instances: str) -> str:
+    """config.pbtxt: inputs, outputs, decoupled responses, instances, and the settings as parameters."""
     lines = [f'name: "{name}"', 'backend: "python"', "max_batch_size: 0"]
     lines += [_tensor("input", value, ", optional: true") for value in INPUTS]
     lines += [_tensor("output", value) for value in OUTPUTS]
     lines += [
         "model_transaction_policy { decoupled: true }",
-        "# One engine with a cache of its own for each instance, that is for each GPU.",
-        f"instance_group [{{ count: 1, kind: {kind} }}]",
+        "# Each instance has an engine and a cache of its own.",
+        f"instance_group [{{ count: 1, {instances} }}]",
         *(
             f'parameters {{ key: "{key}", value: {{ string_value: "{value}" }} }}'
             for key, value in settings.options().items()
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _instances(settings: Settings, *, on_gpu: bool) -> str:
+    if not on_gpu:
+        return "kind: KIND_CPU"
+    # TensorRT's session follows torch to the instance's GPU; ONNX Runtime's is on the first.
+    return "kind: KIND_GPU" + ("" if settings.backend is Backend.TENSORRT else ", gpus: [ 0 ]")
 
 
 def repository_parts(directory: Path) -> set[str] | None:

@@ -44,6 +44,18 @@ class AlignedCopy {
 
 }  // namespace
 
+std::int64_t current_architecture() {
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  require(cudaGetDevice(&device), "asking for the current GPU");
+  require(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+          "asking for the architecture");
+  require(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+          "asking for the architecture");
+  return 10 * std::int64_t{major} + minor;
+}
+
 CudaKernels::CudaKernels(const KernelImage& image) : program_(Program::parse(image.file(kIndexFile))) {
   try {
     load(image);
@@ -82,15 +94,7 @@ void CudaKernels::unload() {
 }
 
 void CudaKernels::prepare_device() {
-  int device = 0;
-  int major = 0;
-  int minor = 0;
-  require(cudaGetDevice(&device), "asking for the current GPU");
-  require(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-          "asking for the architecture");
-  require(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
-          "asking for the architecture");
-  const std::int64_t here = 10 * major + minor;
+  const std::int64_t here = current_architecture();
   if (here != program_.spec().architecture) {
     throw std::runtime_error("the kernels are for sm_" + std::to_string(program_.spec().architecture) +
                              " and this GPU is sm_" + std::to_string(here) +

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
 #include <vector>
 
 #include "op/cuda/kernel_image.h"
@@ -10,6 +11,9 @@
 #include "op/cuda/program.h"
 
 namespace chai::cuda {
+
+// Compute capability of the current GPU, 90 for 9.0. Throws std::runtime_error without a GPU or driver.
+std::int64_t current_architecture();
 
 class CudaKernels : public Launcher {
  public:

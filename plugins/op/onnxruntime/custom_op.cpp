@@ -1,11 +1,22 @@
-// The ops of domain chai as custom ops of ONNX Runtime's CPU provider, through the C API alone. Their inputs,
-// outputs and attributes are those of chai/op_schema.h.
+// The ops of domain chai as custom ops of ONNX Runtime, through the C API alone. Their inputs, outputs and
+// attributes are those of chai/op_schema.h.
+//
+// All are there for the CPU provider. Sessions with an entry chai.gpu_kernels in their configuration, a
+// directory of kernels, have the op for the CUDA provider too.
 //
 // Caches are updated in place when past and present are one buffer. Every error is an OrtStatus, and nothing
 // has been written when one is returned.
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
 #include <vector>
 
+#include "op/cuda/kernel_library.h"
 #include "op/onnxruntime/op_kernel.h"
+#ifdef CHAI_WITH_CUDA
+#include "op/onnxruntime/cuda_kernel.h"
+#endif
 
 namespace chai::ort {
 namespace {
@@ -26,16 +37,25 @@ ONNXTensorElementDataType element_type(Storage storage) {
 }
 
 // One op for each combination of types under each name: ONNX Runtime picks by the types of the
-// inputs.
+// inputs. Those with a source of kernels are for the CUDA provider.
 struct Op : OrtCustomOp {
   const Signature& signature;
   Storage storage, keys, values;
+  cuda::KernelSource* source;
 
-  Op(const Signature& signature_in, Storage storage_in, Storage keys_in, Storage values_in)
-      : OrtCustomOp{}, signature(signature_in), storage(storage_in), keys(keys_in), values(values_in) {
+  Op(const Signature& signature_in, Storage storage_in, Storage keys_in, Storage values_in,
+     cuda::KernelSource* source_in = nullptr)
+      : OrtCustomOp{},
+        signature(signature_in),
+        storage(storage_in),
+        keys(keys_in),
+        values(values_in),
+        source(source_in) {
     version = kApiVersion;
     GetName = [](const OrtCustomOp* op) { return self(op).signature.op; };
-    GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
+    GetExecutionProviderType = [](const OrtCustomOp* op) {
+      return self(op).source == nullptr ? "CPUExecutionProvider" : "CUDAExecutionProvider";
+    };
     GetInputTypeCount = [](const OrtCustomOp* op) { return self(op).signature.num_inputs; };
     GetOutputTypeCount = [](const OrtCustomOp* op) { return self(op).signature.num_outputs; };
     GetInputType = [](const OrtCustomOp* op, std::size_t index) {
@@ -58,15 +78,19 @@ struct Op : OrtCustomOp {
     GetStartVersion = [](const OrtCustomOp*) { return static_cast<int>(schema::kVersion); };
     GetEndVersion = GetStartVersion;
     CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
-      return guarded([&] {
-        const Op& of = self(op);
-        *kernel = new OpKernel(info, of.storage, of.keys, of.values, of.signature);
-      });
+      return guarded([&] { *kernel = self(op).make_kernel(info).release(); });
     };
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-      return guarded([&] { static_cast<const OpKernel*>(kernel)->compute(context); });
+      return guarded([&] { static_cast<const Kernel*>(kernel)->compute(context); });
     };
-    KernelDestroy = [](void* kernel) { delete static_cast<OpKernel*>(kernel); };
+    KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  }
+
+  std::unique_ptr<Kernel> make_kernel(const OrtKernelInfo* info) const {
+#ifdef CHAI_WITH_CUDA
+    if (source != nullptr) return std::make_unique<CudaKernel>(info, storage, keys, values, *source);
+#endif
+    return std::make_unique<OpKernel>(info, storage, keys, values, signature);
   }
 
   static const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
@@ -101,16 +125,69 @@ std::vector<Storage> cache_storages(Storage storage) {
 
 constexpr Storage kElements[] = {Storage::kFloat32, Storage::kFloat16, Storage::kBfloat16};
 
-std::vector<Op> make_ops() {
+std::vector<Op> make_ops(cuda::KernelSource* source) {
   std::vector<Op> ops;
   for (Storage storage : kElements) {
-    for (const Signature* signature : {&kOwn, &kShared}) {
-      for (Storage keys : cache_storages(storage)) {
-        for (Storage values : cache_storages(storage)) ops.emplace_back(*signature, storage, keys, values);
+    for (Storage keys : cache_storages(storage)) {
+      for (Storage values : cache_storages(storage)) {
+        ops.emplace_back(kOwn, storage, keys, values);
+        ops.emplace_back(kShared, storage, keys, values);
+        if (source != nullptr) ops.emplace_back(kOwn, storage, keys, values, source);
       }
     }
   }
   return ops;
+}
+
+constexpr const char* kKernelsEntry = "chai.gpu_kernels";
+
+// The directory of GPU kernels that a session's configuration names; empty if it names none.
+std::string kernels_of(const OrtSessionOptions* options) {
+  int given = 0;
+  require(api->HasSessionConfigEntry(options, kKernelsEntry, &given));
+  if (!given) return "";
+  std::size_t size = 0;
+  require(api->GetSessionConfigEntry(options, kKernelsEntry, nullptr, &size));
+  std::string value(size, '\0');
+  require(api->GetSessionConfigEntry(options, kKernelsEntry, value.data(), &size));
+  value.resize(size == 0 ? 0 : size - 1);  // its end counts
+  return value;
+}
+
+// The ops of sessions with one directory of kernels, or with none.
+class Domain {
+ public:
+  explicit Domain(const std::string& kernels) : source_(make_source(kernels)), ops_(make_ops(source_.get())) {
+    require(api->CreateCustomOpDomain(schema::kDomain, &domain_));
+    for (const Op& op : ops_) require(api->CustomOpDomain_Add(domain_, &op));
+  }
+  OrtCustomOpDomain* get() const { return domain_; }
+
+ private:
+  static std::unique_ptr<cuda::KernelSource> make_source(const std::string& kernels) {
+    if (kernels.empty()) return nullptr;
+#ifdef CHAI_WITH_CUDA
+    return std::make_unique<cuda::KernelLibrary>(kernels);
+#else
+    throw Failure{api->CreateStatus(ORT_NOT_IMPLEMENTED,
+                                    "this library was compiled without a CUDA toolkit; set CUDAToolkit_ROOT "
+                                    "and compile it again, or run on CPUs")};
+#endif
+  }
+
+  std::unique_ptr<cuda::KernelSource> source_;
+  std::vector<Op> ops_;
+  OrtCustomOpDomain* domain_ = nullptr;
+};
+
+// ONNX Runtime keeps pointers to the ops and their domain as long as any session lives: they stay.
+const Domain& domain_for(const std::string& kernels) {
+  static std::mutex mutex;
+  static auto& domains = *new std::map<std::string, std::unique_ptr<Domain>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::unique_ptr<Domain>& found = domains[kernels];
+  if (found == nullptr) found = std::make_unique<Domain>(kernels);
+  return *found;
 }
 
 }  // namespace
@@ -128,15 +205,5 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   api = base->GetApi(kApiVersion);
   if (api == nullptr)
     return nullptr;  // older than any runtime this package installs with; nothing can be said
-  return guarded([&] {
-    // ONNX Runtime keeps pointers to the ops and their domain as long as any session lives.
-    static const std::vector<Op> ops = make_ops();
-    static OrtCustomOpDomain* const domain = [] {
-      OrtCustomOpDomain* created = nullptr;
-      require(api->CreateCustomOpDomain(chai::schema::kDomain, &created));
-      for (const Op& op : ops) require(api->CustomOpDomain_Add(created, &op));
-      return created;
-    }();
-    require(api->AddCustomOpDomain(options, domain));
-  });
+  return guarded([&] { require(api->AddCustomOpDomain(options, domain_for(kernels_of(options)).get())); });
 }

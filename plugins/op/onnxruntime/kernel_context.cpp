@@ -100,6 +100,12 @@ void read(const OrtKernelInfo* info, const char* name, std::int64_t* value) {
   optional(api->KernelInfoGetAttribute_int64(info, name, value));
 }
 
+cuda::Stream stream(const OrtKernelContext* context) {
+  void* found = nullptr;
+  require(api->KernelContext_GetGPUComputeStream(context, &found));
+  return static_cast<cuda::Stream>(found);
+}
+
 Executor executor(const OrtKernelContext* context) {
   // The pool does not tell its size. Asked for once: the C library reads a file for it each time.
   static const std::size_t threads = std::thread::hardware_concurrency();

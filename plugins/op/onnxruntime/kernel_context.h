@@ -10,6 +10,7 @@
 
 #include "chai/attention.h"
 #include "chai/op_schema.h"
+#include "op/cuda/launcher.h"
 
 namespace chai::ort {
 
@@ -72,6 +73,9 @@ void* output(OrtKernelContext* context, const char* op, std::size_t index, const
 // Attributes that a node leaves out keep their defaults.
 void read(const OrtKernelInfo* info, const char* name, float* value);
 void read(const OrtKernelInfo* info, const char* name, std::int64_t* value);
+
+// Work for the GPU goes here.
+cuda::Stream stream(const OrtKernelContext* context);
 
 // ONNX Runtime's threads.
 Executor executor(const OrtKernelContext* context);

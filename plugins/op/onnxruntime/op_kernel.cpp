@@ -29,9 +29,8 @@ constexpr Signature make(const char* op, const schema::Parameter (&inputs)[INPUT
 const Signature kOwn = make(own::kOpType, own::kInputs, own::kOutputs, false);
 const Signature kShared = make(shared::kOpType, shared::kInputs, shared::kOutputs, true);
 
-OpKernel::OpKernel(const OrtKernelInfo* info, Storage storage, Storage keys, Storage values,
-                   const Signature& signature)
-    : signature_(signature) {
+own::Attributes read_attributes(const OrtKernelInfo* info, const char* op, Storage storage, Storage keys,
+                                Storage values) {
   own::Attributes attributes;
   read(info, "scale", &attributes.scale);
   read(info, "probe_tokens", &attributes.probe_tokens);
@@ -41,8 +40,15 @@ OpKernel::OpKernel(const OrtKernelInfo* info, Storage storage, Storage keys, Sto
   read(info, "group", &attributes.group);
   read(info, "window", &attributes.window);
   read(info, "softcap", &attributes.softcap);
-  expect_bits(signature.op, "key_bits", attributes.key_bits, keys, storage);
-  expect_bits(signature.op, "value_bits", attributes.value_bits, values, storage);
+  expect_bits(op, "key_bits", attributes.key_bits, keys, storage);
+  expect_bits(op, "value_bits", attributes.value_bits, values, storage);
+  return attributes;
+}
+
+OpKernel::OpKernel(const OrtKernelInfo* info, Storage storage, Storage keys, Storage values,
+                   const Signature& signature)
+    : signature_(signature) {
+  const own::Attributes attributes = read_attributes(info, signature.op, storage, keys, values);
   call_.storage = storage;
   call_.scale = attributes.scale;
   call_.probe_tokens = attributes.probe_tokens;

@@ -1,4 +1,4 @@
-// The kernel behind the ops, made for the types of one node.
+// The kernels behind the ops, made for the types of one node: what they have in common, and the CPU's.
 #pragma once
 
 #include "chai/attention.h"
@@ -18,12 +18,24 @@ struct Signature {
 
 extern const Signature kOwn, kShared;
 
-class OpKernel {
+// What ONNX Runtime holds of a node.
+class Kernel {
+ public:
+  virtual ~Kernel() = default;
+  // Throws Failure or an exception of the standard library; nothing has been written then.
+  virtual void compute(OrtKernelContext* context) const = 0;
+};
+
+// The attributes of a node. Refuses those that do not fit the storage of its caches.
+schema::clustered_head_attention::Attributes read_attributes(const OrtKernelInfo* info, const char* op,
+                                                             Storage storage, Storage keys, Storage values);
+
+class OpKernel final : public Kernel {
  public:
   // `keys` and `values` are the storage of the caches. Refuses attributes that do not fit them.
   OpKernel(const OrtKernelInfo* info, Storage storage, Storage keys, Storage values,
            const Signature& signature);
-  void compute(OrtKernelContext* context) const;
+  void compute(OrtKernelContext* context) const override;
 
  private:
   // One cache as the node has it.

@@ -1,5 +1,6 @@
 #include "tests/played/played.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -98,6 +99,43 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
 
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t stream) {
   submit(stream, [=] { std::memset(memory, value, bytes); });
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps* properties) {
+  if (properties->allocType != cudaMemAllocationTypePinned) return cudaErrorUnknown;
+  *pool = reinterpret_cast<cudaMemPool_t>(&state);
+  ++played().pools;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr attribute, void* value) {
+  const bool keeps = attribute == cudaMemPoolAttrReleaseThreshold && *static_cast<std::uint64_t*>(value) > 0;
+  return keeps ? cudaSuccess : cudaErrorUnknown;
+}
+
+cudaError_t cudaMemPoolDestroy(cudaMemPool_t) {
+  --played().pools;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMallocFromPoolAsync(void** memory, std::size_t bytes, cudaMemPool_t, cudaStream_t) {
+  // The size lies before the memory, at a distance that keeps it aligned.
+  constexpr std::size_t kAlignment = 256;
+  auto* start = static_cast<char*>(std::aligned_alloc(kAlignment, kAlignment * (bytes / kAlignment + 2)));
+  std::memcpy(start, &bytes, sizeof(bytes));
+  *memory = start + kAlignment;
+  played().pool_bytes += bytes;
+  played().most_pool_bytes = std::max(played().most_pool_bytes, played().pool_bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t) {
+  char* start = static_cast<char*>(memory) - 256;
+  std::size_t bytes = 0;
+  std::memcpy(&bytes, start, sizeof(bytes));
+  played().pool_bytes -= bytes;
+  std::free(start);
   return cudaSuccess;
 }
 

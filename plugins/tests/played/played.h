@@ -33,6 +33,9 @@ struct Played {
   int graphs = 0;
   int objects = 0;  // of TensorRT
   int libraries = 0;
+  int pools = 0;
+  std::size_t pool_bytes = 0;  // taken from pools now, and at most
+  std::size_t most_pool_bytes = 0;
 
   std::vector<nvinfer1::IExecutionContext*> contexts;
   std::vector<std::string> loaded_libraries;
