@@ -66,9 +66,9 @@ def test_the_last_lines_say_what_is_saved_and_what_it_costs(command, tmp_path, t
 def test_a_broken_promise_ends_with_1_and_no_file_and_force_marks_it(
     command: Command, tmp_path, tiny_model, text, plan, monkeypatch
 ):
-    honest, output = planner._check_of, tmp_path / "p.json"
+    honest, output = planner.check_of, tmp_path / "p.json"
     monkeypatch.setattr(
-        planner, "_check_of", lambda sums: honest(sums).model_copy(update={"perplexity_ratio": 1.02})
+        planner, "check_of", lambda sums: honest(sums).model_copy(update={"perplexity_ratio": 1.02})
     )
     arguments = ("calibrate", tiny_model, "--check", text, "--from", plan, "-o", output, *SMALL)
     refused = command(*arguments, "--loss", 0.01)
