@@ -24,6 +24,7 @@ from chai_export.bundle.bundle import MODEL_FILE, Bundle, record_files
 from chai_export.bundle.choices import Backend, Heads
 from chai_export.bundle.manifest import EngineRecord, FileRecord
 from chai_export.bundle.parts import ENGINE
+from chai_export.engines.proof import prove_engine
 from chai_export.engines.tensorrt_network import specs
 from chai_export.errors import ChaiError, UsageError
 from chai_export.kernels.ahead_of_time import compile as compile_kernels
@@ -137,9 +138,13 @@ def _compile(
                 compile_kernels(spec, architecture, kernels / f"sm_{architecture}" / form)
         gpu = _gpu_here(wanted, kernels)
         if gpu is not None:
-            session = OnnxRuntimeGpuSession(bundle, Heads.CHAI, gpu, cache_memory=cache_memory)
-            _prove(session, bundle, rows, max_seq)
-            session.drop()
+            device = gpu
+            prove_engine(
+                bundle,
+                lambda heads: OnnxRuntimeGpuSession(bundle, heads, device, cache_memory=cache_memory),
+                rows,
+                max_seq,
+            )
         parent = place.parent.relative_to(bundle.path).as_posix()
         return {f"{parent}/{name}": record for name, record in record_files(directory, directory).items()}
 

@@ -18,10 +18,11 @@ import onnx
 
 from chai_export.bundle.atomic import atomic_directory, atomic_file
 from chai_export.bundle.bundle import ENGINES_DIRECTORY, MODEL_FILE, Bundle, record_files
-from chai_export.bundle.choices import Backend, Heads
+from chai_export.bundle.choices import Backend
 from chai_export.bundle.hashing import cache_path, sha256_file
 from chai_export.bundle.manifest import EngineRecord, FileRecord
 from chai_export.bundle.parts import ENGINE
+from chai_export.engines.proof import prove_engine
 from chai_export.engines.tensorrt_lowering import lower_operators
 from chai_export.engines.tensorrt_network import plugin_network, relocated, specs
 from chai_export.engines.tensorrt_parser import parse_network, require_known_domains, require_parsed
@@ -123,7 +124,7 @@ def build_tensorrt(
                 timing_cache=_timing_cache_path(tensorrt),
             )
         (directory / PLAN_FILE).write_bytes(plan)
-        _prove(tensorrt, bundle, plan, max_batch)
+        _prove(tensorrt, bundle, plan, max_batch, max_seq)
         # trtexec is run in the bundle's directory.
         save(model, network)
         files = {f"{DIRECTORY}/{name}": record for name, record in record_files(directory, directory).items()}
@@ -310,30 +311,21 @@ def build_error(reports: Sequence[str], otherwise: str) -> ChaiError:
     return ChaiError(f"TensorRT could not build the engine ({cause}); see its messages above")
 
 
-def _prove(tensorrt: Any, bundle: Bundle, plan: Any, max_batch: int) -> None:
-    """One step of the engine at the largest batch, before it counts as built.
+def _prove(tensorrt: Any, bundle: Bundle, plan: Any, max_batch: int, max_seq: int) -> None:
+    """Run the engine, and compare it with ONNX Runtime, before it counts as built.
 
     Raises:
-        ChaiError: the engine does not load, or its logits are not finite.
+        ChaiError: the engine does not load, or does not compute what the bundle says.
     """
-    import numpy as np
-
     from chai_export.runtime.tensorrt_session import TensorRtSession, load_engine
 
     engine = load_engine(tensorrt, bytes(plan))
-    session = TensorRtSession(bundle.manifest, Heads.CHAI, engine, tensorrt=tensorrt)
-    tokens = 1
-    session.begin(max_batch, tokens)
-    logits = session.step(
-        np.zeros((max_batch, tokens), np.int64),
-        np.full(max_batch, tokens, np.int32),
-        np.zeros(max_batch, np.int32),
-        np.zeros((max_batch, 1), np.int64),
+    prove_engine(
+        bundle,
+        lambda heads: TensorRtSession(bundle.manifest, heads, engine, tensorrt=tensorrt),
+        max_batch,
+        max_seq,
     )
-    if not np.isfinite(logits).all():
-        raise ChaiError(
-            f"the engine of {bundle.path} gives logits that are not finite; export with another --dtype"
-        )
 
 
 def _timing_cache_path(tensorrt: Any) -> Path:

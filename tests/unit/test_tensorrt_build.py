@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ import pytest
 
 import chai_export as ce
 from chai_export.bundle.bundle import Bundle
+from chai_export.engines import proof
 from chai_export.engines import tensorrt as engine_module
 from chai_export.engines.build import build
 from chai_export.engines.tensorrt import NETWORK_FILE
@@ -22,6 +24,7 @@ from chai_export.op.attributes import Attributes
 from chai_export.op.schema import signature
 from chai_export.runtime import tensorrt_session as session_module
 from chai_export.runtime.tensorrt_environment import Gpu
+from tests.helpers.fake_tensorrt import FakeEngine, HostDevice
 from tests.helpers.played_tensorrt import GPU, MODEL, Played, attributes, make_played, op_nodes
 from tests.helpers.tiny_graph import TinyModel
 
@@ -230,3 +233,60 @@ def test_an_engine_for_another_gpu_or_version_says_to_build_again(
 def test_a_bundle_without_engine_says_to_build_one(bundle: Bundle, played: Played) -> None:
     with pytest.raises(ChaiError, match="has no tensorrt engine; run `chai-export build"):
         ce.load(bundle.path, backend="tensorrt")
+
+
+class Wrong(FakeEngine):
+    """Its logits of single tokens are those of another token: what a stale cache or a wrong graph does."""
+
+    def __init__(self, bundle: Bundle, from_call: int) -> None:
+        super().__init__(bundle, 4, 64)
+        real = self.session.run
+
+        def run(names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+            if len(self.calls) >= from_call:
+                feeds = {**feeds, "input_ids": (feeds["input_ids"] + 1) % MODEL.vocab}
+            return real(names, feeds)
+
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        self.session = SimpleNamespace(run=run, get_inputs=lambda: inputs, get_outputs=lambda: outputs)
+
+
+@pytest.mark.parametrize(
+    ("from_call", "heads", "step"),
+    # The largest batch, then for either heads a prompt and four decode steps.
+    [
+        (1, "chai", "a prompt"),
+        (4, "chai", "decode step 3"),
+        (6, "all", "a prompt"),
+        (10, "all", "decode step 4"),
+    ],
+)
+def test_an_engine_that_computes_something_else_is_not_kept(
+    bundle: Bundle, played: Played, from_call: int, heads: str, step: str
+) -> None:
+    played.tensorrt.Runtime = lambda logger: SimpleNamespace(
+        deserialize_cuda_engine=lambda plan: Wrong(bundle, from_call)
+    )
+    with pytest.raises(ChaiError, match=f"ONNX Runtime does: with {heads} heads logits of {step} differ"):
+        build(bundle, "tensorrt", 4, 64)
+    assert not (bundle.path / "engines").exists()
+    assert not Bundle.load(bundle.path).manifest.engines
+
+
+def test_the_proof_replays_a_graph_and_leaves_out_what_onnxruntime_cannot(
+    bundle: Bundle, played: Played, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    devices: list[HostDevice] = []
+
+    def device() -> HostDevice:
+        devices.append(HostDevice())
+        return devices[-1]
+
+    monkeypatch.setattr(session_module, "CudaDevice", device)
+    build(bundle, "tensorrt", 4, 64)
+    # Of each session: the first decode step as it is, then three of one graph.
+    assert [(each.captured, each.replayed) for each in devices] == [(1, 3), (1, 3)]
+    monkeypatch.setattr(proof, "available_memory", lambda: 1)
+    build(bundle, "tensorrt", 4, 64)
+    assert "the engine is not compared with ONNX Runtime: its weights do not fit" in capsys.readouterr().err
+    assert len(devices) == 3
