@@ -25,7 +25,8 @@ BATCH, TOKENS, OUTPUTS = "batch", "tokens", "outputs"
 :func:`kept_heads`."""
 
 PAGES, ROW_PAGES, PAGE_LENGTH = "pages", "row_pages", "page_length"
-"""Sizes that the runner chooses: the N, M and L of docs/op.md."""
+"""Sizes that the runner chooses: the N, M and L of docs/op.md. Layers with a window have pools of their own
+size, see :func:`pool_pages`, and a page table of their own, see :func:`page_table`."""
 
 _SCALES = "_scales"
 
@@ -48,6 +49,16 @@ def present_key(layer: int) -> str:
 def present_value(layer: int) -> str:
     """Name of the output with a layer's V cache."""
     return f"present_value.{layer}"
+
+
+def page_table(window: int) -> str:
+    """Name of the input with the pages of the layers that have this window; 0: of those that have none."""
+    return f"{PAGE_TABLE}.{window}" if window else PAGE_TABLE
+
+
+def pool_pages(window: int) -> str:
+    """The size N of the pools of the layers that have this window; 0: of those that have none."""
+    return f"{PAGES}_{window}" if window else PAGES
 
 
 def scales(cache: str) -> str:
@@ -85,9 +96,10 @@ class GraphValue:
 
 @dataclass(frozen=True)
 class CacheIO:
-    """A cache that is read as ``past`` and written as ``present``."""
+    """A cache that is read as ``past`` and written as ``present``; ``window`` is its layer's, 0 for none."""
 
     layer: int
+    window: int
     past: GraphValue
     present: GraphValue
 
@@ -136,16 +148,25 @@ class GraphIO:
         return None
 
 
-def graph_io(storage: CacheStorage, vocab_size: int, *, rope_lengths: bool = False) -> GraphIO:
+def graph_io(
+    storage: CacheStorage,
+    vocab_size: int,
+    *,
+    windows: Sequence[int] | None = None,
+    rope_lengths: bool = False,
+) -> GraphIO:
     """Inputs and outputs of a graph with these heads and caches; its logits may be float32.
 
     Args:
         storage: heads, and what their caches hold.
         vocab_size: columns of the logits.
+        windows: of each layer, 0 for none; None: no layer has one.
         rope_lengths: rows choose their rotary factors by an input of this name.
     """
     dtype, heads = str(storage.dtype), storage.heads
     maps = (heads.num_layers, BATCH, heads.num_query_heads)
+    window_of = windows or [0] * heads.num_layers
+    groups = sorted({window_of[layer] for layer in heads.cache_layers})
     return GraphIO(
         step=(
             GraphValue(INPUT_IDS, ("int64",), (BATCH, TOKENS)),
@@ -153,32 +174,41 @@ def graph_io(storage: CacheStorage, vocab_size: int, *, rope_lengths: bool = Fal
             GraphValue(PAST_LENGTHS, ("int32",), (BATCH,)),
             GraphValue(OUTPUT_POSITIONS, ("int64",), (BATCH, OUTPUTS)),
             *([GraphValue(ROPE_LENGTHS, ("int32",), (BATCH,))] if rope_lengths else []),
-            GraphValue(PAGE_TABLE, ("int32",), (BATCH, ROW_PAGES)),
+            *(GraphValue(page_table(window), ("int32",), (BATCH, ROW_PAGES)) for window in groups),
         ),
         head_map=GraphValue(HEAD_MAP, ("int32",), maps),
         logits=GraphValue(LOGITS, tuple(dict.fromkeys((dtype, "float32"))), (BATCH, OUTPUTS, vocab_size)),
         present_head_map=GraphValue(PRESENT_HEAD_MAP, ("int32",), maps),
-        caches=tuple(cache for layer in heads.cache_layers for cache in _caches(storage, layer)),
+        caches=tuple(
+            cache for layer in heads.cache_layers for cache in _caches(storage, layer, window_of[layer])
+        ),
     )
 
 
-def _caches(storage: CacheStorage, layer: int) -> list[CacheIO]:
+def _caches(storage: CacheStorage, layer: int, window: int) -> list[CacheIO]:
     """Of one layer."""
     found, of_scales = [], []
     for past, present, heads, held in (
         (past_key(layer), present_key(layer), kept_heads(layer), storage.key(layer)),
         (past_value(layer), present_value(layer), storage.heads.num_kv_heads, storage.value(layer)),
     ):
-        sizes = (PAGES, heads, PAGE_LENGTH)
-        found.append(_cache(layer, past, present, storage.element(held), (*sizes, held.columns)))
+        sizes = (pool_pages(window), heads, PAGE_LENGTH)
+        found.append(_cache(layer, window, past, present, storage.element(held), (*sizes, held.columns)))
         if held.quantised:
             names = scales(past), scales(present)
-            of_scales.append(_cache(layer, *names, "float16", (*sizes, held.scale_columns)))
+            of_scales.append(_cache(layer, window, *names, "float16", (*sizes, held.scale_columns)))
     return found + of_scales
 
 
-def _cache(layer: int, past: str, present: str, dtype: str, dims: tuple[int | str, ...]) -> CacheIO:
-    return CacheIO(layer, GraphValue(past, (dtype,), dims), GraphValue(present, (dtype,), dims))
+def _cache(
+    layer: int, window: int, past: str, present: str, dtype: str, dims: tuple[int | str, ...]
+) -> CacheIO:
+    return CacheIO(layer, window, GraphValue(past, (dtype,), dims), GraphValue(present, (dtype,), dims))
+
+
+def pool_sizes(io: GraphIO, pages: int) -> dict[str, int]:
+    """Sizes of all pools by symbol, where each has as many pages."""
+    return {pool_pages(cache.window): pages for cache in io.caches}
 
 
 def kept_sizes(kept: Sequence[int]) -> dict[str, int]:

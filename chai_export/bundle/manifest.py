@@ -250,6 +250,11 @@ class Manifest(_Strict):
         """Positions that a token of a layer sees, its own included; 0: all."""
         return self.windows[layer] if self.windows is not None else 0
 
+    @property
+    def cache_windows(self) -> list[int]:
+        """The windows that caches have, ascending; 0, where there is a cache without one, comes first."""
+        return sorted({self.window(layer) for layer in self.cache_layers})
+
     def _check_head_maps(self, maps: list[list[int]]) -> None:
         heads = self.num_query_heads
         if len(maps) != self.num_layers or any(len(each) != heads or max(each) >= heads for each in maps):
@@ -277,7 +282,9 @@ class Manifest(_Strict):
     @property
     def io(self) -> GraphIO:
         """Inputs and outputs of the bundle's graph."""
-        return graph_io(self.storage, self.vocab_size, rope_lengths=bool(self.switch_lengths))
+        return graph_io(
+            self.storage, self.vocab_size, windows=self.windows, rope_lengths=bool(self.switch_lengths)
+        )
 
     @property
     def switch_lengths(self) -> list[int]:
@@ -299,6 +306,21 @@ class Manifest(_Strict):
     def kv_bytes_by_part(self, mode: Heads | str = Heads.CHAI) -> CacheBytes:
         """The same for keys, values and scales."""
         return self.storage.token_bytes(self.heads(mode))
+
+    def kv_bytes_by_window(self, mode: Heads | str = Heads.CHAI) -> dict[int, int]:
+        """Bytes of one token by window (0: none), ascending: a row keeps so many of its last tokens there."""
+        storage, kept = self.storage, self.heads(mode)
+        found = dict.fromkeys(self.cache_windows, 0)
+        for layer in self.cache_layers:
+            found[self.window(layer)] += storage.layer_bytes(layer, kept[layer]).total
+        return found
+
+    def kv_bytes_of(self, tokens: int, mode: Heads | str = Heads.CHAI) -> int:
+        """Bytes of what a token after ``tokens`` others of its row sees of them; pages are rounded up."""
+        return sum(
+            size * (min(tokens, window) if window else tokens)
+            for window, size in self.kv_bytes_by_window(mode).items()
+        )
 
     @property
     def kv_bytes_per_token_float16(self) -> int:

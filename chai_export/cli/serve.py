@@ -103,7 +103,7 @@ def execute(arguments: argparse.Namespace) -> int:
         "max_seq": model.positions,
         "max_rows": model.engine.rows,
         "cache_tokens": pages * length,
-        "cache_bytes": pages * model.session.page_bytes,
+        "cache_bytes": model.session.pool_bytes,
     }
 
     def ready() -> None:

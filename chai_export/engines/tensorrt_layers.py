@@ -24,10 +24,10 @@ from chai_export.bundle.graph_io import (
     OUTPUT_POSITIONS,
     OUTPUTS,
     PAGE_LENGTH,
-    PAGES,
     ROW_PAGES,
     TOKENS,
     kept_sizes,
+    pool_sizes,
 )
 from chai_export.engines.tensorrt import (
     DIRECTORY,
@@ -107,8 +107,8 @@ def compare_layers(bundle: Bundle, *, tokens: int = DEFAULT_TOKENS, seed: int = 
 def _feeds(bundle: Bundle, tokens: int, seed: int) -> dict[str, NDArray[Any]]:
     """One fresh row of random tokens, in one page of that length: page 0."""
     manifest = bundle.manifest
-    calls = {BATCH: 1, TOKENS: tokens, OUTPUTS: 1, PAGES: 1, ROW_PAGES: 1, PAGE_LENGTH: tokens}
-    sizes = calls | kept_sizes(manifest.kept_heads)
+    calls = {BATCH: 1, TOKENS: tokens, OUTPUTS: 1, ROW_PAGES: 1, PAGE_LENGTH: tokens}
+    sizes = calls | kept_sizes(manifest.kept_heads) | pool_sizes(manifest.io, 1)
     feeds: dict[str, NDArray[Any]] = {
         value.name: np.zeros(value.shape(sizes), ELEMENT_TYPES[value.dtype].numpy)
         for value in manifest.io.inputs

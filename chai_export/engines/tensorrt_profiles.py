@@ -9,10 +9,10 @@ from chai_export.bundle.graph_io import (
     BATCH,
     OUTPUTS,
     PAGE_LENGTH,
-    PAGES,
     ROW_PAGES,
     TOKENS,
     kept_sizes,
+    pool_sizes,
 )
 from chai_export.bundle.manifest import Manifest
 from chai_export.runtime import pages
@@ -48,8 +48,9 @@ def profiles(
     def profile(batch: Sizes, tokens: Sizes, outputs: Sizes) -> dict[str, Range]:
         kept = (manifest.kept_heads, manifest.kept_heads, manifest.head_counts.all_kept)
         sizes = [
-            {BATCH: b, TOKENS: s, OUTPUTS: n, ROW_PAGES: m, PAGES: p, PAGE_LENGTH: page_length}
+            {BATCH: b, TOKENS: s, OUTPUTS: n, ROW_PAGES: m, PAGE_LENGTH: page_length}
             | kept_sizes(r)
+            | pool_sizes(manifest.io, p)
             for b, s, n, m, p, r in zip(batch, tokens, outputs, row_pages, pool, kept, strict=True)
         ]
         return {value.name: Range(*map(value.shape, sizes)) for value in manifest.io.inputs}

@@ -6,6 +6,7 @@ it. So a pool may be as large as its rows can ever need, and growing is writing 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,12 @@ import psutil
 from numpy.typing import NDArray
 
 from chai_export.bundle.choices import Heads
-from chai_export.bundle.graph_io import PAGE_LENGTH, PAGES, kept_sizes
+from chai_export.bundle.graph_io import PAGE_LENGTH, kept_sizes, pool_pages
 from chai_export.bundle.manifest import Manifest
 from chai_export.errors import ChaiError
 from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.units import bytes_text
 
-MOST_TOKENS = 1 << 30
-"""Positions of a row that is limited by nothing else."""
 _SHARE = 0.9
 """Of the free memory, for caches; the rest is for activations and other programs."""
 
@@ -31,12 +30,21 @@ class KvCache:
 
     What has not been written is undefined: the op never reads it.
 
+    Args:
+        manifest: of the bundle.
+        heads: that the K caches hold.
+        pages: of the pools of layers, by their window; 0: none.
+        page_length: positions of a page.
+
     Raises:
         ChaiError: the system does not reserve so many addresses.
     """
 
-    def __init__(self, manifest: Manifest, heads: Heads | str, pages: int, page_length: int) -> None:
-        sizes = {PAGES: pages, PAGE_LENGTH: page_length, **kept_sizes(manifest.heads(heads))}
+    def __init__(
+        self, manifest: Manifest, heads: Heads | str, pages: Mapping[int, int], page_length: int
+    ) -> None:
+        sizes = {PAGE_LENGTH: page_length, **kept_sizes(manifest.heads(heads))}
+        sizes |= {pool_pages(window): count for window, count in pages.items()}
         self.arrays: dict[str, NDArray[Any]] = {}
         for cache in manifest.io.caches:
             shape, item = cache.past.shape(sizes), ELEMENT_TYPES[cache.past.dtype].numpy
@@ -45,7 +53,8 @@ class KvCache:
             except (
                 MemoryError
             ) as error:  # a limit on addresses (ulimit -v), or a system that promises no more
-                size = bytes_text(pages * page_length * manifest.kv_bytes_per_token(heads))
+                items = manifest.kv_bytes_by_window(heads).items()
+                size = bytes_text(sum(pages[window] * page_length * item for window, item in items))
                 raise ChaiError(
                     f"the system does not reserve {size} for KV caches; lower --cache-memory, --max-seq or "
                     "--max-new-tokens, or raise its limit (ulimit -v)"

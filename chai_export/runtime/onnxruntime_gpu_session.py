@@ -9,13 +9,15 @@ import onnxruntime as ort
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.choices import Heads
 from chai_export.bundle.graph_io import PAGE_LENGTH as PAGE_LENGTH_NAME
-from chai_export.bundle.graph_io import PAGES, kept_sizes
+from chai_export.bundle.graph_io import kept_sizes, pool_pages
 from chai_export.errors import ChaiError, reason
 from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.runtime.cache import Budget
 from chai_export.runtime.onnxruntime_gpu import CacheDevice
 from chai_export.runtime.onnxruntime_session import OnnxRuntimeSession
 from chai_export.runtime.pages import PAGE_LENGTH
+from chai_export.runtime.row_pages import Stack
+from chai_export.units import bytes_text
 
 
 class OnnxRuntimeGpuSession(OnnxRuntimeSession):
@@ -59,12 +61,7 @@ class OnnxRuntimeGpuSession(OnnxRuntimeSession):
     @property
     def cache_bytes(self) -> int:
         """Bytes of all pools."""
-        return self._allocated * self.page_bytes if self._pools else 0
-
-    def budget(self) -> tuple[int, Budget]:
-        """Tokens that fit in a pool now, and what bounds them; see :class:`.session.Session`."""
-        budget = Budget.now(self._cache_memory, self._gpu.free_memory(), "GPU memory")
-        return budget.size // self.page_bytes * self.page_length, budget
+        return self._bytes_of(self._allocated) if self._pools else 0
 
     def drop(self) -> None:
         """Give the memory of the caches back."""
@@ -73,23 +70,27 @@ class OnnxRuntimeGpuSession(OnnxRuntimeSession):
 
     def promise(self, row: int, tokens: int) -> bool:
         """Promise a row room for ``tokens`` in all, if pages for them are there."""
-        if not self._pool.promise(row, tokens):
+        if not self._pages.promise(row, tokens):
             return False
         self._longest = max(self._longest, tokens)
         return True
 
-    def copy_page(self, page: int, row: int, tokens: int) -> None:
-        """Begin the last page of a row's first ``tokens`` with a copy of ``page``."""
-        self._pool.extend(row, tokens)
-        target = self._pool.pages_of(row)[-1]
-        for pool in self._pools.values():  # whole: what lies past the tokens is undefined anyway
-            size = pool.tensor_size_in_bytes() // self._allocated
+    def copy_page(self, stack: Stack, row: int, tokens: int) -> None:
+        """Begin the last page of a row's first ``tokens`` with a copy of ``stack``."""
+        self._extend(row, tokens, tokens)
+        for cache, target, page in self._last_pages(row, stack):
+            pool = self._pools[cache.past.name]  # whole: what lies past the tokens is undefined anyway
+            size = pool.tensor_size_in_bytes() // self._allocated[cache.window]
             address = pool.data_ptr()
             self._gpu.copy(address + target * size, address + page * size, size)
 
-    def _allocate(self, pages: int) -> None:
+    def _memory(self) -> Budget:
+        return Budget.now(self._cache_memory, self._gpu.free_memory(), "GPU memory")
+
+    def _allocate(self, pages: dict[int, int]) -> None:
         self._allocated = pages
-        sizes = {PAGES: pages, PAGE_LENGTH_NAME: self.page_length}
+        sizes = {PAGE_LENGTH_NAME: self.page_length}
+        sizes |= {pool_pages(window): count for window, count in pages.items()}
         sizes |= kept_sizes(self._manifest.heads(self._heads))
         binding = self._session.io_binding()
         for cache in self._io.caches:
@@ -97,8 +98,9 @@ class OnnxRuntimeGpuSession(OnnxRuntimeSession):
             try:
                 pool = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, self._gpu.device, 0)
             except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+                size = bytes_text(self._bytes_of(pages))
                 raise ChaiError(
-                    f"KV caches of {pages} pages do not fit in GPU memory ({reason(error)}); lower "
+                    f"KV caches of {size} do not fit in GPU memory ({reason(error)}); lower "
                     "--cache-memory or --max-seq, or give shorter or fewer prompts"
                 ) from error
             binding.bind_ortvalue_input(cache.past.name, pool)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -17,13 +17,13 @@ from chai_export.arguments import require_at_least_one, shown, whole, whole_numb
 from chai_export.bundle.bundle import Bundle
 from chai_export.bundle.choices import Backend, Heads
 from chai_export.errors import ChaiError, UsageError
-from chai_export.runtime.cache import MOST_TOKENS
 from chai_export.runtime.detokenizer import Detokenizer
 from chai_export.runtime.one_at_a_time import one_at_a_time
 from chai_export.runtime.prompts import Prompt, encode_prompt, require_fits, require_stops_possible
 from chai_export.runtime.request import Limits, Request
+from chai_export.runtime.row_pages import MOST_TOKENS
 from chai_export.runtime.sampling import Sampler, settings_for
-from chai_export.runtime.scheduler import Scheduler, chunk_length
+from chai_export.runtime.scheduler import Scheduler, chunk_length, longest_call
 from chai_export.runtime.session import Session, open_session, require_heads
 from chai_export.runtime.stopping import StopReason, StopStrings
 
@@ -106,7 +106,7 @@ class _LastCall:
 
     timings: Timings = Timings()
     head_maps: NDArray[np.int32] | None = None
-    peak_tokens: int = 0
+    held_tokens: Mapping[int, int] = field(default_factory=dict)
 
 
 class Runner:
@@ -163,12 +163,16 @@ class Runner:
 
         Counted are the pages that rows held; not memory set aside for growth, padding or a second buffer.
         """
-        return self._last.peak_tokens * self.bundle.manifest.kv_bytes_per_token(self.heads)
+        return self._held_bytes(self.heads)
 
     @property
     def kv_cache_bytes_all_heads(self) -> int:
         """The same positions with every KV head in the K cache."""
-        return self._last.peak_tokens * self.bundle.manifest.kv_bytes_per_token(Heads.ALL)
+        return self._held_bytes(Heads.ALL)
+
+    def _held_bytes(self, heads: Heads) -> int:
+        sizes, held = self.bundle.manifest.kv_bytes_by_window(heads), self._last.held_tokens
+        return sum(held.get(window, 0) * size for window, size in sizes.items())
 
     @one_at_a_time
     def generate(
@@ -229,11 +233,9 @@ class Runner:
             detokenizer = Detokenizer(tokenizer, ids) if tokenizer is not None else None
             stops = StopStrings(stop)
             requests.append(Request(index, ids, limits, Sampler(settings), stops, detokenizer, on_text))
-        peak_tokens = self._run(requests) if requests else 0
+        held = self._run(requests) if requests else {}
         maps = [r.head_map for r in requests if r.head_map is not None]
-        self._last = _LastCall(
-            _timings(requests, began), np.stack(maps, axis=1) if maps else None, peak_tokens
-        )
+        self._last = _LastCall(_timings(requests, began), np.stack(maps, axis=1) if maps else None, held)
         return [_generation(p, r) for p, r in zip(prompts, requests, strict=True)]
 
     @one_at_a_time
@@ -270,8 +272,8 @@ class Runner:
         self._last = _LastCall(Timings(), self.session.head_map, self.session.held_tokens)
         return result
 
-    def _run(self, requests: list[Request]) -> int:
-        """Generate for every request; the largest number of tokens that rows had pages for at one time."""
+    def _run(self, requests: list[Request]) -> Mapping[int, int]:
+        """Generate for every request; the tokens that rows had pages for, by window, when those took most."""
         manifest = self.bundle.manifest
         scheduler = Scheduler(
             self.session,
@@ -288,7 +290,7 @@ class Runner:
         manifest = self.bundle.manifest
         bounds = [(MOST_TOKENS, "shorten it")]
         self.session.drop()  # what the last call left is no longer needed
-        tokens, budget = self.session.budget()
+        tokens, budget = self.session.budget(1, longest_call(manifest.probe_tokens))
         bounds.append((tokens, f"shorten it or {budget.fix}"))
         if max_seq is not None:
             bounds.append((max_seq, "shorten it or raise --max-seq"))

@@ -26,6 +26,11 @@ LONGEST_CHUNK = 512
 _SCORES = 1 << 26
 
 
+def longest_call(probe_tokens: int) -> int:
+    """New tokens of a row in one call, at most."""
+    return max(LONGEST_CHUNK, probe_tokens)
+
+
 def chunk_length(session: Session, batch: int, query_heads: int) -> int:
     """New tokens per row and step, so that a step's scratch memory stays bounded."""
     if session.bounded_scratch:
@@ -50,7 +55,7 @@ class Scheduler:
                 give some back.
         """
         self._session.drop()
-        self._session.start(len(self._rows), self._pages(requests))
+        self._session.start(len(self._rows), self._pages(requests), longest_call(self._probe_tokens))
         waiting = deque(requests)
         while True:
             self._admit(waiting)
@@ -65,7 +70,7 @@ class Scheduler:
         """
         length = self._session.page_length
         wanted = sorted((-(-request.most_tokens // length) for request in requests), reverse=True)
-        tokens, _ = self._session.budget()
+        tokens, _ = self._session.budget(len(self._rows), longest_call(self._probe_tokens))
         return max(wanted[0], min(sum(wanted[: len(self._rows)]), tokens // length))
 
     def _admit(self, waiting: deque[Request]) -> None:

@@ -13,6 +13,7 @@ from chai_export.bundle.choices import Backend, Heads
 from chai_export.errors import ChaiError
 from chai_export.runtime.cache import Budget
 from chai_export.runtime.pages import PagePool
+from chai_export.runtime.row_pages import RowPages, Stack
 
 
 class Session(Protocol):
@@ -36,8 +37,9 @@ class Session(Protocol):
         ...
 
     @property
-    def held_tokens(self) -> int:
-        """Positions of the pages that rows held since :meth:`start`, when they held most."""
+    def held_tokens(self) -> dict[int, int]:
+        """Positions of the pages that rows held since :meth:`start`, when those took most memory: in the
+        layers of each window, 0 for those without one."""
         ...
 
     @property
@@ -47,7 +49,7 @@ class Session(Protocol):
 
     @property
     def pool(self) -> PagePool:
-        """The pages of the rows since :meth:`start`."""
+        """The pages of the rows since :meth:`start` in layers without a window."""
         ...
 
     @property
@@ -60,8 +62,11 @@ class Session(Protocol):
         """Whether attention needs no memory that grows with new tokens times capacity."""
         ...
 
-    def budget(self) -> tuple[int, Budget]:
+    def budget(self, rows: int = 1, chunk: int = 0) -> tuple[int, Budget]:
         """Tokens that fit in a pool now, in whole pages, with what bounds them.
+
+        Beside them layers with a window hold that of so many rows, which feed up to ``chunk`` tokens in a
+        call; where it is 0 any number, so that they hold all tokens too.
 
         Called with no pool there, or for its second part alone: what a pool holds counts as taken.
         """
@@ -71,8 +76,15 @@ class Session(Protocol):
         """Give the memory of the caches back."""
         ...
 
-    def start(self, rows: int, pages: int) -> None:
-        """Begin anew with ``rows`` empty rows that were promised nothing, and a pool of so many pages."""
+    def start(self, rows: int, pages: int, chunk: int = 0, windows: int | None = None) -> None:
+        """Begin anew with ``rows`` empty rows that were promised nothing, and a pool of so many pages.
+
+        Args:
+            rows: that there are.
+            pages: of the layers without a window.
+            chunk: as for :meth:`budget`.
+            windows: rows whose windows have room in layers with one, as far as memory goes; default: all.
+        """
         ...
 
     def begin(self, batch: int, capacity: int) -> None:
@@ -117,15 +129,30 @@ class Session(Protocol):
 class SharingSession(Session, Protocol):
     """A session whose rows may begin with pages of other rows, as those of a server do."""
 
-    def adopt(self, row: int, pages: Sequence[int], head_map: NDArray[np.int32]) -> None:
+    @property
+    def pages(self) -> RowPages:
+        """The pages of the rows since :meth:`start` in all layers."""
+        ...
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of all pools, whatever of them was touched."""
+        ...
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the pages that are not free."""
+        ...
+
+    def adopt(self, row: int, stacks: Sequence[Stack], head_map: NDArray[np.int32]) -> None:
         """Begin a row with the first whole pages of another one, and its head map, int32 [L,H].
 
-        The pages hold at least the probe, and are held by a row or retained.
+        The stacks hold at least the probe and what the next token sees, and are held by a row or retained.
         """
         ...
 
-    def copy_page(self, page: int, row: int, tokens: int) -> None:
-        """Extend a row to its first ``tokens``, whose last page begins as a copy of ``page``."""
+    def copy_page(self, stack: Stack, row: int, tokens: int) -> None:
+        """Extend a row to its first ``tokens``, whose last page begins as a copy of ``stack``."""
         ...
 
 

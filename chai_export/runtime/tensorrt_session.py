@@ -1,7 +1,8 @@
 """A bundle's TensorRT engine: rows in pages of pools on the GPU, appended to in place, decode in CUDA graphs.
 
 Each pool is one buffer, bound as past and as present. It is allocated when a batch begins, for all that its
-rows may need: TensorRT has no tensor that grows. Head maps are kept here by row and travel with each call.
+rows may need: TensorRT has no tensor that grows. Layers with a window hold all pages of a row too. Head maps
+are kept here by row and travel with each call.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from chai_export.bundle.graph_io import (
     LOGITS,
     OUTPUT_POSITIONS,
     PAGE_LENGTH,
-    PAGE_TABLE,
-    PAGES,
     PAST_LENGTHS,
     PRESENT_HEAD_MAP,
     kept_sizes,
+    page_table,
+    pool_sizes,
 )
 from chai_export.bundle.manifest import Manifest
 from chai_export.bundle.op_nodes import check_op_nodes
@@ -38,6 +39,7 @@ from chai_export.errors import ChaiError
 from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.runtime.cache import Budget, memory_error
 from chai_export.runtime.pages import PagePool
+from chai_export.runtime.row_pages import RowPages, Stack
 from chai_export.runtime.tensorrt_device import CudaDevice
 from chai_export.runtime.tensorrt_environment import (
     HELD_AS,
@@ -93,10 +95,11 @@ class TensorRtSession:
         self._strategy = tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED
         _check_engine(engine, manifest)
         self._io = manifest.io
+        self._tables = [page_table(window) for window in manifest.cache_windows]
         self._logits_type = getattr(torch, _ELEMENT_TYPES[engine.get_tensor_dtype(LOGITS).name])
         largest = engine.get_tensor_profile_shape(self._io.caches[0].past.name, PREFILL)[_LARGEST]
         self.page_length = int(largest[2])
-        self._most_row_pages = int(engine.get_tensor_profile_shape(PAGE_TABLE, PREFILL)[_LARGEST][1])
+        self._most_row_pages = int(engine.get_tensor_profile_shape(self._tables[0], PREFILL)[_LARGEST][1])
         size = max(engine.get_device_memory_size_for_profile_v2(profile) for profile in (PREFILL, DECODE))
         with self._device.in_stream():
             self._scratch = self._device.empty((size,), torch.int8)
@@ -135,17 +138,32 @@ class TensorRtSession:
     @property
     def pool(self) -> PagePool:
         """The pages of the rows since :meth:`start`."""
-        return self._pool
+        return self._pages.whole
 
     @property
-    def held_tokens(self) -> int:
-        """Positions of the pages that rows held since :meth:`start`, when they held most."""
-        return self._pool.peak * self.page_length
+    def pages(self) -> RowPages:
+        """The same, since layers with a window hold all tokens too."""
+        return self._pages
+
+    @property
+    def held_tokens(self) -> dict[int, int]:
+        """Positions of the pages that rows held, by window; see :class:`.session.Session`."""
+        return dict.fromkeys((0, *self._manifest.cache_windows), self.pool.peak * self.page_length)
 
     @property
     def page_bytes(self) -> int:
         """Bytes of a page over all layers: codes and scales of keys and values."""
         return self._manifest.kv_bytes_per_token(self._heads) * self.page_length
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of all pools since :meth:`start`."""
+        return self.pool.pages * self.page_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the pages that are not free now."""
+        return self.pool.held * self.page_bytes
 
     @property
     def cache_bytes(self) -> int:
@@ -157,13 +175,13 @@ class TensorRtSession:
         """int32 [L,B,H] by row (a copy)."""
         return self._head_map.copy()
 
-    def budget(self) -> tuple[int, Budget]:
+    def budget(self, rows: int = 1, chunk: int = 0) -> tuple[int, Budget]:
         """Tokens that fit in a pool now, and what bounds them; see :class:`.session.Session`."""
         budget = Budget.now(self._cache_memory, self._device.free_memory(), "GPU memory")
         return budget.size // self.page_bytes * self.page_length, budget
 
-    def start(self, rows: int, pages: int) -> None:
-        """Begin anew with ``rows`` empty rows, and allocate a pool of so many pages.
+    def start(self, rows: int, pages: int, chunk: int = 0, windows: int | None = None) -> None:
+        """Begin anew with ``rows`` empty rows, and allocate pools of so many pages.
 
         Raises:
             ChaiError: there is not enough GPU memory.
@@ -171,7 +189,7 @@ class TensorRtSession:
         self.drop()
         self._set_rows(rows, pages)
         kept = kept_sizes(self._manifest.heads(self._heads))
-        sizes = {PAGES: pages, PAGE_LENGTH: self.page_length, **kept}
+        sizes = {PAGE_LENGTH: self.page_length, **pool_sizes(self._io, pages), **kept}
         with self._device.in_stream():
             for cache in self._io.caches:
                 shape, dtype = cache.past.shape(sizes), getattr(torch, cache.past.dtype)
@@ -185,7 +203,7 @@ class TensorRtSession:
         """
         self.drop()
         tokens, budget = self.budget()
-        pages = batch * self._pool.count(capacity)
+        pages = batch * self.pool.count(capacity)
         if pages * self.page_length > tokens:
             raise memory_error(batch, capacity, pages * self.page_bytes, budget)
         self.start(batch, pages)
@@ -202,24 +220,25 @@ class TensorRtSession:
 
     def promise(self, row: int, tokens: int) -> bool:
         """Promise a row room for ``tokens`` in all, if pages for them are there."""
-        if not self._pool.promise(row, tokens):
+        if not self._pages.promise(row, tokens):
             return False
         self._longest = max(self._longest, tokens)
         return True
 
     def release(self, row: int) -> None:
         """Take all pages from a row, whose text has ended."""
-        self._pool.release(row)
+        self._pages.release(row)
 
-    def adopt(self, row: int, pages: Sequence[int], head_map: NDArray[np.int32]) -> None:
+    def adopt(self, row: int, stacks: Sequence[Stack], head_map: NDArray[np.int32]) -> None:
         """Begin a row with pages of another one that hold its first tokens; see :class:`.SharingSession`."""
-        self._pool.adopt(row, pages)
+        self._pages.adopt(row, stacks)
         self._head_map[:, row] = head_map
 
-    def copy_page(self, page: int, row: int, tokens: int) -> None:
-        """Begin the last page of a row's first ``tokens`` with a copy of ``page``."""
-        self._pool.extend(row, tokens)
-        target, used = self._pool.pages_of(row)[-1], (tokens - 1) % self.page_length + 1
+    def copy_page(self, stack: Stack, row: int, tokens: int) -> None:
+        """Begin the last page of a row's first ``tokens`` with a copy of ``stack``."""
+        self.pool.extend(row, tokens)
+        (page,), used = stack, (tokens - 1) % self.page_length + 1
+        target = self.pool.pages_of(row)[-1]
         with self._device.in_stream():
             for pool in self._caches.values():
                 pool[target, :, :used] = pool[page, :, :used]
@@ -257,8 +276,9 @@ class TensorRtSession:
         """Run the engine on active rows."""
         totals = fed[PAST_LENGTHS] + fed[LENGTHS]
         for row, tokens in zip(rows.tolist(), totals.tolist(), strict=True):
-            self._pool.extend(row, tokens)
-        arrays = {**fed, PAGE_TABLE: self._page_table(rows), HEAD_MAP: self._head_map[:, rows]}
+            self.pool.extend(row, tokens)
+        tables = dict.fromkeys(self._tables, self._page_table(rows))
+        arrays = {**fed, **tables, HEAD_MAP: self._head_map[:, rows]}
         with self._device.in_stream():
             if fed[INPUT_IDS].shape[1] == 1 and fed[OUTPUT_POSITIONS].shape[1] == 1:
                 outputs = self._decode_step(arrays)
@@ -272,7 +292,7 @@ class TensorRtSession:
 
     def _page_table(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """As wide as a power of two: decode steps change shape when a row doubles, not with each page."""
-        table = self._pool.table(rows.tolist())
+        table = self.pool.table(rows.tolist())
         width = min(1 << (table.shape[1] - 1).bit_length(), self._most_row_pages)
         return np.pad(table, ((0, 0), (0, width - table.shape[1])), constant_values=-1)
 
@@ -283,7 +303,7 @@ class TensorRtSession:
         return outputs
 
     def _decode_step(self, arrays: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
-        shape = arrays[PAGE_TABLE].shape
+        shape = arrays[self._tables[0]].shape
         decode = self._decodes.get(shape)
         if decode is None:
             context = self._decode_context()
@@ -342,7 +362,7 @@ class TensorRtSession:
 
     def _set_rows(self, rows: int, pages: int) -> None:
         manifest = self._manifest
-        self._pool = PagePool(pages, self.page_length)
+        self._pages = RowPages({0: pages}, self.page_length)
         self._longest = 0
         self._head_map = np.zeros((manifest.num_layers, rows, manifest.num_query_heads), np.int32)
 

@@ -25,13 +25,16 @@ import numpy as np
 from chai_export.errors import ChaiError, reason
 from chai_export.progress import note
 from chai_export.runtime.calls import plan_calls
-from chai_export.runtime.scheduler import chunk_length
+from chai_export.runtime.scheduler import chunk_length, longest_call
 from chai_export.runtime.session import SharingSession
 from chai_export.serve.job import End, Job
 from chai_export.serve.prefixes import Prefix, PrefixTree
 
 PREFILL_TOKENS = 256
 """Tokens of prompts in one step, over all rows that are in their prompts."""
+
+KEPT_WINDOWS = 2
+"""Windows that have room in the layers with one, for each row: its own, and one of a text that has ended."""
 
 _SCORED = 1 << 24
 """Logits of prompt tokens that one call may make: 64 MiB."""
@@ -155,8 +158,9 @@ class Batch:
     # Admission
 
     def _begin_anew(self) -> None:
-        self._session.start(self._rows, self._pages)
-        self._tree = PrefixTree(self._session.pool, self._shape.probe_tokens)
+        longest = longest_call(self._shape.probe_tokens)
+        self._session.start(self._rows, self._pages, longest, KEPT_WINDOWS * self._rows)
+        self._tree = PrefixTree(self._session.pages, self._shape.probe_tokens)
         self._no_map = np.zeros_like(self._session.head_map[:, 0])
         self._free = list(range(self._rows))[::-1]
 
@@ -198,20 +202,20 @@ class Batch:
 
     def _take_row(self, row: int, tokens: int, prefix: Prefix | None) -> bool:
         """Begin a row with a prefix and pages for ``tokens``; if there are none it stays free: False."""
-        pool = self._session.pool
+        pages = self._session.pages
         part = [] if prefix is None or prefix.part is None else [prefix.part]
-        pool.retain(part)  # making room must not take it
-        self._session.adopt(row, prefix.pages if prefix else (), prefix.head_map if prefix else self._no_map)
+        pages.retain(part)  # making room must not take it
+        self._session.adopt(row, prefix.stacks if prefix else (), prefix.head_map if prefix else self._no_map)
         made = False
         try:
             if made := self._promise(row, tokens):
-                for page in part:
-                    self._session.copy_page(page, row, prefix.tokens if prefix else 0)
+                for stack in part:
+                    self._session.copy_page(stack, row, prefix.tokens if prefix else 0)
         except BaseException:
             made = False
             raise
         finally:
-            pool.forget(part)
+            pages.forget(part)
             if not made:
                 self._session.release(row)
         return made
@@ -243,7 +247,7 @@ class Batch:
     def _promise(self, row: int, tokens: int) -> bool:
         """Promise a row pages for ``tokens``, at the cost of beginnings that no row uses."""
         while not self._session.promise(row, tokens):
-            if not self._tree.evict(max(1, self._session.pool.missing(row, tokens))):
+            if not self._tree.make_room(self._session.pages.missing(row, tokens)):
                 return False
         return True
 
@@ -283,9 +287,9 @@ class Batch:
         if not self._reuse or tokens < self._shape.probe_tokens:
             return
         assert job.row is not None
-        ids, pages = job.request.ids, self._session.pool.pages_of(job.row)
+        ids, stacks = job.request.ids, self._session.pages.stacks_of(job.row)
         head_map = self._session.head_map[:, job.row].copy()
-        self._tree.add(ids[:tokens], pages, head_map, self._shape.side(len(ids)))
+        self._tree.add(ids[:tokens], stacks, head_map, self._shape.side(len(ids)))
 
     # Steps
 
@@ -344,11 +348,13 @@ class Batch:
         job, request = window.job, window.job.request
         if job.scores_prompt_now:
             job.take_prompt(window.start, logits)
-        if not request.fed(window.end):
-            return
-        if not request.new_ids:  # whole pages only: the row goes on writing in its last one
-            length = self._session.page_length
+        finished = request.fed(window.end)
+        # Layers with a window give pages back as the prompt goes on: they are kept before.
+        if not request.new_ids and (finished or self._session.pages.has_windows):
+            length = self._session.page_length  # whole pages only: the row goes on writing in its last one
             self._keep(job, window.end // length * length)
+        if not finished:
+            return
         job.accept(logits[-1])
         self.counts.new_tokens += 1
         if request.stop_reason is not None:

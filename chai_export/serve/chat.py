@@ -104,7 +104,7 @@ class Conversation:
             f"{len(self.turns)} turns, {made} tokens made; last: {last.prompt_tokens} tokens of history of "
             f"which the cache had {last.cached_tokens}, first token {last.ttft_ms:.0f} ms, then "
             f"{last.tpot_ms:.1f} ms per token; cache of {held * session.page_length} tokens, "
-            f"{bytes_text(held * session.page_bytes)}"
+            f"{bytes_text(session.held_bytes)}"
         )
 
     def _render(self, question: str) -> list[int]:

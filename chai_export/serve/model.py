@@ -14,6 +14,7 @@ from chai_export.runtime.detokenizer import Detokenizer
 from chai_export.runtime.prompts import require_fits
 from chai_export.runtime.request import Limits, Request
 from chai_export.runtime.sampling import Sampler, SamplingSettings
+from chai_export.runtime.scheduler import longest_call
 from chai_export.runtime.session import SharingSession, open_session, require_heads
 from chai_export.runtime.stopping import StopStrings
 from chai_export.serve.batch import Batch, Shape
@@ -158,7 +159,10 @@ def open_model(
         raise ChaiError(f"{backend} does not share pages among rows; serve with --backend onnxruntime")
     sharing = cast(SharingSession, session)
     length = sharing.page_length
-    fitting, budget = sharing.budget()
+    longest_chunk = longest_call(bundle.manifest.probe_tokens)
+    fitting, budget = sharing.budget(max_rows, longest_chunk)
+    if not fitting:  # windows of fewer rows, then
+        fitting, budget = sharing.budget(1, longest_chunk)
     pages = fitting // length if cache_memory is not None else fitting // length // 2
     bounds = [(MOST, "shorten it")]
     if max_seq is not None:

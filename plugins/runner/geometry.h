@@ -3,11 +3,18 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "chai/runner.h"
 
 namespace chai {
+
+// Name of the graph's input with the pages of the layers that have this window; 0: of those that have none.
+inline std::string page_table_name(std::int64_t window) {
+  return window == 0 ? "page_table" : "page_table." + std::to_string(window);
+}
 
 struct Geometry {
   std::int64_t num_layers = 0;
@@ -18,6 +25,7 @@ struct Geometry {
   std::int64_t vocab_size = 0;
   std::int64_t probe_tokens = 0;
   std::vector<std::int64_t> kept_heads;        // per layer
+  std::vector<std::int64_t> windows;           // per layer: positions that a token sees; 0: all
   std::vector<std::int64_t> kv_source_layers;  // per layer: whose cache it reads, its own or an earlier one's
 
   // KV heads in the K cache of a layer.
@@ -27,6 +35,13 @@ struct Geometry {
   // Whether a layer has a cache; the others read an earlier layer's.
   bool has_cache(std::int64_t layer) const {
     return kv_source_layers[static_cast<std::size_t>(layer)] == layer;
+  }
+  // The windows that caches have, ascending; 0 for those without one.
+  std::set<std::int64_t> cache_windows() const {
+    std::set<std::int64_t> found;
+    for (std::int64_t layer = 0; layer < num_layers; ++layer)
+      if (has_cache(layer)) found.insert(windows[static_cast<std::size_t>(layer)]);
+    return found;
   }
   std::size_t num_caches() const {
     std::size_t count = 0;

@@ -178,6 +178,8 @@ Manifest read_fields(const Json& json) {
   geometry.kv_source_layers = kv_source_layers(json, geometry);
   read_storage(json, manifest);
   manifest.windows = read_windows(json, geometry);
+  geometry.windows = manifest.windows;
+  geometry.windows.resize(static_cast<std::size_t>(geometry.num_layers), 0);
   if (const auto positions = json.find("max_positions")) manifest.max_positions = positions->integer();
   const auto membership = json.find("static");
   manifest.has_static_membership = membership.has_value();

@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
+from chai_export.bundle.graph_io import page_table
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
 from chai_export.graph.stage import explain, rewrite
@@ -65,7 +66,8 @@ def test_nothing_of_the_old_attention_is_left(fixture: Fixture, rewritten) -> No
     assert ops.count("chai::ClusteredHeadAttention") == fixture.layers
     assert not GONE & set(ops)
     assert {value.name for value in graph.inputs} == {
-        *("input_ids", "lengths", "past_lengths", "output_positions", "page_table", "head_map"),
+        *("input_ids", "lengths", "past_lengths", "output_positions", "head_map"),
+        *(page_table(window) for window in bundle.manifest.cache_windows),
         *(["rope_lengths"] if "longrope" in fixture.name else []),
         *(f"past_{kind}.{layer}" for layer in range(fixture.layers) for kind in ("key", "value")),
     }

@@ -15,11 +15,11 @@ from chai_export.bundle.graph_io import (
     LOGITS,
     OUTPUT_POSITIONS,
     PAGE_LENGTH,
-    PAGE_TABLE,
-    PAGES,
     PAST_LENGTHS,
     PRESENT_HEAD_MAP,
     kept_sizes,
+    page_table,
+    pool_sizes,
 )
 from chai_export.op.dtypes import ELEMENT_TYPES
 
@@ -45,7 +45,7 @@ class GraphRunner:
         self.head_map = np.broadcast_to(query_heads, shape).copy()
         # Two short pages a row, in any order.
         self.table = np.arange(2 * batch, dtype=np.int32)[::-1].reshape(batch, 2)
-        pages = {PAGES: 2 * batch, PAGE_LENGTH: -(-capacity // 2)}
+        pages = {**pool_sizes(manifest.io, 2 * batch), PAGE_LENGTH: -(-capacity // 2)}
         sizes = {**pages, **kept_sizes(manifest.heads(heads))}
         self._pairs = [(cache.past.name, cache.present.name) for cache in manifest.io.caches]
         # Whatever stands beyond the lengths must not matter.
@@ -53,6 +53,7 @@ class GraphRunner:
             cache.past.name: _filled(cache.past.shape(sizes), ELEMENT_TYPES[cache.past.dtype].numpy)
             for cache in manifest.io.caches
         }
+        self._windows = manifest.cache_windows
         self._takes = {value.name for value in manifest.io.inputs}
 
     def step(self, rows: Sequence[Sequence[int]], positions: np.ndarray | None = None) -> np.ndarray:
@@ -70,7 +71,7 @@ class GraphRunner:
             PAST_LENGTHS: self.past_lengths,
             OUTPUT_POSITIONS: positions,
             HEAD_MAP: self.head_map,
-            PAGE_TABLE: self.table,
+            **{page_table(window): self.table for window in self._windows},
             **self.caches,
         }
         feeds = {name: array for name, array in feeds.items() if name in self._takes}

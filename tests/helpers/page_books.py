@@ -9,6 +9,7 @@ import numpy as np
 
 from chai_export.runtime.cache import Budget
 from chai_export.runtime.pages import PagePool
+from chai_export.runtime.row_pages import RowPages, Stack
 
 VOCABULARY = 11
 END = 7
@@ -43,14 +44,14 @@ class Books:
         self.withheld = 0
         self.switches: tuple[int, ...] = ()
 
-    def budget(self) -> tuple[int, Budget]:
+    def budget(self, rows: int = 1, chunk: int = 0) -> tuple[int, Budget]:
         return self.most_pages * self.page_length, Budget(0, "raise --cache-memory")
 
     def drop(self) -> None:
         self.calls.clear()
 
-    def start(self, rows: int, pages: int) -> None:
-        self.pool = PagePool(pages, self.page_length)
+    def start(self, rows: int, pages: int, chunk: int = 0, windows: int | None = None) -> None:
+        self.pages = RowPages({0: pages}, self.page_length)
         self.memory = np.full((pages, self.page_length), -1)
         self.head_map = np.zeros((1, rows, 1), np.int32)
 
@@ -58,8 +59,12 @@ class Books:
         raise NotImplementedError
 
     @property
-    def held_tokens(self) -> int:
-        return self.pool.peak * self.page_length
+    def pool(self) -> PagePool:
+        return self.pages.whole
+
+    @property
+    def held_tokens(self) -> dict[int, int]:
+        return {0: self.pool.peak * self.page_length}
 
     def promise(self, row: int, tokens: int) -> bool:
         if self.withheld and tokens > self.withheld:
@@ -76,11 +81,12 @@ class Books:
             if not self.pool.references(page):
                 self.memory[page] = -1  # whoever reads it afterwards is found out
 
-    def adopt(self, row: int, pages: Sequence[int], head_map: Any) -> None:
-        self.pool.adopt(row, pages)
+    def adopt(self, row: int, stacks: Sequence[Stack], head_map: Any) -> None:
+        self.pages.adopt(row, stacks)
         self.head_map[:, row] = head_map
 
-    def copy_page(self, page: int, row: int, tokens: int) -> None:
+    def copy_page(self, stack: Stack, row: int, tokens: int) -> None:
+        (page,) = stack
         self.pool.extend(row, tokens)
         used = (tokens - 1) % self.page_length + 1
         self.memory[self.pool.pages_of(row)[-1], :used] = self.memory[page, :used]

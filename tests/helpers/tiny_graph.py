@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from chai_export.bundle.atomic import atomic_directory
 from chai_export.bundle.bundle import MODEL_FILE, Bundle, finalise
 from chai_export.bundle.environment import save_environment
-from chai_export.bundle.graph_io import PAGE_TABLE, GraphValue, graph_io, scales
+from chai_export.bundle.graph_io import GraphValue, graph_io, page_table, scales
 from chai_export.bundle.manifest import GenerationSettings, Manifest, RopeRecord, Source
 from chai_export.bundle.parts import BUNDLE
 from chai_export.op.attributes import Attributes
@@ -57,6 +57,7 @@ class TinyModel:
     bits: tuple[int, int] | tuple[tuple[int, int], ...] = (0, 0)
     scale_group: int = 4
     switch: int = 0
+    windows: tuple[int, ...] | None = None  # of each layer; 0: none
     weights: dict[str, np.ndarray] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -135,7 +136,14 @@ class TinyModel:
 
     def _attributes(self, i: int) -> Attributes:
         key, value = self._bits(i)
-        return Attributes(probe_tokens=self.probe, key_bits=key, value_bits=value, group=self.scale_group)
+        bits = {"key_bits": key, "value_bits": value, "group": self.scale_group}
+        return Attributes(probe_tokens=self.probe, window=self._window(i), **bits)
+
+    def _window(self, i: int) -> int:
+        return self.windows[i] if self.windows is not None else 0
+
+    def _page_table(self, i: int) -> str:
+        return page_table(self._window(i)).replace(".", _DOT)
 
     def _storage(self) -> CacheStorage:
         keys, values = zip(*map(self._bits, range(len(self.kept))), strict=True)
@@ -152,7 +160,7 @@ class TinyModel:
 
     def graph(self) -> onnx.ModelProto:
         layers = range(len(self.kept))
-        io = graph_io(self._storage(), self.vocab, rope_lengths=bool(self.switch))
+        io = graph_io(self._storage(), self.vocab, windows=self.windows, rope_lengths=bool(self.switch))
         inputs, outputs = ([_declared(value) for value in values] for values in (io.inputs, io.outputs))
         nodes = [_EMBED.replace("PLACES", _SWITCHED if self.switch else _PLAIN)]
         nodes += [self._layer(i) for i in layers]
@@ -212,9 +220,9 @@ class TinyModel:
         new = f"q_{i}, k_{source}, v_{source}"
         if self._has_cache(i):
             outputs = ", ".join([f"out_{i}", *self._caches(source, "present"), f"chosen_{i}"])
-            inputs = f"{new}, {', '.join(names)}, {PAGE_TABLE}, {maps}"
+            inputs = f"{new}, {', '.join(names)}, {self._page_table(i)}, {maps}"
             return f"{outputs} = chai.ClusteredHeadAttention <{attributes}> ({inputs})"
-        inputs = f"{new}, {', '.join(names)}, {PAGE_TABLE}, chosen_{source}, {maps}"
+        inputs = f"{new}, {', '.join(names)}, {self._page_table(i)}, chosen_{source}, {maps}"
         return f"out_{i}, chosen_{i} = chai.SharedClusteredHeadAttention <{attributes}> ({inputs})"
 
     def _caches(self, i: int, prefix: str) -> list[str]:
@@ -243,6 +251,7 @@ class TinyModel:
             "key_bits": storage.key_bits,
             "value_bits": storage.value_bits,
             "group": storage.group,
+            "windows": None if self.windows is None else list(self.windows),
             "probe_tokens": self.probe,
             "opset": OPSET,
             "source": Source(kind="onnx", name="tiny"),

@@ -81,8 +81,11 @@ def as_argument(prompt: list[int]) -> str:
         SHARED,
         {"bits": (8, 4)},
         {**SHARED, "bits": ((4, 8), (16, 4), (0, 0))},
+        {"windows": (0, 9)},
+        {"windows": (150, 7), "bits": (8, 4)},
+        {**SHARED, "windows": (11, 0, 11)},
     ],
-    ids=["mha", "gqa", "shared", "8/4", "shared 4/8"],
+    ids=["mha", "gqa", "shared", "8/4", "shared 4/8", "window", "windows", "window shared"],
 )
 def test_example_prints_the_python_runners_tokens(
     tmp_path, generate, implementation, monkeypatch, heads, sizes

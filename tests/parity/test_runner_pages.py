@@ -27,12 +27,20 @@ from tests.helpers.tiny_graph import TinyModel, letters_tokenizer
 GROUPED: dict[str, Any] = {"heads": 6, "kv_heads": 3, "kept": (1, 2), "head_dim": 4, "value_dim": 8}
 SHARED: dict[str, Any] = {"heads": 6, "kv_heads": 3, "kept": (2, 1, 2), "sources": (0, 1, 0)}
 EXACT = {"mha": {}, "gqa": GROUPED, "shared": SHARED, "switch": {"switch": 20}}
+WINDOWED: dict[str, dict[str, Any]] = {
+    "window": {"windows": (0, 9)},
+    "windows": {"windows": (6, 17), "kept": (2, 2), "bits": ((8, 4), (0, 8))},
+    "window alone": {"windows": (7, 7), "switch": 20},
+    "window shared": {**SHARED, "windows": (11, 0, 11)},
+}
 STORED: dict[str, dict[str, Any]] = {
     "8/4": {"bits": (8, 4)},
     "mixed": {"bits": ((4, 16), (0, 8))},
     "shared 4/8": {**SHARED, "bits": ((4, 8), (8, 4), (0, 0))},
 }
-MODELS = {name: TinyModel(positions=400, **options) for name, options in {**EXACT, **STORED}.items()}
+MODELS = {
+    name: TinyModel(positions=400, **options) for name, options in {**EXACT, **STORED, **WINDOWED}.items()
+}
 TOLERANCE = 1e-4
 SHORT, MIDDLE, LONG = [5, 9], [7, 8, 20, 21, 6, 30], list(range(4, 33))
 PROMPTS = [SHORT, LONG, [11], MIDDLE, LONG[:7]]
@@ -234,7 +242,7 @@ def test_a_row_grows_from_64_to_16384_tokens_without_a_copy_of_its_cache(tmp_pat
     addresses = {part: array.ctypes.data for part, array in cache.arrays.items()}
     feed(0, 64)
     first = {part: array[0, :, :64].copy() for part, array in cache.arrays.items()}
-    assert session.held_tokens == PAGE_LENGTH
+    assert session.held_tokens == {0: PAGE_LENGTH}
     tracemalloc.start()
     length = 64
     while length < 16384:  # one token, then 47, through every offset in a page
@@ -245,7 +253,7 @@ def test_a_row_grows_from_64_to_16384_tokens_without_a_copy_of_its_cache(tmp_pat
     tracemalloc.stop()
     assert len(made) == 1
     assert {part: array.ctypes.data for part, array in session.caches[0].arrays.items()} == addresses
-    assert session.held_tokens == 16384
+    assert session.held_tokens == {0: 16384}
     assert session.cache_bytes == cache.nbytes
     assert most < cache.nbytes / 8
     for part, array in cache.arrays.items():
@@ -282,11 +290,11 @@ def test_the_function_body_has_buffers_for_the_pages_that_were_touched(bundles, 
     assert (session.pool.pages, session.pool.touched) == (38, 38)
     (few,) = runner.generate([SHORT], max_new_tokens=20)
     assert few.token_ids == result.token_ids[:20]
-    grown = [1]
+    grown = [{0: 1}]
     real = session._grow
     monkeypatch.setattr(session, "_grow", lambda pages: (grown.append(pages), real(pages)))
     assert runner.generate([SHORT], max_new_tokens=150) == [result]
-    assert grown == [1, 2, 4, 8, 16, 32, 38]
+    assert grown == [{0: pages} for pages in (1, 2, 4, 8, 16, 32, 38)]
     assert result.token_ids == MODELS["8/4"].greedy(SHORT, 150)
 
 

@@ -28,6 +28,9 @@ MODELS = {
     "8/4": TinyModel(positions=400, bits=(8, 4)),
     "switch": TinyModel(positions=400, switch=20),
     "shared 4/8": TinyModel(positions=400, **SHARED, bits=((4, 8), (8, 4), (0, 0))),
+    "window": TinyModel(positions=400, windows=(0, 9)),
+    "windows": TinyModel(positions=400, windows=(20, 7), bits=(8, 4)),
+    "window switch": TinyModel(positions=400, windows=(0, 12), switch=20),
 }
 LENGTH = 8
 

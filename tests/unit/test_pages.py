@@ -40,13 +40,13 @@ class AnyOrder(RuleBasedStateMachine):
         others = sum(self.promised[r] - len(self.taken[r]) for r in self.promised if r != row)
         own = max(self.pages(tokens), self.promised.get(row, 0)) - len(self.taken.get(row, ()))
         fits = self.distinct() + others + own <= self.pool.pages
-        before = dict(self.pool.__dict__, _rows=str(self.pool._rows), _free=list(self.pool._free))
+        before = dict(self.pool.__dict__, _rows=str(self.pool._rows), _returned=list(self.pool._returned))
         assert self.pool.promise(row, tokens) == fits
         if fits:
             self.promised[row] = max(self.pages(tokens), self.promised.get(row, 0))
             self.taken.setdefault(row, ())
         else:
-            after = dict(self.pool.__dict__, _rows=str(self.pool._rows), _free=list(self.pool._free))
+            after = dict(self.pool.__dict__, _rows=str(self.pool._rows), _returned=list(self.pool._returned))
             assert after == before
 
     @precondition(lambda self: self.promised)
@@ -84,15 +84,14 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def every_page_is_free_or_held_and_never_both(self):
         held = Counter(page for pages in self.taken.values() for page in pages)
-        free = self.pool._free
-        assert sorted([*free, *held]) == list(range(self.pool.pages))
-        assert all(self.pool._references[page] == held[page] for page in range(self.pool.pages))
+        assert sorted([*self.pool._returned, *held]) == list(range(self.pool.touched))
+        assert all(self.pool.references(page) == held[page] for page in range(self.pool.pages))
         assert self.pool.held == len(held)
 
     @invariant()
     def promises_can_be_kept(self):
         outstanding = sum(self.promised[row] - len(self.taken[row]) for row in self.promised)
-        assert self.pool.outstanding == outstanding <= len(self.pool._free)
+        assert self.pool.outstanding == outstanding <= self.pool.free
 
     @invariant()
     def touched_pages_are_the_first_ones(self):

@@ -18,9 +18,9 @@ from chai_export.bundle.graph_io import (
     LENGTHS,
     LOGITS,
     OUTPUT_POSITIONS,
-    PAGE_TABLE,
     PAST_LENGTHS,
     ROPE_LENGTHS,
+    page_table,
     past_key,
     past_value,
     present_key,
@@ -177,8 +177,9 @@ def _bundle_inputs(case: _Case, sites: list[AttentionSite], equalisers: Equalise
         HEAD_MAP: np.broadcast_to(heads, (len(sites), sizes.batch, heads.size)).copy(),
         # A graph that has no such input leaves it.
         ROPE_LENGTHS: case.lengths + np.int32(sizes.past),
-        PAGE_TABLE: np.arange(sizes.batch, dtype=np.int32)[:, None],  # a page a row
     }
+    for window in {site.terms.window for site in sites}:
+        inputs[page_table(window)] = np.arange(sizes.batch, dtype=np.int32)[:, None]  # a page a row
     room = ((0, 0), (0, 0), (0, sizes.tokens), (0, 0))
     for site, (key, value) in zip(with_cache(sites), case.caches, strict=True):
         stored = key / _columns(equalisers, site.layer)

@@ -61,6 +61,7 @@ class Metrics:
             ("held_pages", "Pages that are not free.", held),
             ("kept_pages", "Pages that are kept for texts to come.", kept),
             ("page_bytes", "Bytes of a page.", self._model.session.page_bytes),
+            ("held_bytes", "Bytes of the pages that are not free.", self._model.session.held_bytes),
         ):
             yield GaugeMetricFamily(f"chai_{name}", text, value=number)
 

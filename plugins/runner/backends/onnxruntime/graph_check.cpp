@@ -1,6 +1,7 @@
 #include "runner/backends/onnxruntime/graph_check.h"
 
 #include <map>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -66,7 +67,8 @@ void check_graph(const Ort::Session& session, const Manifest& manifest) {
   const auto item = onnx_type(manifest.item_type);
   expect(outputs, "logits",
          {wide ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : item, {kAny, kAny, geometry.vocab_size}});
-  expect(inputs, "page_table", {int32, {kAny, kAny}});
+  const std::set<std::int64_t> windows = geometry.cache_windows();
+  for (const std::int64_t window : windows) expect(inputs, page_table_name(window), {int32, {kAny, kAny}});
   const std::vector<CacheTensor> caches = cache_tensors(manifest, Heads::kChai);
   for (const CacheTensor& cache : caches) {
     // The K cache's second size is free: it decides between kept heads and all heads.
@@ -75,7 +77,7 @@ void check_graph(const Ort::Session& session, const Manifest& manifest) {
     expect(inputs, "past_" + cache.name, tensor);
     expect(outputs, "present_" + cache.name, tensor);
   }
-  require(inputs.size() == 6 + caches.size(), "it has further inputs");
+  require(inputs.size() == 5 + windows.size() + caches.size(), "it has further inputs");
 }
 
 }  // namespace chai

@@ -107,7 +107,8 @@ void OnnxRuntimeSession::run(const Step& step, const std::vector<std::int64_t>& 
   binding.BindInput("lengths", model_.value(step.lengths, {batch}));
   binding.BindInput("past_lengths", model_.value(step.past_lengths, {batch}));
   binding.BindInput("output_positions", model_.value(step.output_positions, {batch, 1}));
-  binding.BindInput("page_table", model_.value(table, {batch, pool_.most_pages(rows)}));
+  for (const std::int64_t window : geometry_.cache_windows())
+    binding.BindInput(page_table_name(window).c_str(), model_.value(table, {batch, pool_.most_pages(rows)}));
   binding.BindInput("head_map", model_.value(past_maps, map_shape));
   binding.BindOutput("present_head_map", model_.value(maps, map_shape));
   logits_.bind(binding, model_, batch, geometry_.vocab_size);

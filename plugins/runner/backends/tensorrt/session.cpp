@@ -112,7 +112,12 @@ void TensorRtSession::read_geometry(Heads heads) {
   };
   const nvinfer1::Dims head_map = most("head_map");
   const nvinfer1::Dims input_ids = most("input_ids");
-  const nvinfer1::Dims table = most("page_table");
+  for (std::int32_t i = 0; i < engine_->getNbIOTensors(); ++i) {
+    const std::string input = engine_->getIOTensorName(i);
+    if (input.rfind("page_table", 0) == 0) page_tables_.push_back(input);
+  }
+  require(!page_tables_.empty(), "the engine has no page_table; build it again");
+  const nvinfer1::Dims table = most(page_tables_[0]);
   const nvinfer1::Dims value = most("past_value.0");
   require(head_map.nbDims == 3 && input_ids.nbDims == 2 && table.nbDims == 2 && value.nbDims == 4,
           "the engine is not one of chai_export with caches in pages; build it again");
@@ -223,8 +228,9 @@ TensorRtSession::Feeds TensorRtSession::make_feeds(const Sizes& sizes) const {
                   lay(fed, "lengths", dims({sizes.rows}), sizeof(std::int32_t)),
                   lay(fed, "past_lengths", dims({sizes.rows}), sizeof(std::int32_t)),
                   lay(fed, "output_positions", dims({sizes.rows, sizes.outputs}), sizeof(std::int64_t)),
-                  lay(fed, "page_table", dims({sizes.rows, sizes.row_pages}), sizeof(std::int32_t)),
                   lay(fed, "head_map", maps, sizeof(std::int32_t))};
+  for (const std::string& name : page_tables_)
+    feeds.inputs.push_back(lay(fed, name.c_str(), dims({sizes.rows, sizes.row_pages}), sizeof(std::int32_t)));
   feeds.fed = DeviceMemory(fed);
   std::size_t made = 0;
   feeds.logits = lay(made, "logits", dims({sizes.rows, sizes.outputs, geometry_.vocab_size}),
@@ -236,15 +242,16 @@ TensorRtSession::Feeds TensorRtSession::make_feeds(const Sizes& sizes) const {
 
 // The buffers are free: every step ends with the stream done.
 void TensorRtSession::fill(const Feeds& feeds, const Step& step, const std::vector<std::int64_t>& rows) {
-  const auto row_pages = static_cast<std::size_t>(feeds.inputs[4].shape.d[1]);
+  const auto row_pages = static_cast<std::size_t>(feeds.inputs.back().shape.d[1]);
   const auto held = static_cast<std::size_t>(pool_.most_pages(rows));
   const std::vector<std::int32_t> narrow = pool_.table(rows);
   std::vector<std::int32_t> table(rows.size() * row_pages, -1);
   for (std::size_t row = 0; row < rows.size(); ++row)
     std::copy_n(narrow.data() + row * held, held, table.data() + row * row_pages);
   const std::vector<std::int32_t> maps = maps_.of(rows);
-  const void* contents[] = {step.input_ids.data(),        step.lengths.data(), step.past_lengths.data(),
-                            step.output_positions.data(), table.data(),        maps.data()};
+  std::vector<const void*> contents{step.input_ids.data(), step.lengths.data(), step.past_lengths.data(),
+                                    step.output_positions.data(), maps.data()};
+  contents.resize(feeds.inputs.size(), table.data());  // layers with a window hold all pages of a row too
   char* staged = staged_.at_least(feeds.fed.bytes());
   for (std::size_t i = 0; i < feeds.inputs.size(); ++i)
     std::memcpy(staged + feeds.inputs[i].offset, contents[i], feeds.inputs[i].bytes);

@@ -152,6 +152,7 @@ class TensorRtSession final : public Session {
   std::int64_t max_row_pages_ = 0;
   std::int64_t page_length_ = 0;
 
+  std::vector<std::string> page_tables_;  // the engine's inputs: one for each window that layers have
   std::vector<Pool> pools_;
   PagePool pool_;
   RowMaps maps_;
