@@ -43,7 +43,9 @@ class Scoring:
         scores = products.float() * self.scale
         return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
 
-    def probabilities(self, products: Tensor, first_query: int, first_key: int = 0) -> Tensor:
+    def probabilities(
+        self, products: Tensor, first_query: int, first_key: int = 0, unseen: Tensor | None = None
+    ) -> Tensor:
         """Causal softmax of query·key.
 
         Args:
@@ -51,6 +53,7 @@ class Scoring:
                 from ``first_key`` on; each query sees one of them.
             first_query: position of the first query.
             first_key: position of the first key.
+            unseen: bool [..., H or 1, S, T], keys that a query does not see besides those that come later.
 
         Returns:
             float32 [..., H, S, T].
@@ -64,7 +67,9 @@ class Scoring:
             scores = scores + self.slopes.float()[:, None, None] * (key - query)
         hidden = key > query
         if self.window:
-            hidden |= key <= query - self.window
+            hidden = hidden | (key <= query - self.window)
+        if unseen is not None:
+            hidden = hidden | unseen
         scores = scores.masked_fill(hidden, float("-inf"))
         if self.sinks is None:
             return torch.softmax(scores, dim=-1)

@@ -81,15 +81,29 @@ def add_window(
         plans: oracles of ``model`` with the sums to add to.
         skip: positions in front whose predictions do not count.
     """
-    exact = torch.from_numpy(model_logits(model, window)[skip:-1])
-    targets = torch.from_numpy(window[skip + 1 :]).long()
+    exact = model_logits(model, window)[skip:-1]
     for oracle, sums in plans:
-        found = torch.from_numpy(oracle.logits(window)[skip:-1])
-        parts = [_compared(exact[part], found[part], targets[part]) for part in row_parts(len(targets))]
-        sums.tokens.append(len(targets))
-        sums.kl.append(sum(kl for kl, _, _ in parts))
-        sums.nll_change.append(sum(change for _, change, _ in parts))
-        sums.agreed += sum(agreed for _, _, agreed in parts)
+        add_logits(exact, oracle.logits(window)[skip:-1], window[skip + 1 :], sums)
+
+
+def add_logits(
+    exact: NDArray[np.float32], found: NDArray[np.float32], targets: NDArray[np.int32], sums: Distance
+) -> None:
+    """Add what two sets of logits for one window differ by.
+
+    Args:
+        exact: float32 [t, V], of the exact cache.
+        found: float32 [t, V], of another.
+        targets: int32 [t], the tokens that follow.
+        sums: to add to.
+    """
+    wanted = torch.from_numpy(targets).long()
+    pair = torch.from_numpy(exact), torch.from_numpy(found)
+    parts = [_compared(pair[0][part], pair[1][part], wanted[part]) for part in row_parts(len(targets))]
+    sums.tokens.append(len(targets))
+    sums.kl.append(sum(kl for kl, _, _ in parts))
+    sums.nll_change.append(sum(change for _, change, _ in parts))
+    sums.agreed += sum(agreed for _, _, agreed in parts)
 
 
 def _compared(exact: Tensor, found: Tensor, targets: Tensor) -> tuple[float, float, int]:
