@@ -83,7 +83,7 @@ def _compare(bundle: Bundle, session: Session, heads: Heads, rows: int, max_seq:
             where = "a prompt" if number == 0 else f"decode step {number}"
             raise ChaiError(
                 f"the engine of {bundle.path} does not compute what ONNX Runtime does: with {heads} heads "
-                f"logits of {where} differ by {difference:.2g} of their standard deviation; the engine was not "
+                f"logits of {where} differ by {difference:.2g} standard deviations; the engine was not "
                 "kept, report this with the output of `chai-export doctor`"
             )
         past += fed.shape[1]

@@ -19,7 +19,7 @@ PAGES = sorted(
     for page in ROOT.glob(f"{folder}*.md" if folder in {"", "engines/"} else f"{folder}**/*.md")
 )
 TOP_FOLDERS = r"(?:chai_export|plugins|tests|benchmarks|docs|engines|examples)"
-MADE = ("engines/out/", "engines/tensorrt/", "engines/onnxruntime/", "1/model.py")
+MADE = ("engines/out/", "engines/tensorrt/", "engines/onnxruntime/", "build/gpu/", "1/model.py")
 """What commands make, in a recipe's folder, a bundle and a model repository."""
 BASES = ("", "chai_export/", "plugins/", "plugins/include/")
 
