@@ -76,6 +76,10 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "kv_bytes_per_token": manifest.kv_bytes_per_token("chai"),
         "kv_bytes_per_token_all_heads": manifest.kv_bytes_per_token("all"),
         "kv_bytes_per_token_float16": manifest.kv_bytes_per_token_float16,
+        "kv_bytes_by_window": [
+            {"window": window, "bytes_per_token": size}
+            for window, size in manifest.kv_bytes_by_window("chai").items()
+        ],
         "kv_bytes_by_part": asdict(manifest.kv_bytes_by_part("chai")),
         "proof": manifest.proof.model_dump(mode="json") if manifest.proof else None,
         "engines": {name: record.runtime_version for name, record in manifest.engines.items()},
@@ -107,6 +111,7 @@ def print_bundle(bundle: Bundle, *, as_json: bool) -> None:
                 "KV cache per token",
                 f"{bytes_text(cache)} (all heads: {bytes_text(full)}, saved {1 - cache / full:.1%})",
             ),
+            *_by_length(bundle.manifest),
             *_storage(bundle.manifest),
             *([("proven", facts["proof"]["compared"])] if facts["proof"] else []),
             ("engines", ", ".join(facts["engines"]) or "none; `chai-export build` makes one"),
@@ -128,6 +133,17 @@ def _windows(windows: list[int] | None) -> list[tuple[str, str]]:
         layers = [layer for layer, each in enumerate(windows) if each == window]
         said.append(f"{window or 'all'} in {layer_ranges(layers)}")
     return [("positions seen", "; ".join(said))]
+
+
+def _by_length(manifest: Manifest) -> list[tuple[str, str]]:
+    """What texts of some lengths take, where layers have a window; nothing else."""
+    windows = [window for window in manifest.cache_windows if window]
+    if not windows:
+        return []
+    longest = manifest.max_positions or manifest.context_length or 0
+    lengths = sorted({*windows, 4 * windows[-1], max(longest, windows[-1])})
+    sizes = [f"{bytes_text(manifest.kv_bytes_of(tokens))} at {tokens} tokens" for tokens in lengths]
+    return [("KV cache of a text", ", ".join(sizes))]
 
 
 def _storage(manifest: Manifest) -> list[tuple[str, str]]:

@@ -72,7 +72,8 @@ def planned(plan: Plan) -> dict[str, Any]:
 
 
 def cache_growth(manifest: Manifest) -> list[dict[str, int]]:
-    """KV bytes of one row at doubling sequence lengths, up to the model's context."""
+    """KV bytes of one row at doubling sequence lengths, up to the model's context; windows hold no more than
+    themselves."""
     longest = manifest.max_positions or manifest.context_length or 4096
     lengths = [64]
     while lengths[-1] < min(longest, _LONGEST_SEQUENCE):
@@ -80,8 +81,8 @@ def cache_growth(manifest: Manifest) -> list[dict[str, int]]:
     return [
         {
             "tokens": length,
-            "chai": length * manifest.kv_bytes_per_token("chai"),
-            "all": length * manifest.kv_bytes_per_token("all"),
+            "chai": manifest.kv_bytes_of(length, "chai"),
+            "all": manifest.kv_bytes_of(length, "all"),
         }
         for length in lengths
     ]
