@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,19 @@ Row = dict[str, Any]
 
 def write(page: Path, results: Row) -> None:
     """Replace what stands between the marks of each table."""
+    tables = {"right": _right, "wrong": _wrong, "machine": _machine}
+    replace_tables(page, "logit_noise.py", {name: made(results) for name, made in tables.items()})
+
+
+def replace_tables(page: Path, script: str, tables: Mapping[str, str]) -> None:
+    """Replace what stands between the marks of each of a script's tables."""
     text = page.read_text(encoding="utf-8")
-    for name, table in {"right": _right, "wrong": _wrong, "machine": _machine}.items():
-        mark, end = f"<!-- {name}: made by benchmarks/logit_noise.py -->", "<!-- end -->"
+    for name, made in tables.items():
+        mark, end = f"<!-- {name}: made by benchmarks/{script} -->", "<!-- end -->"
         pattern = re.compile(re.escape(mark) + ".*?" + re.escape(end), re.DOTALL)
         if not pattern.search(text):
             raise SystemExit(f"{page} has no place for the table {name!r}")
-        text = pattern.sub(f"{mark}\n{table(results)}\n{end}".replace("\\", r"\\"), text)
+        text = pattern.sub(f"{mark}\n{made}\n{end}".replace("\\", r"\\"), text)
     with atomic_file(page) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -51,7 +57,7 @@ def _right(results: Row) -> str:
             )
     columns = ["model", "dtype", "largest difference", "median tolerance", "largest share of a tolerance",
                "c, median", "c, largest"]  # fmt: skip
-    return _table(columns, lines)
+    return table(columns, lines)
 
 
 def _wrong(results: Row) -> str:
@@ -71,13 +77,14 @@ def _wrong(results: Row) -> str:
             caught = sum(used > 1 for used, _ in found)
             cells.append(f"{_number(least)} ({where}); {caught} of {len(found)}")
         lines.append(cells)
-    return _table(["mistake", "float32", "float16", "bfloat16"], lines)
+    return table(["mistake", "float32", "float16", "bfloat16"], lines)
 
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

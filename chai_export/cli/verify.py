@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Verify and show each figure beside its tolerance."""
+    from chai_export.quality.verdict import EXACT_ROWS
     from chai_export.quality.verify import verify
 
     result = verify(
@@ -61,7 +62,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(report)
         return 0 if result.ok else 1
-    if result.gates:
+    if any(gate.name != EXACT_ROWS for gate in result.gates):
         _print_gates(result)
     else:
         _print_against_model(report)
@@ -121,6 +122,11 @@ def _print_against_model(report: dict[str, Any]) -> None:
     print_table(
         ["heads", "against", "largest logit difference", "of what rounding allows", "greedy tokens"], rows
     )
+    for gate in report["gates"]:
+        print(
+            f"{gate['heads']}, rows as they are computed: largest logit difference "
+            f"{gate['max_abs_logit_diff']:.2e}, {gate['tolerance_used']:.0%} of what rounding allows"
+        )
     _print_distance(distance)
     if report["max_abs_logit_diff"]["all"] is None:
         print("all heads: not compared, static membership has cut away the heads it does not keep")

@@ -52,6 +52,15 @@ def exact_twin(bundle: Bundle) -> tuple[Bundle, GraphInMemory]:
     return Bundle(bundle.path, manifest.model_copy(update=changes)), in_memory(model)
 
 
+def with_exact_rows(bundle: Bundle) -> tuple[Bundle, GraphInMemory]:
+    """The same graph with rows that are cached as they are computed, in the bundle's dtype."""
+    model = read_model(bundle.model_path)
+    exact_storage(model, bundle.manifest)
+    exact = [0] * bundle.manifest.num_layers
+    changes = {"engines": {}, "key_bits": exact, "value_bits": exact}
+    return Bundle(bundle.path, bundle.manifest.model_copy(update=changes)), in_memory(model)
+
+
 class Source:
     """The ONNX file that a bundle was made from.
 

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 class Expected:
     """Right logits of one sequence, float32 [T, V], and the largest right difference from them, [T].
 
-    ``exact`` are those of the model that caches its rows as they are computed, where the bundle does not.
+    ``exact`` are those of the model that caches its rows as they are computed, where the bundle does not, and
+    ``exact_tolerances`` the largest right difference from those.
     """
 
     logits: NDArray[np.float32]
     tolerances: NDArray[np.float64]
     exact: NDArray[np.float32] | None = None
+    exact_tolerances: NDArray[np.float64] | None = None
 
 
 class Truth(Protocol):
@@ -99,4 +101,5 @@ class TorchTruth:
         plain = run()
         with rounding(self._model, self._dtype):
             moved = run(stored=StoredRounding(TIES))
-        return Expected(plain, stored_tolerances(plain, moved, exact.tolerances), exact.logits)
+        allowed = stored_tolerances(plain, moved, exact.tolerances)
+        return Expected(plain, allowed, exact.logits, exact.tolerances)

@@ -21,10 +21,11 @@ model, a wrong one differs in most. In lower precision rounding alone moves many
 
 @dataclass(frozen=True)
 class Gate:
-    """One comparison of a bundle with the ONNX file it was made from.
+    """One comparison of a bundle with the ONNX file it was made from, or of its graph with exact rows.
 
     Attributes:
-        name: "exact", "as written" or "chai"; docs/verification.md says what each compares.
+        name: "exact", "as written" or "chai", for a Hugging Face model "exact rows"; docs/verification.md
+            says what each compares.
         heads: "all" or "chai".
         max_abs_logit_diff: largest difference of a logit.
         tolerance_used: that in units of what is allowed at its position; right up to 1.
@@ -60,7 +61,8 @@ class VerifyResult:
         first_mismatch: {"all"|"chai": {"prompt", "token"}} where greedy tokens first differ.
         boundaries: lengths at which rotary embedding changes or a window begins to hide tokens, crossed or
             not, and why not.
-        gates: the single comparisons where the reference is an ONNX file; none for a Hugging Face model.
+        gates: the single comparisons where the reference is an ONNX file; for a Hugging Face model those of
+            the graph with rows as they are computed, where the bundle stores them in fewer bits.
         not_compared: gates that were left out, and why.
     """
 
@@ -101,6 +103,10 @@ class VerifyResult:
         }
 
 
+EXACT_ROWS = "exact rows"
+"""The gate of a Hugging Face model where the bundle caches rows in fewer bits."""
+
+
 class Verdict:
     """Collects the worst of everything.
 
@@ -118,6 +124,7 @@ class Verdict:
         self._worst = dict.fromkeys(compared, 0.0)
         self._used = dict.fromkeys(compared, 0.0)
         self._largest = 0.0
+        self._exact: dict[str, Gate] = {}
         self._distances: dict[str, list[NDArray[np.float64]]] = {}
         self._kl = dict.fromkeys(compared, 0.0)
         self._mismatch: dict[str, dict[str, int]] = {}
@@ -137,6 +144,21 @@ class Verdict:
             self._distances.setdefault(heads, []).append(differences(engine, expected.exact))
             self._kl[heads] += total_kl(expected.exact, engine)
         self._tokens += len(engine) if heads == "chai" else 0
+
+    def exact_rows(self, heads: str, engine: NDArray[np.float32], expected: Expected) -> None:
+        """Logits [T, V] of the engine's graph on rows that are cached as they are computed."""
+        assert expected.exact is not None
+        assert expected.exact_tolerances is not None
+        allowed = self._allowed(Expected(expected.exact, expected.exact_tolerances))
+        found = differences(engine, expected.exact)
+        before = self._exact.get(heads, Gate(EXACT_ROWS, heads, 0.0, 0.0, 0.0))
+        self._exact[heads] = Gate(
+            EXACT_ROWS,
+            heads,
+            max(before.max_abs_logit_diff, float(found.max())),
+            max(before.tolerance_used, float((found / allowed).max())),
+            max(before.tolerance, float(allowed.max())),
+        )
 
     def greedy(self, heads: str, prompt: int, chosen: Sequence[int], expected: Expected) -> None:
         """The tokens that the engine chose at the end of the sequence ``expected`` is for."""
@@ -159,6 +181,9 @@ class Verdict:
     def result(self) -> VerifyResult:
         """The verdict."""
         agreement = float(np.mean(self._same_heads))
+        gates = tuple(self._exact.values())
+        for gate in gates:
+            self._used[gate.heads] = max(self._used[gate.heads], gate.tolerance_used)
         close = all(used <= 1.0 for used in self._used.values())
         return VerifyResult(
             ok=close and not self._mismatch and agreement >= self._least_agreement,
@@ -175,6 +200,7 @@ class Verdict:
             greedy_ties=self._ties,
             first_mismatch=self._mismatch,
             distance_to_exact=self._distance() if self._distances else None,
+            gates=gates,
         )
 
     def _distance(self) -> dict[str, dict[str, float]]:

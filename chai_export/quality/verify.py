@@ -7,6 +7,9 @@ chai    logits of the engine with CHAI, against the torch oracle given the engin
 greedy  each token the engine chose, against the one the reference finds most probable at that place
 maps    the engine's head maps, against those the oracle finds by itself
 
+A bundle that caches rows in fewer bits has its graph compared a second time, with rows as they are computed:
+what storing moves hides no mistake there.
+
 A bundle with static membership has no weights left for all heads, and its maps are those of its manifest:
 there "all" is not compared, and "chai" is the engine against the oracle under these maps, on whole weights.
 
@@ -20,6 +23,7 @@ the same either way, and one forward pass replaces one per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.arguments import as_real, shown, whole
-from chai_export.bundle.choices import Backend
+from chai_export.bundle.choices import Backend, Heads
 from chai_export.errors import UsageError
 from chai_export.models.rope import rope_of
 from chai_export.models.text import Text
@@ -108,6 +112,7 @@ def verify(
         runners = {"all": load(bundle, backend=backend, heads="all"), **runners}
     model = load_reference(reference, manifest, trust_remote_code=trust_remote_code)
     truth = TorchTruth(model, runners["chai"].bundle)
+    twins = _with_exact_rows(runners) if Backend(backend) is Backend.ONNXRUNTIME else {}
     prompts = verify_prompts(runners["chai"], text, position_limit(runners["chai"]))
     # Fixed maps are constants of the graph: nothing may round them.
     least_agreement = LEAST_MAP_AGREEMENT[manifest.dtype] if manifest.static is None else 1.0
@@ -118,7 +123,7 @@ def verify(
         generated_maps = runners[heads].head_maps.copy()
         for index, generation in enumerate(made):
             case = _Case(index, prompts[index], list(generation.token_ids), generated_maps[:, index])
-            _compare(verdict, heads, case, runners[heads], truth)
+            _compare(verdict, heads, case, runners[heads], truth, twins.get(heads))
     windows = {window for window in manifest.windows or () if window}
     lengths = {*rope_of(model.config).original_lengths, *manifest.switch_lengths, *windows}
     boundaries = find_boundaries(lengths, position_limit(runners["chai"]))
@@ -126,6 +131,22 @@ def verify(
         for heads, runner in runners.items():
             _cross(verdict, heads, index, boundary, runner, truth)
     return replace(verdict.result(), boundaries=tuple(boundaries))
+
+
+def _with_exact_rows(runners: Mapping[str, Runner]) -> dict[str, Runner]:
+    """The same graphs with rows that are cached as they are computed; none where the bundle does that."""
+    from chai_export.quality.source_truth import with_exact_rows
+    from chai_export.runtime.runner import Runner
+    from chai_export.runtime.session import open_session
+
+    twins = {}
+    for name, runner in runners.items():
+        if not runner.bundle.manifest.storage.rounds:
+            continue
+        (bundle, graph), heads = with_exact_rows(runner.bundle), Heads(name)
+        session = open_session(bundle, Backend.ONNXRUNTIME, heads, graph=graph)
+        twins[name] = Runner(bundle, session, Backend.ONNXRUNTIME, heads)
+    return twins
 
 
 @dataclass(frozen=True)
@@ -138,7 +159,9 @@ class _Case:
     maps: NDArray[np.int32]
 
 
-def _compare(verdict: Verdict, heads: str, case: _Case, runner: Runner, truth: Truth) -> None:
+def _compare(
+    verdict: Verdict, heads: str, case: _Case, runner: Runner, truth: Truth, twin: Runner | None = None
+) -> None:
     switches = runner.bundle.manifest.switch_lengths
     if switches:
         _compare_stretches(verdict, heads, case, runner, truth)
@@ -158,6 +181,10 @@ def _compare(verdict: Verdict, heads: str, case: _Case, runner: Runner, truth: T
             verdict.maps(case.maps, truth.head_maps(sequence))
     verdict.logits(heads, engine, expected)
     verdict.greedy(heads, case.index, case.chosen, generated)
+    if twin is not None:
+        logits, same = twin.logits(sequence), bool((twin.head_maps[:, 0] == maps).all())
+        under = expected if heads == "all" or same else truth.chai(sequence, twin.head_maps[:, 0])
+        verdict.exact_rows(heads, logits, under)
 
 
 def _compare_stretches(verdict: Verdict, heads: str, case: _Case, runner: Runner, truth: Truth) -> None:

@@ -30,6 +30,13 @@ def first_keys_only(*given: Any, **options: Any) -> torch.Tensor:
     return SUPPORTED(*given, **options).clamp(max=5.0)
 
 
+def alibi_in_float32(mask: torch.Tensor, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """Falcon's of four heads as the paper has it."""
+    slopes = torch.tensor([2.0 ** (-2 * (head + 1)) for head in range(num_heads)])
+    places = ((mask.cumsum(dim=-1) - 1) * mask)[:, None, :]
+    return (slopes[:, None] * places).reshape(len(mask) * num_heads, 1, mask.shape[1]).to(dtype)
+
+
 @pytest.mark.parametrize("bias", [uneven, first_keys_only])
 def test_a_bias_that_is_no_alibi_is_refused_by_layer_and_reason(
     bias: Callable[..., torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -49,3 +56,34 @@ def test_a_bias_that_is_no_alibi_is_refused_by_layer_and_reason(
     assert not explanation.rewritable
     assert "a bias is added" in explanation.verdict
     assert "a bias is added" in explanation.rows()[0][-1]
+
+
+@pytest.mark.parametrize(
+    ("alibi", "dtype", "refused"),
+    [
+        (SUPPORTED, torch.float32, True),
+        (alibi_in_float32, torch.float32, False),
+        (SUPPORTED, torch.bfloat16, False),
+    ],
+    ids=["transformers' own in float32", "float32 throughout", "bfloat16 throughout"],
+)
+def test_alibi_of_fewer_digits_than_the_graph_is_refused(
+    alibi: Callable[..., torch.Tensor],
+    dtype: torch.dtype,
+    refused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """transformers computes Falcon's in bfloat16 whatever the model's type; the proof runs in float32."""
+    monkeypatch.setattr(modeling_falcon, "build_alibi_tensor", alibi)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FalconConfig(**SIZES, alibi=True)).to(dtype).eval()
+    (tmp_path / "source").mkdir()
+    path = export_onnx(model, tmp_path / "source", opset=18, attention="eager")
+    explanation = explain(path)
+    assert explanation.rewritable is not refused, explanation.verdict
+    if refused:
+        with pytest.raises(ChaiError, match=r"layer 0.*ALiBi is computed in bfloat16, which makes its steps"):
+            rewrite(path, Clusters((1,)), tmp_path / "bundle")
+    else:
+        assert ", ALiBi; mask causal" in explanation.rows()[0][-1]

@@ -14,6 +14,7 @@ from chai_export.models.stored_rows import StoredRounding, read_back
 from chai_export.op.storage import BITS, Storage
 from chai_export.quality.truth import TorchTruth
 from tests.helpers.exported import exported, model_of
+from tests.helpers.graph_mistakes import exchanged_queries, larger_scores, late_positions, with_mistake
 
 NAME = "llama-gqa"
 TOKENS = np.random.default_rng(1).integers(3, 96, 60).tolist()
@@ -73,6 +74,24 @@ def test_verify_holds_a_bundle_to_the_rows_that_it_stores(bits, bundles):
         assert result.max_abs_logit_diff[heads] < distance["max_abs_logit_diff"] / 4
         assert distance["kl"] > 0
     assert result.to_json()["distance_to_exact"] == result.distance_to_exact
+    assert [(gate.name, gate.heads) for gate in result.gates] == [
+        ("exact rows", "all"),
+        ("exact rows", "chai"),
+    ]
+    assert all(0.0 < gate.tolerance_used <= 1.0 and gate.tolerance < 1e-3 for gate in result.gates)
+
+
+@pytest.mark.parametrize(
+    "mistake", [larger_scores, late_positions, exchanged_queries], ids=lambda mistake: mistake.__name__
+)
+def test_storing_rows_hides_no_mistake_of_the_graph(mistake, bundles, tmp_path):
+    """Its graph is compared with exact rows, too: what storing moves would let small mistakes pass."""
+    broken = with_mistake(bundles(8, 4), tmp_path / "broken", mistake)
+    result = ce.verify(broken.path, model_of(NAME), new_tokens=8)
+    assert not result.ok
+    used = {gate.heads: gate.tolerance_used for gate in result.gates}
+    assert set(used) == {"all", "chai"}
+    assert min(used.values()) > 3.0
 
 
 def test_caches_in_the_dtype_have_no_distance(bundles):

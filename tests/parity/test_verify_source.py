@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
 
-from chai_export.bundle.bundle import Bundle, finalise
+from chai_export.bundle.bundle import Bundle
 from chai_export.cli.main import main
 from chai_export.clustering.clusters import Clusters
 from chai_export.errors import ChaiError
@@ -20,6 +17,16 @@ from chai_export.graph.stage import rewrite
 from chai_export.quality.verdict import VerifyResult
 from chai_export.quality.verify import verify
 from tests.helpers import onnx_variants as variants
+from tests.helpers.graph_mistakes import (
+    exchanged_queries,
+    exchanged_values,
+    larger_scores,
+    late_positions,
+    other_layer,
+    other_weights,
+    with_mistake,
+    wrong_head_map,
+)
 from tests.helpers.onnx_fixtures import ALL, Fixture
 
 BY_NAME = {fixture.name: fixture for fixture in ALL}
@@ -105,64 +112,13 @@ def test_files_with_other_interfaces_are_fed_as_they_want(change: Callable, tmp_
     assert verified(made_from(path, fixture, tmp_path), path).ok
 
 
-def changed(bundle: Bundle, folder: Path, edit: Callable[[onnx.ModelProto], None]) -> Bundle:
-    """The bundle with another graph, and hashes that fit."""
-    shutil.copytree(bundle.path, folder / "changed")
-    model = onnx.load(bundle.model_path)
-    edit(model)
-    (folder / "changed" / "model.onnx.data").unlink(missing_ok=True)
-    onnx.save(model, folder / "changed" / "model.onnx")
-    finalise(folder / "changed", bundle.manifest)
-    return Bundle.load(folder / "changed")
-
-
-def attentions(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    return [node for node in model.graph.node if node.domain == "chai"]
-
-
-def larger_scores(model: onnx.ModelProto) -> None:
-    scale = next(a for a in attentions(model)[-1].attribute if a.name == "scale")
-    scale.f *= 1.01
-
-
-def exchanged_values(model: onnx.ModelProto) -> None:
-    """Two value heads of the last layer."""
-    node = attentions(model)[-1]
-    order = numpy_helper.from_array(np.array([1, 0, *range(2, heads_of(model))]), "order")
-    model.graph.initializer.append(order)
-    gather = helper.make_node("Gather", [node.input[2], "order"], ["exchanged"], axis=1)
-    model.graph.node.insert(list(model.graph.node).index(node), gather)
-    node.input[2] = "exchanged"
-
-
-def heads_of(model: onnx.ModelProto) -> int:
-    return next(v for v in model.graph.input if "value" in v.name).type.tensor_type.shape.dim[1].dim_value
-
-
-def other_weights(model: onnx.ModelProto) -> None:
-    """One row of scales of one quantised weight, by 2 percent."""
-    for initializer in model.graph.initializer:
-        array = numpy_helper.to_array(initializer)
-        if array.dtype == np.float32 and "scale" in initializer.name and array.size >= 16:
-            wrong = array.copy()
-            wrong.reshape(-1)[:8] *= 1.02
-            initializer.CopyFrom(numpy_helper.from_array(wrong, initializer.name))
-            return
-    raise AssertionError("no scales")
-
-
-def other_layer(model: onnx.ModelProto) -> None:
-    """The first layer's attention reads the keys that the second one should."""
-    first, last = attentions(model)[0], attentions(model)[-1]
-    last.input[1] = first.input[1]
-
-
-MISTAKES = [larger_scores, exchanged_values, other_weights, other_layer]
+MISTAKES = [larger_scores, exchanged_queries, exchanged_values, wrong_head_map, late_positions, other_weights,
+            other_layer]  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
 def test_a_mistake_in_an_int4_bundle_is_caught(mistake: Callable, int4: Bundle, tmp_path: Path) -> None:
-    result = verified(changed(int4, tmp_path, mistake), BY_NAME[INT4].path)
+    result = verified(with_mistake(int4, tmp_path / "changed", mistake), BY_NAME[INT4].path)
     assert not result.ok
     assert used(result)["exact"] > 3.0
 
@@ -172,13 +128,13 @@ def test_a_mistake_in_a_dynamically_quantised_bundle_is_caught(
     mistake: Callable, dynamic: tuple[Bundle, Path], tmp_path: Path
 ) -> None:
     bundle, source = dynamic
-    result = verified(changed(bundle, tmp_path, mistake), source)
+    result = verified(with_mistake(bundle, tmp_path / "changed", mistake), source)
     assert not result.ok
     assert used(result)["exact"] > 3.0
 
 
 def test_the_same_edit_without_a_mistake_passes(int4: Bundle, tmp_path: Path) -> None:
-    assert verified(changed(int4, tmp_path, lambda model: None), BY_NAME[INT4].path).ok
+    assert verified(with_mistake(int4, tmp_path / "changed", lambda model: None), BY_NAME[INT4].path).ok
 
 
 def test_an_op_that_is_not_its_definition_is_caught(int4: Bundle, tmp_path: Path, monkeypatch) -> None:

@@ -30,12 +30,14 @@ class Slice:
 
     ``leaves`` are cut points chosen by the caller, ``shapes`` the values whose producing Shape node was cut
     off (so that a cache need not be fed only for its size), ``inputs`` the graph inputs that remain.
+    ``casts`` are the types that the graph casts to; those of 16 bits are float32 in the session.
     """
 
     session: Any
     leaves: tuple[ir.Value, ...]
     shapes: tuple[ir.Value, ...]
     inputs: tuple[ir.Value, ...]
+    casts: frozenset[ir.DataType]
 
     def run(self, roles: Roles, sizes: Sizes, feeds: Mapping[ir.Value, Array]) -> list[Array]:
         """Evaluate with the given arrays for leaves and inputs; sizes of cut-off shapes follow ``sizes``.
@@ -113,7 +115,8 @@ def cut(graph: ir.Graph, leaves: Sequence[ir.Value], outputs: Sequence[ir.Value]
     model = ir.Model(view.clone(), ir_version=10)
     forget_shapes(model.graph)
     to_float32(model)
-    return Slice(session(model), tuple(leaves), tuple(shapes), tuple(inputs))
+    casts = frozenset(ir.DataType(node.attributes["to"].as_int()) for node in nodes if node.op_type == "Cast")
+    return Slice(session(model), tuple(leaves), tuple(shapes), tuple(inputs), casts)
 
 
 def session(model: ir.Model) -> Any:

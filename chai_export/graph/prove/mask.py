@@ -39,6 +39,8 @@ _CAP_DIGITS = 6
 _FLAT, _ROUNDING = 1e-6, 5e-7
 """A bias that is none, and what float32 makes of one, as a part of it."""
 _BIAS = "a bias is added to the scores (relative positions, or another than ALiBi)"
+_DIGITS = {ir.DataType.FLOAT: 24, ir.DataType.FLOAT16: 11, ir.DataType.BFLOAT16: 8}
+"""Binary digits of a type's numbers."""
 _LONGEST_FRESH = 1024
 """Windows of up to so many tokens are also looked at in a fresh row that is longer."""
 
@@ -146,6 +148,8 @@ class MaskProver:
         if not np.allclose(factors, factors[0], rtol=1e-5):
             raise MaskError("the scale of the scores depends on the sizes")
         scale, softcap = factors[0]
+        if slopes is not None:
+            self._require_even_steps(part, site)
         of_heads = None if slopes is None else tuple(map(float, np.broadcast_to(slopes, self._heads(site))))
         return MaskProof(scale, past, chunks, window, softcap, slopes=of_heads)
 
@@ -179,6 +183,17 @@ class MaskProver:
         if (np.abs(level[base > _BLOCKED]) > _rounding(sizes, slopes)).any():
             raise MaskError(_BIAS)
         return slopes
+
+    @staticmethod
+    def _require_even_steps(part: Slice, site: AttentionSite | None) -> None:
+        """Slopes are found in float32, where steps look even that types of fewer digits make uneven."""
+        digits = 0 if site is None or site.key.past.dtype is None else _DIGITS.get(site.key.past.dtype, 0)
+        for each in part.casts:
+            if _DIGITS.get(each, digits) < digits:
+                raise MaskError(
+                    f"ALiBi is computed in {each.name.lower()}, which makes its steps uneven from key to "
+                    "key beside caches of more digits"
+                )
 
     def _find_window(
         self, part: Slice, chain: ScoreChain, attention: _Attention, slopes: Array | None
