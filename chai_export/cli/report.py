@@ -11,7 +11,7 @@ from chai_export.progress import note
 
 NAME = "report"
 HELP = "Write one self-contained HTML page: curves, head maps, memory, quality."
-EXAMPLE = "chai-export report ./bundle -o report.html --reference ./model --eval eval.json"
+EXAMPLE = "chai-export report ./bundle -o report.html --reference ./model --compare compare.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,14 +19,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="directory from `export` or `rewrite`")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="the page to write")
     parser.add_argument(
-        "--reference", metavar="MODEL", help="the Hugging Face model: adds how its heads correlate"
-    )
+        "--reference", metavar="MODEL",
+        help="the Hugging Face model: adds how its heads correlate, and its texts beside the bundle's",
+    )  # fmt: skip
     parser.add_argument(
-        "--prompt", metavar="TEXT", action="append", default=[], help="show head maps for it; may be repeated"
-    )
+        "--prompt", metavar="TEXT", action="append", default=[],
+        help="show head maps, and with --reference texts, for it; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--eval", metavar="FILE", type=Path, help="output of `eval --json`")
     parser.add_argument("--verify", metavar="FILE", type=Path, help="output of `verify --json`")
-    parser.add_argument("--compare", metavar="FILE", type=Path, help="output of `compare --json`")
+    parser.add_argument(
+        "--compare",
+        metavar="FILE",
+        type=Path,
+        help="output of `compare --json`: adds what other methods cost",
+    )
     parser.add_argument(
         "--backend", metavar="NAME", default=Backend.ONNXRUNTIME, help="(default %(default)s)"
     )

@@ -13,13 +13,14 @@ import numpy as np
 from chai_export.arguments import whole
 from chai_export.bundle.choices import Backend
 from chai_export.errors import ChaiError, UsageError
+from chai_export.models.reference import load_reference
 from chai_export.models.text import MOST_TOKENS, Text, leading_special_tokens, read_tokens
 from chai_export.models.windows import consecutive_windows
 from chai_export.progress import track
 from chai_export.quality.divergence import Divergence
 from chai_export.quality.generation import GreedyDivergence, greedy_divergence
 from chai_export.quality.limits import position_limit
-from chai_export.quality.reference import Logits, load_reference, reference_logits
+from chai_export.quality.reference import Logits, reference_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,9 +10,10 @@ from chai_export.bundle.choices import Backend
 from chai_export.bundle.manifest import read_manifest
 from chai_export.bundle.tokenizer import load_transformers_tokenizer
 from chai_export.errors import ChaiError, UsageError, reason
+from chai_export.models.reference import load_reference
 from chai_export.models.text import leading_special_tokens
 from chai_export.quality.limits import position_limit
-from chai_export.quality.reference import Logits, load_reference, reference_logits
+from chai_export.quality.reference import Logits, reference_logits
 
 if TYPE_CHECKING:
     from chai_export.runtime.runner import Runner

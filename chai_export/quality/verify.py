@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from chai_export.arguments import as_real, shown, whole
 from chai_export.bundle.choices import Backend, Heads
 from chai_export.errors import UsageError
+from chai_export.models.reference import load_reference
 from chai_export.models.rope import rope_of
 from chai_export.models.text import Text
 from chai_export.progress import track
@@ -46,7 +47,6 @@ from chai_export.quality.boundaries import (
 )
 from chai_export.quality.limits import position_limit
 from chai_export.quality.prompts import SEED, room_after, verify_prompts
-from chai_export.quality.reference import load_reference
 from chai_export.quality.truth import Expected, TorchTruth, Truth
 from chai_export.quality.verdict import LEAST_MAP_AGREEMENT, Verdict, VerifyResult
 

@@ -21,9 +21,10 @@ from chai_export.clustering.plan_parts import part_sentences
 from chai_export.clustering.plan_tradeoff import tradeoff
 from chai_export.errors import ChaiError
 from chai_export.files import read_json
-from chai_export.models.loading import load_model
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from chai_export.bundle.bundle import Bundle
     from chai_export.bundle.manifest import Manifest
     from chai_export.clustering.plan import Plan
@@ -116,20 +117,19 @@ def head_maps(runner: Runner, prompts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def correlations(model: str | Path, token_ids: Sequence[Sequence[int]]) -> list[list[list[float]]]:
+def correlations(model: PreTrainedModel, token_ids: Sequence[Sequence[int]]) -> list[list[list[float]]]:
     """Correlation of the heads' attention probabilities over the first tokens of each prompt: [L][H][H].
 
     Args:
-        model: the Hugging Face model that the bundle came from.
+        model: that the bundle came from.
         token_ids: prompts; of each the first 32 tokens are looked at.
     """
     from chai_export.models.oracle import probe_features
 
-    loaded = load_model(model)
     values: list[list[NDArray[np.float32]]] = []
     for ids in token_ids:
         window = list(ids)[:_CORRELATION_TOKENS]
-        layers = probe_features(loaded, [window], len(window))
+        layers = probe_features(model, [window], len(window))
         # Row 0 attends to itself whatever the head, and the upper triangle is zero for all.
         below = np.tril_indices(len(window))
         values.append([layer[0][:, below[0], below[1]][:, 1:] for layer in layers])
@@ -161,16 +161,22 @@ def environment() -> dict[str, str]:
     return found
 
 
-def read_result(path: str | Path, command: str, key: str) -> dict[str, Any]:
+def read_result(path: str | Path, command: str, *keys: str) -> dict[str, Any]:
     """The ``--json`` output of a command, from a file.
+
+    Args:
+        path: the file.
+        command: its name.
+        keys: of which the output has one.
 
     Raises:
         ChaiError: missing, not JSON, or not that command's output.
     """
     again = f"write it with chai-export {command} --json > {path}"
     content = read_json(path, fix=again)
-    if key not in content:
-        raise ChaiError(f"{path} is not the output of chai-export {command} (no {key!r}); {again}")
+    if not any(key in content for key in keys):
+        names = " or ".join(map(repr, keys))
+        raise ChaiError(f"{path} is not the output of chai-export {command} (no {names}); {again}")
     return content
 
 

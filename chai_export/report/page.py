@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
 from chai_export.report import png, svg
+from chai_export.report.growth import growth_axis, squeeze
+from chai_export.report.peers import peers
+from chai_export.report.plan_chart import plan_chart
 from chai_export.units import bytes_text
 
 _TEMPLATE = "template.html"
 _MOST_NUMBERED_HEADS = 40
 _EXACT_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
-_MOST_GROWTH = 100.0
-"""Per cent of perplexity that the chart of a plan goes to."""
-_GROWTH_TICKS = (-3, -1, 0, 1, 3, 10, 30, 100, 300, 1000, 10000)
 
 
 def render(data: dict[str, Any]) -> str:
@@ -27,6 +26,7 @@ def render(data: dict[str, Any]) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(bytes=bytes_text, percent=lambda value: f"{value:.1%}")
+    others = peers(data["compare"])
     html: str = environment.get_template(_TEMPLATE).render(
         **data,
         curves=_curves(data["clusters"]["error_curves"], data["bundle"]["kept_heads"], "clustering error"),
@@ -34,7 +34,8 @@ def render(data: dict[str, Any]) -> str:
         matrices=_matrices(data["correlations"], data["head_maps"]["together"]),
         maps=_maps(data["head_maps"]),
         stored=_stored(data["bundle"]),
-        plan_chart=_plan_chart(data["plan"]),
+        plan_chart=plan_chart(data["plan"], others),
+        peers=others,
         cache_chart=_cache_chart(data["cache"]),
         tradeoff=tradeoff(data),
         tradeoff_chart=_tradeoff_chart(tradeoff(data), chosen_point(data)),
@@ -44,11 +45,11 @@ def render(data: dict[str, Any]) -> str:
 
 
 def tradeoff(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The op's own rows of a comparison, fewest bytes saved first, at the probe length nearest the bundle's.
+    """The op's own rows of a comparison of clustering rules, fewest bytes saved first.
 
-    Of several allocations of the same bytes the one that diverges least.
+    At the probe length nearest the bundle's; of several allocations of the same bytes the best by divergence.
     """
-    if data["compare"] is None:
+    if data["compare"] is None or "results" not in data["compare"]:
         return []
     rows = [row for row in data["compare"]["results"] if row["method"] == "chai"]
     lengths = {row["probe_tokens"] for row in rows}
@@ -156,19 +157,15 @@ def _tradeoff_chart(rows: list[dict[str, Any]], chosen: dict[str, float] | None)
     most = max(a for a, _ in every)
     low, top = min(0.0, *(b for _, b in every)), max(1.0, *(b for _, b in every))
     x = svg.Axis("KV-cache bytes saved, %", 0, most, svg.ticks(0, most))
-    labelled = [tick for tick in _GROWTH_TICKS if low <= tick <= top]
-    y = svg.Axis(
-        "perplexity, % more", _squeeze(low), _squeeze(top), [_squeeze(tick) for tick in labelled],
-        lambda value: f"{labelled[[_squeeze(tick) for tick in labelled].index(value)]:g}",
-    )  # fmt: skip
+    y = growth_axis(low, top)
     text = "Perplexity against KV-cache bytes saved: " + "; ".join(
         f"{a:.1f} % saved, {b:+.2f} %" for a, b in points
     )
     mark = None
     if here is not None:
         text += f". This bundle: {here[0]:.1f} % saved, {here[1]:+.2f} %."
-        mark = ((here[0], _squeeze(here[1])), "this bundle")
-    line = svg.Series("chai", [(a, _squeeze(b)) for a, b in points])
+        mark = ((here[0], squeeze(here[1])), "this bundle")
+    line = svg.Series("chai", [(a, squeeze(b)) for a, b in points])
     return svg.line_chart(text, [line], x, y, mark=mark, dots=True)
 
 
@@ -190,33 +187,3 @@ def _stored(bundle: dict[str, Any]) -> Any:
         "image": svg.cache_rows(text, rows, ("keys", "values")),
         "bits": sorted({b for keys, values in rows for b in (*keys, *values) if b}, reverse=True),
     }
-
-
-def _plan_chart(plan: dict[str, Any] | None) -> Any:
-    """Expected loss against bytes, with the chosen plan."""
-    if plan is None or not plan["tradeoff"]:
-        return None
-    points = [
-        (100 * point["kv_bytes_share"], 100 * (point["perplexity_ratio"] - 1)) for point in plan["tradeoff"]
-    ]
-    points = [(a, max(b, 0.0)) for a, b in points if b <= _MOST_GROWTH]
-    chosen = plan["checked"] or plan["expected"]
-    here = (100 * plan["kv_bytes_share"], 100 * (chosen["perplexity_ratio"] - 1))
-    low, top = min(0.0, here[1]), max(1.0, here[1], *(b for _, b in points))
-    x = svg.Axis("bytes, % of float16's", 0, 100, svg.ticks(0, 100))
-    labelled = [tick for tick in _GROWTH_TICKS if low <= tick <= top]
-    y = svg.Axis(
-        "perplexity, % more", _squeeze(low), _squeeze(top), [_squeeze(tick) for tick in labelled],
-        lambda value: f"{labelled[[_squeeze(tick) for tick in labelled].index(value)]:g}",
-    )  # fmt: skip
-    text = "Expected perplexity against bytes of the cache: " + "; ".join(
-        f"{a:.0f} %, {b:+.2f} %" for a, b in points
-    )
-    text += f". The plan: {here[0]:.1f} %, {here[1]:+.2f} %."
-    line = svg.Series("best plans", [(a, _squeeze(b)) for a, b in points])
-    return svg.line_chart(text, [line], x, y, mark=((here[0], _squeeze(here[1])), "this plan"), dots=True)
-
-
-def _squeeze(percent: float) -> float:
-    """Logarithmic beyond about one percent, so that 0.5 % and 150 % can stand on one axis."""
-    return math.copysign(math.log1p(abs(percent)), percent)

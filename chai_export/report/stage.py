@@ -34,11 +34,12 @@ def report(
     Args:
         bundle: directory of the bundle.
         out_file: the page.
-        reference: the Hugging Face model; with it the page shows how heads correlate.
+        reference: the Hugging Face model; with it the page shows how heads correlate, and what the model and
+            the bundle write after each prompt.
         prompts: sample prompts whose head maps are shown; a few of its own unless given.
         evaluation: output of ``chai-export eval --json``.
         verification: output of ``chai-export verify --json``.
-        comparison: output of ``chai-export compare --json``, for the trade-off curve.
+        comparison: output of ``chai-export compare --json``, for what other methods cost.
         backend: engine that computes the head maps.
 
     Returns:
@@ -56,7 +57,9 @@ def report(
     figures = {
         "eval": None if evaluation is None else collect.read_result(evaluation, "eval", "top1_agreement"),
         "verify": None if verification is None else collect.read_result(verification, "verify", "ok"),
-        "compare": None if comparison is None else collect.read_result(comparison, "compare", "results"),
+        "compare": None
+        if comparison is None
+        else collect.read_result(comparison, "compare", "rows", "results"),
     }
     sources = [bundle, reference, evaluation, verification, comparison]
     with atomic_file(out_file, REPORT, sources=sources) as file:
@@ -74,9 +77,15 @@ def _collect(
     from chai_export.runtime.runner import load
 
     runner = load(bundle, backend=backend, heads="chai")
-    correlations = None
+    correlations = texts = None
     if reference is not None:
-        correlations = collect.correlations(reference, [collect.prompt_ids(runner, text) for text in samples])
+        from chai_export.models.reference import load_reference
+        from chai_export.report.texts import sample_texts
+
+        model = load_reference(reference, runner.bundle.manifest)
+        token_ids = [collect.prompt_ids(runner, text) for text in samples]
+        correlations = collect.correlations(model, token_ids)
+        texts = sample_texts(runner, model, samples, token_ids)
     chosen = load_plan(runner.bundle.clusters_path)
     plan = None if isinstance(chosen, Clusters) else collect.planned(chosen)
     clusters = chosen if isinstance(chosen, Clusters) else Clusters(chosen.kept_heads)
@@ -87,5 +96,6 @@ def _collect(
         "cache": collect.cache_growth(runner.bundle.manifest),
         "head_maps": collect.head_maps(runner, samples),
         "correlations": correlations,
+        "texts": texts,
         "environment": collect.environment(),
     }

@@ -22,6 +22,16 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Glyph:
+    """A point with a letter in its place, or a dot without one; ``style`` is a class of the style sheet."""
+
+    point: Point
+    letter: str
+    title: str
+    style: str
+
+
+@dataclass(frozen=True)
 class Axis:
     """Range and labels of an axis; ``ticks`` are the labelled values."""
 
@@ -47,6 +57,7 @@ def line_chart(
     width: int = 360,
     height: int = 220,
     dots: bool = False,
+    glyphs: Sequence[Glyph] = (),
 ) -> Markup:
     """Lines over common axes, with a legend above when there is more than one.
 
@@ -57,6 +68,7 @@ def line_chart(
         mark: a point to stand out, with its label.
         width, height: of the drawing; it is scaled to the page.
         dots: draw the points as well.
+        glyphs: single points, drawn above the lines.
     """
     left, right, top, bottom = 52, 12, 12 if len(series) < 2 else 28, 38
     wide, high = width - left - right, height - top - bottom
@@ -77,6 +89,15 @@ def line_chart(
             start = left + index * wide / len(series)
             parts.append(f'<line class="line {line.style}" x1="{start}" y1="12" x2="{start + 16}" y2="12"/>')
             parts.append(f'<text x="{start + 20}" y="16">{escape(line.name)}</text>')
+    for glyph in glyphs:
+        a, b = place(glyph.point)
+        drawn = (
+            f'<text class="peer {glyph.style}" text-anchor="middle" x="{a:.1f}" y="{b + 3.5:.1f}">'
+            f"{escape(glyph.letter)}</text>"
+            if glyph.letter
+            else f'<circle class="peer {glyph.style}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>'
+        )
+        parts.append(f"<g><title>{escape(glyph.title)}</title>{drawn}</g>")
     if mark is not None:
         a, b = place(mark[0])
         side = "end" if a > left + wide / 2 else "start"

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM
+
 from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.tokenizer import encode, load_tokenizer
 from chai_export.recipe.recipe import load_recipe
-from tests.cli.conftest import Command
+from tests.cli.conftest import REPOSITORY, Command
 
 
 def test_compare_prints_every_method_asked_for(command: Command, tiny_model: Path, text: Path):
@@ -120,6 +124,46 @@ def test_report_writes_one_page_from_a_bundle_and_other_commands_json(
     assert outcome.json["bundle"]["kept_heads"] == [5, 3]
     assert len(outcome.json["correlations"]) == 2
     assert "+10.00 %" in page.read_text(encoding="utf-8")
+    run = command("run", bundle, "--prompt", "a prompt", "--max-new-tokens", 32, "--json").json["results"][0]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), load_tokenizer(bundle)
+    ids = torch.tensor([encode(tokenizer, "a prompt")])
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 32, "do_sample": False}
+    exact = model.generate(ids, **settings)[0, ids.shape[1] :].tolist()
+    first = outcome.json["texts"][0]
+    assert (first["prompt"], first["compiled"]) == ("a prompt", run["text"])
+    assert first["exact"] == tokenizer.decode(exact, skip_special_tokens=True)
+    assert first["new_tokens"] == max(len(exact), len(run["token_ids"]))
+    pairs = zip([*exact, None], [*run["token_ids"], None], strict=False)
+    assert first["first_difference"] == next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    assert first["exact"][: first["common"]] == first["compiled"][: first["common"]]
+
+
+def test_report_refuses_a_reference_of_other_sizes_and_shows_a_scoreboard(
+    command: Command, tmp_path: Path, bundle: Path, clusters: Path
+):
+    page, other = tmp_path / "report.html", REPOSITORY / "examples" / "pydoc-5m"
+    refused = command("report", bundle, "-o", page, "--reference", other)
+    assert refused.code == 1
+    assert refused.err.splitlines()[-1].startswith("error: the bundle has num_layers 2 and the reference")
+    assert not page.exists()
+    row = {
+        "setting": "8/8",
+        "bytes_share": 0.6,
+        "perplexity_change": 0.01,
+        "perplexity_error": 0.01,
+        "kl": 0.02,
+    }
+    rows = [{**row, "method": name, "on_op": True, "top1_agreement": 0.9} for name in ("plan", "bits")]
+    names = {name: {"method": method, "setting": "8/8"} for name, method in
+             (("plan", "plan"), ("on_op", "bits"), ("any", "bits"))}  # fmt: skip
+    board = {"model": "m", "tokens": 9, "windows": 1, "seq_len": 10, "rows": rows, "at_equal_bytes": [names],
+             "missing": {}}  # fmt: skip
+    (tmp_path / "compare.json").write_text(json.dumps(board))
+    shown = command("report", bundle, "-o", page, "--compare", tmp_path / "compare.json")
+    assert shown.code == 0, shown.err
+    assert "is better than a plan at 1 of" in page.read_text(encoding="utf-8")
+    refused = command("report", bundle, "-o", page, "--compare", clusters)
+    assert "is not the output of chai-export compare (no 'rows' or 'results')" in refused.err
 
 
 def test_static_bundles_are_verified_evaluated_and_reported(

@@ -16,6 +16,7 @@ import pytest
 from chai_export.errors import ChaiError
 from chai_export.report import collect, png, svg
 from chai_export.report.page import chosen_point, render, tradeoff
+from chai_export.report.peers import peers
 from tests.helpers.tiny_graph import TinyModel
 
 LAYERS, HEADS = 3, 8
@@ -78,6 +79,11 @@ def data(**changes):
                                 {"prompt_tokens": 8, "new_tokens": 9, "first_difference": None}]},
         "verify": {"ok": True, "max_abs_logit_diff": {"all": 1e-5, "chai": 2e-5}, "tolerance": 1e-4,
                    "head_map_agreement": 1.0},
+        "texts": [
+            {"prompt": "one", "new_tokens": 5, "exact": "a <b> c", "compiled": "a <b> d e", "common": 6,
+             "first_difference": 2},
+            {"prompt": "word" * 60, "new_tokens": 7, "exact": "x" * 300, "compiled": "x" * 300, "common": 300,
+             "first_difference": None}],
         "compare": {"results": [row(0.1, 0.01), row(0.3, 0.5), row(0.1, 0.02, "random"), row(0.3, 0.4)]},
         "environment": {"python": "3"},
     }  # fmt: skip
@@ -86,6 +92,7 @@ def data(**changes):
 
 EMPTY = {
     "correlations": None,
+    "texts": None,
     "eval": None,
     "verify": None,
     "compare": None,
@@ -106,7 +113,76 @@ PLANNED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", [{}, EMPTY, PLANNED])
+def method(name, setting, share, kl, on_op=True):
+    return {"method": name, "setting": setting, "on_op": on_op, "bytes_share": share, "kl": kl,
+            "perplexity_change": kl, "perplexity_error": 0.001, "kl_by_quarter": [kl] * 4,
+            "top1_agreement": 0.9}  # fmt: skip
+
+
+def named(name, setting):
+    return {"method": name, "setting": setting}
+
+
+SCOREBOARD = {
+    "model": "model", "tokens": 2044, "windows": 4, "seq_len": 512, "missing": {"slim": "there is <no> way"},
+    "rows": [
+        method("plan", "40%", 0.4, 0.01), method("plan", "20%", 0.2, 0.5), method("bits", "8/4", 0.41, 0.02),
+        method("bits", "4/4", 0.31, 0.3), method("h2o", "200 positions", 0.2, 4.0, on_op=False),
+        method("h2o", "100 positions", 0.1, 0.4, on_op=False),
+    ],
+    "at_equal_bytes": [
+        {"plan": named("plan", "20%"), "on_op": None, "any": named("h2o", "100 positions")},
+        {"plan": named("plan", "40%"), "on_op": named("bits", "4/4"), "any": named("bits", "4/4")},
+    ],
+}  # fmt: skip
+COMPARED = {**PLANNED, "compare": SCOREBOARD}
+COMPARED_ALONE = {"compare": SCOREBOARD}
+
+
+def test_other_methods_stand_on_the_chart_of_the_plan_by_letter():
+    page = render(data(**COMPARED))
+    chart = next(svg for svg in re.findall(r"<svg .*?</svg>", page) if "this plan" in svg)
+    found = re.findall(r"<g><title>(.*?)</title><(text|circle) class=\"peer (op|other)\".*?>(\w?)<", chart)
+    assert [(title.split(":")[0], kind, style, letter) for title, kind, style, letter in found] == [
+        ("h2o, 100 positions", "text", "other", "b"), ("plan, 20%", "circle", "op", ""),
+        ("bits, 4/4", "text", "op", "a"), ("plan, 40%", "circle", "op", ""), ("bits, 8/4", "text", "op", "a"),
+    ]  # fmt: skip
+    places = [float(x) for x in re.findall(r"peer \w+\".*? c?x=\"([\d.]+)\"", chart)]
+    assert places == sorted(places)
+    assert "h2o 100 positions 10 %, +40.00 %" in re.search(r'aria-label="([^"]*)"', chart)[1]
+    assert "Left out above the chart: 1." in page  # +400 %
+    assert re.search(r'<b class="op">a</b> bits.*<b class="other">b</b> h2o', page)
+
+
+def test_what_beats_a_plan_is_said_and_counted():
+    found = peers(SCOREBOARD)
+    assert found["kept"] == {"on_op": 2, "any": 1}
+    assert [(each["any"]["row"]["method"], each["any"]["better"]) for each in found["verdicts"]] == [
+        ("h2o", True), ("bits", False),
+    ]  # fmt: skip
+    page = render(data(**COMPARED))
+    assert "better than a plan at 2 of\n2 sizes, no method at all at 1." in page
+    assert page.count(", better</td>") == 1
+    assert re.search(r"h2o 100 positions, 10\.0%</td><td class=\"number bad\">0\.4000, better", page)
+    assert "slim is not there: there is &lt;no&gt; way." in page
+
+
+def test_a_bundle_without_a_plan_has_the_chart_of_others_too():
+    page = render(data(**COMPARED_ALONE))
+    assert page.count('class="peer ') == 5
+    assert "this plan" not in page
+    assert peers({"results": []}) is peers(None) is None
+
+
+def test_sample_texts_stand_side_by_side_with_what_differs_marked():
+    page = render(data())
+    assert "token 2 of 5 is the first that differs" in page
+    assert '<div class="text">a &lt;b&gt; <mark>d e</mark></div>' in page
+    assert "all 7 tokens are the same" in page
+    assert "What it writes" not in render(data(texts=None))
+
+
+@pytest.mark.parametrize("changes", [{}, EMPTY, PLANNED, COMPARED, COMPARED_ALONE])
 def test_the_page_is_self_contained_and_escapes_what_it_shows(changes):
     page = render(data(**changes))
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
@@ -115,7 +191,7 @@ def test_the_page_is_self_contained_and_escapes_what_it_shows(changes):
     assert page.count("<figure>") == page.count("</figure>") > LAYERS
 
 
-@pytest.mark.parametrize("changes", [{}, EMPTY, PLANNED])
+@pytest.mark.parametrize("changes", [{}, EMPTY, PLANNED, COMPARED, COMPARED_ALONE])
 def test_every_picture_has_a_text_alternative(changes):
     page = render(data(**changes))
     pictures = re.findall(r"<svg [^>]*>|<img [^>]*>", page)
@@ -217,11 +293,13 @@ def test_a_file_that_is_not_a_command_s_output_is_named(tmp_path):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
-@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "charts"), [({}, LAYERS + 5), (PLANNED, 6), (COMPARED, 5), (COMPARED_ALONE, LAYERS + 5)]
+)
 @pytest.mark.parametrize("width", [400, 1000])
-def test_a_browser_shows_the_page_without_overflow(tmp_path, width, planned):
+def test_a_browser_shows_the_page_without_overflow(tmp_path, width, changes, charts):
     """The page in a frame of the given width; the outer page reports what the inner one measures."""
-    content = data(**PLANNED if planned else {})
+    content = data(**changes)
     style = f"width:{width}px;height:900px;border:0"
     frame = f'<iframe id="frame" style="{style}" srcdoc="{html.escape(render(content))}"></iframe>'
     outer = tmp_path / "outer.html"
@@ -238,7 +316,7 @@ def test_a_browser_shows_the_page_without_overflow(tmp_path, width, planned):
     assert seen["outside"] == []
     assert (seen["broken"], seen["images"]) == (0, LAYERS)
     assert seen["tables"] == 0
-    assert seen["charts"] == (6 if planned else LAYERS + 5)
+    assert seen["charts"] == charts
 
 
 def test_the_cache_of_fewer_bits_is_shown_by_part(tmp_path):
