@@ -7,7 +7,12 @@ from pathlib import Path
 
 from chai_export.bundle.choices import Membership
 from chai_export.cli.inspect import print_bundle
-from chai_export.cli.storage_options import add_plan_options, add_storage_options, bits_asked
+from chai_export.cli.storage_options import (
+    add_plan_options,
+    add_storage_options,
+    add_weight_options,
+    bits_asked,
+)
 from chai_export.op.dtypes import Dtype
 from chai_export.op.probe import PAPER_PROBE_TOKENS
 from chai_export.progress import note
@@ -38,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--membership", choices=Membership.words(), default=Membership.ONLINE,
         help="head maps from each sequence, or fixed now, with unused projections cut away",
     )  # fmt: skip
+    add_weight_options(parser)
     parser.add_argument("--text", metavar="FILE", type=Path, help="calibration text for --membership static")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
@@ -56,6 +62,10 @@ def execute(arguments: argparse.Namespace) -> int:
         **bits,
         membership=arguments.membership,
         text=arguments.text,
+        weights=arguments.weights,
+        weight_block=arguments.weight_block,
+        weight_method=arguments.weight_method,
+        quantise_head=not arguments.float_head,
         trust_remote_code=arguments.trust_remote_code,
     )
     print_bundle(bundle, as_json=arguments.json)

@@ -63,6 +63,23 @@ def warn_of_bundle(bundle: Bundle) -> None:
         warn_of(Plan.load(bundle.clusters_path))
 
 
+def add_weight_options(parser: argparse.ArgumentParser) -> None:
+    """What the matrices of the bundle are stored in."""
+    parser.add_argument(
+        "--weights", choices=("int4", "int8"),
+        help="store matrices in blocks of 4- or 8-bit codes (default: in --dtype)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weight-block", type=int, choices=(32, 128), default=32, metavar="N",
+        help="codes that share a scale: 32 or 128 (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weight-method", choices=("rtn", "hqq"), default="rtn",
+        help="nearest codes, or Half-Quadratic Quantization (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--float-head", action="store_true", help="with --weights, leave the head in --dtype")
+
+
 def add_storage_options(parser: argparse.ArgumentParser) -> None:
     """What the caches of the bundle are stored in."""
     for what in ("key", "value"):

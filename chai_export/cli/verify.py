@@ -96,10 +96,10 @@ def _print_gates(result: VerifyResult) -> None:
     _print_distance(result.distance_to_exact)
 
 
-def _print_distance(distance: dict[str, dict[str, float]] | None) -> None:
+def _print_distance(distance: dict[str, dict[str, float]] | None, rounded: str = "the cache's bits") -> None:
     for heads, figures in (distance or {}).items():
         print(
-            f"what the cache's bits cost, {heads}: logits differ from those of exact rows by up to "
+            f"what {rounded} cost, {heads}: logits differ from those of the exact model by up to "
             f"{figures['max_abs_logit_diff']:.2e}, KL {figures['kl']:.2e} nats"
         )
 
@@ -127,7 +127,16 @@ def _print_against_model(report: dict[str, Any]) -> None:
             f"{gate['heads']}, rows as they are computed: largest logit difference "
             f"{gate['max_abs_logit_diff']:.2e}, {gate['tolerance_used']:.0%} of what rounding allows"
         )
-    _print_distance(distance)
+    weights = report["weights"]
+    _print_distance(
+        distance, "the cache's bits" if weights is None else "8-bit activations and the cache's bits"
+    )
+    if weights is not None:
+        print(
+            f"weights: {weights['matrices']} matrices in {weights['type']}, the farthest number is at "
+            f"{weights['farthest']:.0%} of what nearest codes allow ({weights['worst']}); logits were "
+            "compared with exact activations"
+        )
     if report["max_abs_logit_diff"]["all"] is None:
         print("all heads: not compared, static membership has cut away the heads it does not keep")
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+TRANSPOSED = ".transposed"
+"""Ends the name of a matrix that was stored by output."""
+
 
 def fold_weight_transposes(model: ir.Model) -> int:
     """Replace each Transpose of an initializer with an initializer that is transposed when it is read.
@@ -30,7 +33,7 @@ def fold_weight_transposes(model: ir.Model) -> int:
         perm = tuple(given.as_ints()) if given is not None else tuple(reversed(range(len(tensor.shape))))
         key = (id(source), perm)
         if key not in seen:
-            name = f"{source.name}.transposed" + ("" if len(perm) == 2 else "_".join(map(str, perm)))
+            name = f"{source.name}{TRANSPOSED}" + ("" if len(perm) == 2 else "_".join(map(str, perm)))
             seen[key] = _transposed(name, tensor, perm)
             graph.register_initializer(seen[key])
         ir.convenience.replace_all_uses_with(node.outputs[0], seen[key])

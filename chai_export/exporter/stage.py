@@ -16,7 +16,9 @@ from chai_export.bundle.atomic import atomic_directory
 from chai_export.bundle.choices import Membership, SourceKind
 from chai_export.clustering.probe import probe_length
 from chai_export.errors import ChaiError, UsageError
+from chai_export.exporter.block_weights import check_weights
 from chai_export.exporter.torch_export import export_onnx
+from chai_export.graph.weights.quantise import Method, WeightFormat, WeightType
 from chai_export.models.loading import load_model
 from chai_export.models.tokenizer import load_tokenizer
 from chai_export.op.dtypes import Dtype
@@ -46,6 +48,10 @@ def export(
     value_bits: int | None = None,
     membership: Membership | str = Membership.ONLINE,
     text: Text | Iterable[Text] | None = None,
+    weights: WeightType | str | None = None,
+    weight_block: int = 32,
+    weight_method: Method | str = Method.RTN,
+    quantise_head: bool = True,
     trust_remote_code: bool = False,
 ) -> Bundle:
     """Export a Hugging Face model to ONNX, rewrite its attention and write a bundle.
@@ -63,6 +69,11 @@ def export(
         membership: "online", head maps from each sequence's first tokens, or "static", maps fixed now on
             ``text`` and the projections of unused heads cut away.
         text: calibration text for static membership, one or several.
+        weights: "int4" or "int8": matrices are stored in blocks of such codes, which the operator MatMulNBits
+            multiplies by; None leaves them in ``dtype``. The embedding stays as it is.
+        weight_block: codes that share a scale, 32 or 128.
+        weight_method: "rtn" (the nearest code) or "hqq".
+        quantise_head: store the head like the other matrices.
         trust_remote_code: run Python code that the model brings along.
 
     Raises:
@@ -81,6 +92,9 @@ def export(
     dtype, membership = Dtype(dtype), Membership(membership)
     if membership is Membership.STATIC and text is None:
         raise UsageError("--membership static decides the head maps now; give calibration text with --text")
+    form = WeightFormat.asked(weights, weight_block, weight_method)
+    if form is not None:
+        check_weights(form, dtype, static=membership is Membership.STATIC)
     Precision.asked(key_bits, value_bits)  # before a file is read: what is out of range is refused at once
     out_dir = path_of(out_dir, "the output")
     chosen = None if clusters is None else load_plan(clusters)
@@ -104,7 +118,11 @@ def export(
             static = choose_and_slice(loaded, chosen, text, surroundings.tokenizer)
         work = directory / _WORK
         work.mkdir()
-        path = export_onnx(loaded, work)
+        path = (
+            export_onnx(loaded, work)
+            if form is None
+            else export_onnx(loaded, work, weights=form, quantise_head=quantise_head)
+        )
         # The torch weights are on disk now; the rewrite must not pay for them in memory.
         del loaded
         gc.collect()

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
+    from chai_export.graph.weights.quantise import WeightFormat
+
 DECODER_FILE = "decoder.onnx"
 OPSETS = range(18, 25)
 DEFAULT_OPSET = 23
@@ -27,7 +29,13 @@ _BATCH, _TOKENS, _PAST = 2, 3, 5
 
 
 def export_onnx(
-    model: PreTrainedModel, directory: Path, *, opset: int = DEFAULT_OPSET, attention: str = "sdpa"
+    model: PreTrainedModel,
+    directory: Path,
+    *,
+    opset: int = DEFAULT_OPSET,
+    attention: str = "sdpa",
+    weights: WeightFormat | None = None,
+    quantise_head: bool = True,
 ) -> Path:
     """Write ``directory/decoder.onnx`` with its weights in ``decoder.onnx.data``.
 
@@ -42,6 +50,8 @@ def export_onnx(
         opset: 18 … 24. From 23 on attention is one ``Attention`` node.
         attention: transformers' implementation to trace, "sdpa" or "eager". Families with attention code of
             their own are traced eagerly: torch.onnx cannot express their one KV head for many queries.
+        weights: what matrices are quantised to, one at a time; None leaves them floats.
+        quantise_head: the head too.
 
     Returns:
         The path of decoder.onnx.
@@ -54,6 +64,10 @@ def export_onnx(
     if opset not in OPSETS:
         raise ChaiError(f"opset {opset} is not supported; use one of {OPSETS.start} to {OPSETS.stop - 1}")
     ir_model = trace(model, opset=opset, attention=attention)
+    if weights is not None:
+        from chai_export.exporter.block_weights import quantise_products
+
+        quantise_products(ir_model, weights, head=quantise_head)
     path = directory / DECODER_FILE
     ir.save(ir_model, path, external_data=f"{DECODER_FILE}.data")
     return path
@@ -129,6 +143,9 @@ def _optimised(model: ir.Model) -> ir.Model:
     from chai_export.exporter.rotary_casts import rotary_casts
 
     def is_small(node: ir.Node) -> bool | None:
+        source = node.inputs[0] if node.op_type == "Transpose" else None
+        if source is not None and source.is_initializer() and len(source.shape or ()) == 2:
+            return False  # a parameter, which keeps its name
         tensors = [value.const_value for value in node.inputs if value is not None]
         return False if any(t is not None and t.size > _LARGEST_FOLDED for t in tensors) else None
 

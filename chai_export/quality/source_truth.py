@@ -53,9 +53,10 @@ def exact_twin(bundle: Bundle) -> tuple[Bundle, GraphInMemory]:
 
 
 def with_exact_rows(bundle: Bundle) -> tuple[Bundle, GraphInMemory]:
-    """The same graph with rows that are cached as they are computed, in the bundle's dtype."""
+    """The same graph with exact activations and rows that are cached as computed, in the bundle's dtype."""
     model = read_model(bundle.model_path)
     exact_storage(model, bundle.manifest)
+    exact_activations(model)
     exact = [0] * bundle.manifest.num_layers
     changes = {"engines": {}, "key_bits": exact, "value_bits": exact}
     return Bundle(bundle.path, bundle.manifest.model_copy(update=changes)), in_memory(model)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from chai_export.models.logits import differences, total_kl
 from chai_export.quality.boundaries import Boundary
+from chai_export.quality.quantised_weights import WeightsChecked
 from chai_export.quality.truth import Expected
 
 LEAST_MAP_AGREEMENT = {"float32": 0.95, "float16": 0.0, "bfloat16": 0.0}
@@ -64,6 +65,8 @@ class VerifyResult:
         gates: the single comparisons where the reference is an ONNX file; for a Hugging Face model those of
             the graph with rows as they are computed, where the bundle stores them in fewer bits.
         not_compared: gates that were left out, and why.
+        weights: the quantised weights beside the model's; None where they are floats, or the reference is a
+            file. Activations are exact then in everything but ``distance_to_exact``.
     """
 
     ok: bool
@@ -80,6 +83,7 @@ class VerifyResult:
     distance_to_exact: dict[str, dict[str, float]] | None = None
     gates: tuple[Gate, ...] = ()
     not_compared: Mapping[str, str] = field(default_factory=dict)
+    weights: WeightsChecked | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As printed by ``verify --json``."""
@@ -100,6 +104,7 @@ class VerifyResult:
             "boundaries": [asdict(boundary) for boundary in self.boundaries],
             "gates": [{k: _number(v) for k, v in asdict(gate).items()} for gate in self.gates],
             "not_compared": dict(self.not_compared),
+            "weights": None if self.weights is None else asdict(self.weights),
         }
 
 
@@ -114,11 +119,18 @@ class Verdict:
         compared: ways of running that are compared: "all", "chai" or both.
         least_agreement: share of query heads that must have the same representative.
         tolerance: logit difference allowed everywhere, instead of what each position is allowed.
+        as_it_runs: what is compared is not the engine as it runs, whose distance is given by itself.
     """
 
     def __init__(
-        self, compared: Sequence[str], least_agreement: float, tolerance: float | None = None
+        self,
+        compared: Sequence[str],
+        least_agreement: float,
+        tolerance: float | None = None,
+        *,
+        as_it_runs: bool = False,
     ) -> None:
+        self._as_it_runs = as_it_runs
         self._fixed = tolerance
         self._least_agreement = least_agreement
         self._worst = dict.fromkeys(compared, 0.0)
@@ -140,9 +152,8 @@ class Verdict:
         self._worst[heads] = max(self._worst[heads], float(found.max()))
         self._used[heads] = max(self._used[heads], float((found / allowed).max()))
         self._largest = max(self._largest, float(allowed.max()))
-        if expected.exact is not None:
-            self._distances.setdefault(heads, []).append(differences(engine, expected.exact))
-            self._kl[heads] += total_kl(expected.exact, engine)
+        if expected.exact is not None and not self._as_it_runs:
+            self.distance(heads, engine, expected.exact)
         self._tokens += len(engine) if heads == "chai" else 0
 
     def exact_rows(self, heads: str, engine: NDArray[np.float32], expected: Expected) -> None:
@@ -159,6 +170,11 @@ class Verdict:
             max(before.tolerance_used, float((found / allowed).max())),
             max(before.tolerance, float(allowed.max())),
         )
+
+    def distance(self, heads: str, engine: NDArray[np.float32], exact: NDArray[np.float32]) -> None:
+        """Logits [T, V] of the engine as it runs, and those of the model without its roundings."""
+        self._distances.setdefault(heads, []).append(differences(engine, exact))
+        self._kl[heads] += total_kl(exact, engine)
 
     def greedy(self, heads: str, prompt: int, chosen: Sequence[int], expected: Expected) -> None:
         """The tokens that the engine chose at the end of the sequence ``expected`` is for."""

@@ -10,6 +10,10 @@ maps    the engine's head maps, against those the oracle finds by itself
 A bundle that caches rows in fewer bits has its graph compared a second time, with rows as they are computed:
 what storing moves hides no mistake there.
 
+A bundle with quantised weights is compared with a model whose weights are what its codes stand for, both
+with exact activations, after its codes were found to be the nearest to the model's weights
+(:mod:`chai_export.quality.quantised_weights`).
+
 A bundle with static membership has no weights left for all heads, and its maps are those of its manifest:
 there "all" is not compared, and "chai" is the engine against the oracle under these maps, on whole weights.
 
@@ -23,6 +27,7 @@ the same either way, and one forward pass replaces one per token.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.arguments import as_real, shown, whole
-from chai_export.bundle.choices import Backend, Heads
+from chai_export.bundle.choices import Backend, Heads, SourceKind
 from chai_export.errors import UsageError
 from chai_export.models.reference import load_reference
 from chai_export.models.rope import rope_of
@@ -47,6 +52,7 @@ from chai_export.quality.boundaries import (
 )
 from chai_export.quality.limits import position_limit
 from chai_export.quality.prompts import SEED, room_after, verify_prompts
+from chai_export.quality.quantised_weights import exact_activations_of, take_quantised_weights
 from chai_export.quality.truth import Expected, TorchTruth, Truth
 from chai_export.quality.verdict import LEAST_MAP_AGREEMENT, Verdict, VerifyResult
 
@@ -82,7 +88,8 @@ def verify(
         trust_remote_code: run code that the model brings along.
 
     Raises:
-        UsageError: the bundle's weights are quantised and the reference is a Hugging Face model.
+        UsageError: the bundle was rewritten from a file with quantised weights and the reference is a
+            Hugging Face model.
         ChaiError: bundle, model or text cannot be used, or the two have different sizes.
     """
     from chai_export.quality.verify_source import is_onnx, verify_source
@@ -103,7 +110,7 @@ def verify(
         )
     runners = {"chai": load(bundle, backend=backend, heads="chai")}
     manifest = runners["chai"].bundle.manifest
-    if manifest.weights is not None:
+    if manifest.weights is not None and manifest.source.kind is SourceKind.ONNX:
         raise UsageError(
             f"{bundle} has {manifest.weights} weights, which no Hugging Face model has, so the two differ; "
             "give the ONNX file that it was made from: --reference FILE.onnx"
@@ -111,26 +118,54 @@ def verify(
     if manifest.static is None:
         runners = {"all": load(bundle, backend=backend, heads="all"), **runners}
     model = load_reference(reference, manifest, trust_remote_code=trust_remote_code)
+    weights, as_it_runs = None, {}
+    if manifest.weights is not None:
+        model = copy.deepcopy(model) if model is reference else model
+        weights = take_quantised_weights(model, runners["chai"].bundle)
+        if Backend(backend) is Backend.ONNXRUNTIME:
+            as_it_runs, runners = runners, _with_exact_activations(runners)
     truth = TorchTruth(model, runners["chai"].bundle)
     twins = _with_exact_rows(runners) if Backend(backend) is Backend.ONNXRUNTIME else {}
     prompts = verify_prompts(runners["chai"], text, position_limit(runners["chai"]))
     # Fixed maps are constants of the graph: nothing may round them.
     least_agreement = LEAST_MAP_AGREEMENT[manifest.dtype] if manifest.static is None else 1.0
-    verdict = Verdict(tuple(runners), least_agreement, tolerance)
+    verdict = Verdict(tuple(runners), least_agreement, tolerance, as_it_runs=bool(as_it_runs))
     for heads in track(tuple(runners), "verifying", total=len(runners)):
         count = room_after(max(map(len, prompts)), new_tokens, position_limit(runners[heads]))
         made = runners[heads].generate(prompts, max_new_tokens=count, repetition_penalty=1.0, ignore_eos=True)
         generated_maps = runners[heads].head_maps.copy()
         for index, generation in enumerate(made):
             case = _Case(index, prompts[index], list(generation.token_ids), generated_maps[:, index])
-            _compare(verdict, heads, case, runners[heads], truth, twins.get(heads))
+            expected = _compare(verdict, heads, case, runners[heads], truth, twins.get(heads))
+            if expected is not None and heads in as_it_runs:
+                exact = expected.logits if expected.exact is None else expected.exact
+                verdict.distance(heads, as_it_runs[heads].logits(case.prompt + case.chosen), exact)
     windows = {window for window in manifest.windows or () if window}
     lengths = {*rope_of(model.config).original_lengths, *manifest.switch_lengths, *windows}
     boundaries = find_boundaries(lengths, position_limit(runners["chai"]))
     for index, boundary in enumerate((b for b in boundaries if b.crossed), start=len(prompts)):
         for heads, runner in runners.items():
             _cross(verdict, heads, index, boundary, runner, truth)
-    return replace(verdict.result(), boundaries=tuple(boundaries))
+    result = verdict.result()
+    nearest = weights is None or weights.farthest <= 1.0
+    return replace(result, ok=result.ok and nearest, boundaries=tuple(boundaries), weights=weights)
+
+
+def _with_exact_activations(runners: dict[str, Runner]) -> dict[str, Runner]:
+    from chai_export.runtime.runner import Runner
+    from chai_export.runtime.session import open_session
+
+    bundle = runners["chai"].bundle
+    graph = exact_activations_of(bundle)
+    return {
+        heads: Runner(
+            bundle,
+            open_session(bundle, Backend.ONNXRUNTIME, Heads(heads), graph=graph),
+            Backend.ONNXRUNTIME,
+            Heads(heads),
+        )
+        for heads in runners
+    }
 
 
 def _with_exact_rows(runners: Mapping[str, Runner]) -> dict[str, Runner]:
@@ -161,11 +196,12 @@ class _Case:
 
 def _compare(
     verdict: Verdict, heads: str, case: _Case, runner: Runner, truth: Truth, twin: Runner | None = None
-) -> None:
+) -> Expected | None:
+    """What was expected of the whole sequence, where it was compared as a whole."""
     switches = runner.bundle.manifest.switch_lengths
     if switches:
         _compare_stretches(verdict, heads, case, runner, truth)
-        return
+        return None
     sequence = case.prompt + case.chosen
     engine = runner.logits(sequence)
     maps = runner.head_maps[:, 0]
@@ -185,6 +221,7 @@ def _compare(
         logits, same = twin.logits(sequence), bool((twin.head_maps[:, 0] == maps).all())
         under = expected if heads == "all" or same else truth.chai(sequence, twin.head_maps[:, 0])
         verdict.exact_rows(heads, logits, under)
+    return expected
 
 
 def _compare_stretches(verdict: Verdict, heads: str, case: _Case, runner: Runner, truth: Truth) -> None:

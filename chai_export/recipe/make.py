@@ -203,6 +203,10 @@ class _Make:
             value_bits=self._bits(self._recipe.export.value_bits),
             membership=self._recipe.export.membership,
             text=self._recipe.calibrate.text if self._static else None,
+            weights=self._recipe.export.weights,
+            weight_block=self._recipe.export.weight_block,
+            weight_method=self._recipe.export.weight_method,
+            quantise_head=self._recipe.export.quantise_head,
             trust_remote_code=self._recipe.trust_remote_code,
         )
 

@@ -13,6 +13,7 @@ from chai_export.bundle.manifest import first_problem
 from chai_export.clustering.measure import Measure
 from chai_export.errors import ChaiError, reason
 from chai_export.files import check_plain, read_text
+from chai_export.graph.weights.quantise import Method, WeightType
 from chai_export.op.dtypes import Dtype
 from chai_export.op.probe import MEASURED_PROBE_TOKENS
 
@@ -46,6 +47,10 @@ class ExportSettings(_Settings):
     membership: Membership = Membership.ONLINE  # static maps are decided on calibrate.text
     key_bits: Literal[16, 8, 4, 0] | None = None  # as planned, 8 without a plan
     value_bits: Literal[16, 8, 4, 0] | None = None
+    weights: WeightType | None = None
+    weight_block: Literal[32, 128] = 32
+    weight_method: Method = Method.RTN
+    quantise_head: bool = True
 
 
 class BuildSettings(_Settings):

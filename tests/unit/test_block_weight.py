@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from chai_export.graph.weights.block_weight import BlockWeight, block_product, read_block_weight
+from chai_export.graph.weights.block_weight import BlockWeight, block_product, named_block_weight
 from chai_export.graph.weights.quantise import Method, WeightFormat
 
 RNG = np.random.default_rng(20240312)
@@ -79,7 +79,7 @@ def test_a_weight_of_two_products_is_stored_once_and_read_back():
         "layer.weight.zero_points",
     ]
     for node in model.graph:
-        name, again = read_block_weight(node)
+        name, again = named_block_weight(node)
         assert name == "layer.weight"
         np.testing.assert_array_equal(again.dequantised(), weight.dequantised())
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from chai_export.bundle.choices import SourceKind
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.geometry import describe
 from chai_export.models.logits import differences, kl_divergence, log_probabilities, total_kl
@@ -154,7 +155,7 @@ def test_the_model_of_another_bundle_is_named(engine, model):
 
 
 def test_quantised_weights_are_not_compared_with_a_model_that_has_others(engine, model):
-    engine(manifest={"weights": "int4"})
+    engine(manifest={"weights": "int4", "source": SimpleNamespace(kind=SourceKind.ONNX)})
     with pytest.raises(UsageError, match="has int4 weights"):
         gate(model)
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from chai_export.graph.read.builder import Builder
+from chai_export.graph.weights.block_weight import BlockWeight, block_weight
 
 _MICROSOFT = "com.microsoft"
 _EXACT_LEVEL = 1
@@ -28,7 +30,8 @@ def quantises_activations(graph: ir.Graph) -> bool:
 def exact_activations(model: ir.Model) -> None:
     """Let every product of the main graph read its activations unrounded, in place.
 
-    1. MatMulNBits computes in float32.
+    1. MatMulNBits computes in float32; with 8 bits it becomes a MatMul with the numbers that the codes stand
+       for, since ONNX Runtime takes hundreds of times as long for that.
     2. Behind DynamicQuantizeLinear the integer product becomes a float one: the activations stay as they
        are with scale 1, the weights become floats less their zero point.
     3. The fused forms of 2 (DynamicQuantizeMatMul, MatMulIntegerToFloat) become their parts.
@@ -72,7 +75,31 @@ def _fused_edit(node: ir.Node) -> _Edit | None:
 
 
 def _exact_level(builder: Builder, node: ir.Node) -> None:
+    weight, stored = block_weight(node), node.inputs[1]
+    if weight is not None and stored is not None and weight.bits == 8:
+        result = builder.op("MatMul", node.inputs[0], _numbers(builder, str(stored.name), weight))
+        result.shape = node.outputs[0].shape
+        _replace(node, result, node.outputs[0].dtype)
+        return
     node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _EXACT_LEVEL)
+
+
+def _numbers(builder: Builder, name: str, weight: BlockWeight) -> ir.Value:
+    """[in, out] in the type of the scales, made when it is read."""
+    unique = f"{name}.numbers"
+    if unique in builder.graph.initializers:
+        return builder.graph.initializers[unique]
+    dtype = ir.DataType.from_numpy(weight.scales.dtype)
+
+    def read() -> ir.TensorProtocol:
+        numbers = weight.dequantised().T.astype(weight.scales.dtype)
+        return ir.Tensor(np.ascontiguousarray(numbers), name=unique)
+
+    shape = ir.Shape([weight.width, len(weight.blocks)])
+    lazy = ir.LazyTensor(read, dtype=dtype, shape=shape, cache=False, name=unique)
+    value = ir.Value(name=unique, shape=shape, type=ir.TensorType(dtype), const_value=lazy)
+    builder.graph.register_initializer(value)
+    return value
 
 
 def _scale_of_one(builder: Builder, node: ir.Node) -> None:
@@ -144,9 +171,13 @@ def _shifted(builder: Builder, weights: ir.Value | None, zero_point: ir.Value | 
     return builder.op("Sub", floats, builder.op("Cast", zero_point, to=ir.DataType.FLOAT))
 
 
-def _replace(node: ir.Node, value: ir.Value) -> None:
-    value.type = ir.TensorType(ir.DataType.FLOAT)
-    ir.convenience.replace_all_uses_with(node.outputs[0], value)
+def _replace(node: ir.Node, value: ir.Value, dtype: ir.DataType | None = ir.DataType.FLOAT) -> None:
+    value.type = ir.TensorType(dtype or ir.DataType.FLOAT)
+    old = node.outputs[0]
+    if old.is_graph_output():  # keeps its name
+        value.name, old.name = old.name, f"{old.name}/quantised"
+        value.shape = old.shape
+    ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:

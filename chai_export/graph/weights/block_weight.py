@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 BLOCKS, SCALES, ZERO_POINTS = "blocks", "scales", "zero_points"
 """The initializers of a matrix are named after it: ``model.layers.0.mlp.up_proj.weight.blocks``."""
+COLUMNS: Final = "columns"
+"""Ends the name of a matrix whose parameter is [in, out]: ``transformer.h.0.attn.c_attn.weight.columns``."""
 DOMAIN: Final = "com.microsoft"
 BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
 """What MatMulNBits takes: powers of two from 16."""
@@ -85,10 +87,17 @@ class BlockWeight:
         parts = (self.blocks, self.scales, self.zero_points)
         return sum(part.nbytes for part in parts if part is not None)
 
+    def codes(self) -> NDArray[np.uint8]:
+        """uint8 [out, in], one code each."""
+        return self._padded_codes()[:, : self.width]
+
+    def _padded_codes(self) -> NDArray[np.uint8]:
+        return _unpack(self.blocks.reshape(len(self.blocks), -1), self.bits)
+
     def dequantised(self) -> NDArray[np.float32]:
         """float32 [out, in]: the numbers that the codes stand for."""
         rows, count = self.scales.shape
-        codes = _unpack(self.blocks.reshape(rows, -1), self.bits).reshape(rows, count, self.block)
+        codes = self._padded_codes().reshape(rows, count, self.block)
         zeros: NDArray[np.float32] | float = float(2 ** (self.bits - 1))
         if self.zero_points is not None:
             packed = self.zero_points.dtype == np.uint8
@@ -139,25 +148,32 @@ def block_product(
     return node
 
 
-def read_block_weight(node: ir.Node) -> tuple[str, BlockWeight] | None:
-    """Name and matrix of a MatMulNBits that :func:`block_product` made; None for another node.
-
-    Weights of other makers have names of other forms, or read their codes through ``g_idx``.
-    """
-    if node.op_type != "MatMulNBits" or node.domain != DOMAIN:
+def block_weight(node: ir.Node) -> BlockWeight | None:
+    """The matrix of a MatMulNBits; None for another node, and for one with a bias or reordered columns."""
+    if node.op_type != "MatMulNBits" or node.domain != DOMAIN or any(node.inputs[4:]):
         return None
-    given = [value.const_value if value is not None else None for value in node.inputs[1:4]]
-    stored = node.inputs[1]
-    if stored is None or not str(stored.name).endswith(f".{BLOCKS}") or any(node.inputs[4:]):
+    blocks, scales, zeros = (*(None if v is None else v.const_value for v in node.inputs[1:4]), None)[:3]
+    if blocks is None or scales is None or (zeros is None and any(node.inputs[3:4])):
         return None
-    if given[0] is None or given[1] is None:
-        return None
-    zeros = given[2].numpy() if len(given) > 2 and given[2] is not None else None
-    sizes = {key: node.attributes[key].as_int() for key in ("K", "bits", "block_size")}
-    weight = BlockWeight(
-        given[0].numpy(), given[1].numpy(), zeros, sizes["bits"], sizes["block_size"], sizes["K"]
+    sizes = {key: node.attributes[key].as_int() for key in ("K", "N", "bits", "block_size")}
+    rows = sizes["N"]
+    return BlockWeight(
+        blocks.numpy(),
+        scales.numpy().reshape(rows, -1),
+        None if zeros is None else zeros.numpy().reshape(rows, -1),
+        sizes["bits"],
+        sizes["block_size"],
+        sizes["K"],
     )
-    return str(stored.name).removesuffix(f".{BLOCKS}"), weight
+
+
+def named_block_weight(node: ir.Node) -> tuple[str, BlockWeight] | None:
+    """Name and matrix of a node that :func:`block_product` made; None for others."""
+    stored = node.inputs[1] if node.op_type == "MatMulNBits" else None
+    if stored is None or not str(stored.name).endswith(f".{BLOCKS}"):
+        return None
+    weight = block_weight(node)
+    return None if weight is None else (str(stored.name).removesuffix(f".{BLOCKS}"), weight)
 
 
 def _initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from chai_export.arguments import shown
 from chai_export.choice import Choice
+from chai_export.errors import UsageError
 from chai_export.graph.weights.block_weight import BlockWeight
+
+OFFERED_BLOCKS = (32, 128)
 
 
 class Method(Choice):
@@ -22,13 +26,41 @@ class Method(Choice):
     HQQ = "hqq"
 
 
+class WeightType(Choice):
+    """What weights are stored as instead of floats."""
+
+    INT4 = "int4"
+    INT8 = "int8"
+
+
 @dataclass(frozen=True)
 class WeightFormat:
     """What weights are quantised to: 4 or 8 ``bits``, in blocks of 32 or 128 codes, by a method."""
 
     bits: int
-    block: int
-    method: Method
+    block: int = 32
+    method: Method = Method.RTN
+
+    @classmethod
+    def asked(
+        cls, weights: WeightType | str | None, block: int = 32, method: Method | str = Method.RTN
+    ) -> WeightFormat | None:
+        """From words; None where weights stay floats.
+
+        Raises:
+            UsageError: another word, or another size of blocks.
+        """
+        method = Method(method)
+        if block not in OFFERED_BLOCKS or isinstance(block, bool):
+            raise UsageError(f"--weight-block is {shown(block)}; give one of 32 and 128")
+        if weights is None:
+            return None
+        return cls(4 if WeightType(weights) is WeightType.INT4 else 8, block, method)
+
+    @property
+    def name(self) -> str:
+        """As in a manifest: "int4" or "int8"."""
+        return f"int{self.bits}"
 
     def quantise(self, weight: NDArray[np.floating]) -> BlockWeight:
         """A float32 or float16 matrix [out, in] in blocks, with scales of its type."""
