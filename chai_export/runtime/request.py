@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.runtime.detokenizer import Detokenizer
+from chai_export.runtime.likeliest import Scores
 from chai_export.runtime.sampling import Sampler
 from chai_export.runtime.stopping import StopReason, StopStrings
 
@@ -69,8 +70,8 @@ class Request:
         self.cached = end
         return end == len(self.ids)
 
-    def accept(self, logits: NDArray[np.float32]) -> None:
-        """Choose the next token from logits [V]; sets ``stop_reason`` if the text ends with it."""
+    def accept(self, logits: Scores) -> None:
+        """Choose the next token by its scores; sets ``stop_reason`` if the text ends with it."""
         token = self.sampler.choose(logits, self.ids)
         if len(self.ids) in self.limits.switch_lengths:
             self.cached = 0  # what the cache holds was rotated for a text that ends here

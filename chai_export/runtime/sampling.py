@@ -13,6 +13,7 @@ from chai_export.arguments import shown
 from chai_export.bundle.manifest import GenerationSettings
 from chai_export.bundle.sampling_rules import wanted_instead
 from chai_export.errors import ChaiError, UsageError
+from chai_export.runtime.likeliest import Likeliest, Scores
 
 _FLAGS = {name: f"--{name.replace('_', '-')}" for name in ("temperature", "top_k", "top_p", "seed")}
 _LARGEST = float(np.finfo(np.float64).max)
@@ -84,22 +85,49 @@ class Sampler:
         self._settings = settings
         self._random = np.random.default_rng(settings.seed)
 
-    def choose(self, logits: NDArray[np.float32], context: Sequence[int]) -> int:
+    @property
+    def top(self) -> int | None:
+        """How many of the likeliest tokens decide the next one; None if all logits do."""
+        settings = self._settings
+        if settings.repetition_penalty != 1.0:
+            return None
+        return 1 if settings.temperature == 0 else settings.top_k or None
+
+    def choose(self, logits: Scores, context: Sequence[int]) -> int:
         """The next token id.
 
         Args:
-            logits: float32 [V].
+            logits: float32 [V], or more than :attr:`top` of the likeliest; the token is the same.
             context: prompt and text so far, for the repetition penalty.
 
         Raises:
             ChaiError: the logits are not finite.
         """
-        tokens, probabilities = self.distribution(logits, context)
+        if isinstance(logits, Likeliest):
+            among = self._among(logits)
+            if among is None:
+                return self.choose(logits.every(), context)
+            tokens, probabilities = among
+        else:
+            tokens, probabilities = self.distribution(logits, context)
         if len(tokens) == 1:
             return int(tokens[0])
         mass = probabilities.cumsum()
         chosen = np.searchsorted(mass, self._random.random() * mass[-1], side="right")
         return int(tokens[min(int(chosen), len(tokens) - 1)])
+
+    def _among(self, likeliest: Likeliest) -> tuple[NDArray[np.int64], NDArray[np.float64]] | None:
+        """As :meth:`distribution`; None where the rest of the logits decides too, among equals."""
+        count = self.top
+        assert count is not None
+        logits = likeliest.logits
+        if not np.isfinite(logits[0]) or (count < len(logits) and logits[count - 1] == logits[count]):
+            return None
+        if self._settings.temperature == 0:
+            return likeliest.tokens[:1], np.ones(1)
+        rising = np.argsort(likeliest.tokens[:count])
+        kept, probabilities = candidates(logits[:count][rising], self._settings)
+        return likeliest.tokens[rising][kept], probabilities
 
     def distribution(
         self, logits: NDArray[np.float32], context: Sequence[int]

@@ -17,6 +17,7 @@ import numpy as np
 
 from chai_export.errors import ChaiError
 from chai_export.runtime.calls import plan_calls
+from chai_export.runtime.likeliest import step_rows
 from chai_export.runtime.request import Request
 from chai_export.runtime.session import Session
 
@@ -99,7 +100,9 @@ class Scheduler:
         input_ids = np.zeros((len(fed), lengths.max()), np.int64)
         for ids, (_, request, start, end) in zip(input_ids, fed, strict=True):
             ids[: end - start] = request.ids[start:end]
-        logits = self._session.step(
+        scored = step_rows(
+            self._session,
+            [request.sampler.top for _, request, *_ in fed],
             input_ids,
             lengths,
             np.array([start for *_, start, _ in fed], np.int32),
@@ -107,7 +110,7 @@ class Scheduler:
             np.array([len(request.ids) for _, request, *_ in fed], np.int32),
             [row for row, *_ in fed],
         )
-        for (row, request, _, end), scores in zip(fed, logits[:, 0], strict=True):
+        for (row, request, _, end), scores in zip(fed, scored, strict=True):
             if request.fed(end):
                 request.accept(scores)
             if request.stop_reason is not None:

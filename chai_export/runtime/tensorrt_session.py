@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -38,6 +39,7 @@ from chai_export.bundle.op_nodes import check_op_nodes
 from chai_export.errors import ChaiError
 from chai_export.op.dtypes import ELEMENT_TYPES
 from chai_export.runtime.cache import Budget, memory_error
+from chai_export.runtime.likeliest import Likeliest
 from chai_export.runtime.pages import PagePool
 from chai_export.runtime.row_pages import RowPages, Stack
 from chai_export.runtime.tensorrt_device import CudaDevice
@@ -272,8 +274,58 @@ class TensorRtSession:
             logits[active] = self._call({name: array[active] for name, array in fed.items()}, of[active])
         return logits
 
-    def _call(self, fed: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run the engine on active rows."""
+    def step_top(
+        self,
+        count: int,
+        input_ids: NDArray[np.int64],
+        lengths: NDArray[np.int32],
+        past_lengths: NDArray[np.int32],
+        output_positions: NDArray[np.int64],
+        rope_lengths: NDArray[np.int32] | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> list[Likeliest]:
+        """A step of rows that all have work, of whose logits at one position the likeliest come to the host.
+
+        Args:
+            count: so many of them, or all that there are.
+            input_ids: as the others those of :meth:`step`, ``output_positions`` int64 [B,1].
+        """
+        of = np.arange(len(lengths)) if rows is None else np.asarray(rows, np.int64)
+        fed: dict[str, NDArray[Any]] = {
+            INPUT_IDS: input_ids,
+            LENGTHS: lengths,
+            PAST_LENGTHS: past_lengths,
+            OUTPUT_POSITIONS: output_positions,
+        }
+        chosen: list[NDArray[Any]] = []
+
+        def read(logits: torch.Tensor) -> NDArray[np.float32]:
+            best, tokens = logits[:, 0].float().topk(min(count, logits.shape[-1]))
+            both = torch.cat([best.view(torch.int32), tokens.int()], dim=1).cpu().numpy()  # one wait
+            chosen.append(both[:, best.shape[1] :].astype(np.int64))
+            values: NDArray[np.float32] = np.ascontiguousarray(both[:, : best.shape[1]]).view(np.float32)
+            self._logits = logits
+            return values
+
+        values = self._call(fed, of, read)
+        return [
+            Likeliest(tokens, logits, partial(self._whole_row, line))
+            for line, (tokens, logits) in enumerate(zip(chosen[0], values, strict=True))
+        ]
+
+    def _whole_row(self, line: int) -> NDArray[np.float32]:
+        """Logits [V] of the last step."""
+        with self._device.in_stream():
+            whole: NDArray[np.float32] = self._logits[line, 0].float().cpu().numpy()
+        return whole
+
+    def _call(
+        self,
+        fed: dict[str, NDArray[Any]],
+        rows: NDArray[np.int64],
+        read: Callable[[torch.Tensor], NDArray[np.float32]] = lambda logits: logits.float().cpu().numpy(),
+    ) -> NDArray[np.float32]:
+        """Run the engine on active rows; ``read`` takes what is wanted of the logits [B,N,V] to the host."""
         totals = fed[PAST_LENGTHS] + fed[LENGTHS]
         for row, tokens in zip(rows.tolist(), totals.tolist(), strict=True):
             self.pool.extend(row, tokens)
@@ -284,7 +336,7 @@ class TensorRtSession:
                 outputs = self._decode_step(arrays)
             else:
                 outputs = self._prefill_step(arrays)
-            result: NDArray[np.float32] = outputs[LOGITS].float().cpu().numpy()
+            result = read(outputs[LOGITS])
             if (fed[PAST_LENGTHS] == 0).any():  # maps of other rows stay what they were
                 self._head_map[:, rows] = outputs[PRESENT_HEAD_MAP].cpu().numpy()
         self._device.synchronize()

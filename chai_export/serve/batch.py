@@ -19,12 +19,14 @@ from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import numpy as np
 
 from chai_export.errors import ChaiError, reason
 from chai_export.progress import note
 from chai_export.runtime.calls import plan_calls
+from chai_export.runtime.likeliest import step_rows
 from chai_export.runtime.scheduler import chunk_length, longest_call
 from chai_export.runtime.session import SharingSession
 from chai_export.serve.job import End, Job
@@ -321,33 +323,40 @@ class Batch:
         for line, window in zip(input_ids, fed, strict=True):
             line[: window.end - window.start] = window.job.request.ids[window.start : window.end]
         wanted = (lengths - 1).astype(np.int64)[:, None]
-        if fed[0].job.scores_prompt_now:
+        scoring = fed[0].job.scores_prompt_now
+        if scoring:
             wanted = np.arange(lengths[0], dtype=np.int64)[None]
+        arguments = (
+            input_ids,
+            lengths,
+            np.array([window.start for window in fed], np.int32),
+            wanted,
+            np.array([len(window.job.request.ids) for window in fed], np.int32),
+            [window.job.row for window in fed if window.job.row is not None],
+        )
+        scored: Any
         try:
-            logits = self._session.step(
-                input_ids,
-                lengths,
-                np.array([window.start for window in fed], np.int32),
-                wanted,
-                np.array([len(window.job.request.ids) for window in fed], np.int32),
-                [window.job.row for window in fed if window.job.row is not None],
-            )
+            if scoring:
+                scored = self._session.step(*arguments)
+            else:
+                scored = step_rows(self._session, [window.job.wanted for window in fed], *arguments)
         except Exception as error:
             note(f"error: a step of {len(fed)} texts failed ({reason(error)})")
             for window in fed:
                 self._finish(window.job, self._failure(error), keep=False)
             return
-        for window, scores in zip(fed, logits, strict=True):
+        for window, scores in zip(fed, scored, strict=True):
             try:
                 self._advance(window, scores)
             except Exception as error:
                 self._finish(window.job, self._failure(error), keep=False)
 
-    def _advance(self, window: _Window, logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> None:
-        """Take the logits [N,V] of what a job has fed."""
+    def _advance(self, window: _Window, scores: Any) -> None:
+        """Take the scores of the last token that a job has fed; of all, [N,V], while a prompt is scored."""
         job, request = window.job, window.job.request
         if job.scores_prompt_now:
-            job.take_prompt(window.start, logits)
+            job.take_prompt(window.start, scores)
+            scores = scores[-1]
         finished = request.fed(window.end)
         # Layers with a window give pages back as the prompt goes on: they are kept before.
         if not request.new_ids and (finished or self._session.pages.has_windows):
@@ -355,7 +364,7 @@ class Batch:
             self._keep(job, window.end // length * length)
         if not finished:
             return
-        job.accept(logits[-1])
+        job.accept(scores)
         self.counts.new_tokens += 1
         if request.stop_reason is not None:
             self.counts.texts += 1

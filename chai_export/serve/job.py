@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chai_export.errors import ChaiError
+from chai_export.runtime.likeliest import Likeliest, Scores
 from chai_export.runtime.request import Request
 from chai_export.runtime.stopping import StopReason
 from chai_export.serve.logprobs import Score, score
@@ -85,6 +86,11 @@ class Job:
         """Whether logits of prompt tokens are wanted that were not computed yet."""
         return self._score_prompt and len(self.prompt_scores) < self.request.prompt_tokens
 
+    @property
+    def wanted(self) -> int | None:
+        """How many of the likeliest tokens its next step has to bring; None for all logits."""
+        return None if self._edits or self._top is not None else self.request.sampler.top
+
     def take_prompt(self, start: int, logits: NDArray[np.float32]) -> None:
         """Score the prompt's tokens after position ``start`` from the logits [N,V] at ``start`` and on."""
         assert self._top is not None
@@ -93,18 +99,23 @@ class Job:
             score(line, token, self._top) for line, token in zip(logits, targets, strict=False)
         ]
 
-    def accept(self, logits: NDArray[np.float32]) -> None:
-        """Choose the next token from logits [V], and tell of it."""
+    def accept(self, logits: Scores) -> None:
+        """Choose the next token from logits [V], or the likeliest where they do, and tell of it."""
         request, edited = self.request, logits
         if self._edits:
-            edited = logits.copy()
+            assert not isinstance(logits, Likeliest)
+            changed = logits.copy()
             for edit in self._edits:
-                edit.edit(edited, request.new_ids)
+                edit.edit(changed, request.new_ids)
+            edited = changed
         before = len(request.text)
         request.accept(edited)
         token = request.ids[-1]
         if request.stop_reason is None:
             for edit in self._edits:
                 edit.chosen(token)
-        scored = None if self._top is None else score(logits, token, self._top)
+        scored = None
+        if self._top is not None:
+            assert not isinstance(logits, Likeliest)
+            scored = score(logits, token, self._top)
         self.listen(Piece(token, request.text[before:], scored))

@@ -17,7 +17,7 @@ import torch
 from chai_export.bundle.bundle import Bundle
 from chai_export.errors import ChaiError
 from chai_export.runtime import tensorrt_session
-from chai_export.runtime.runner import Runner
+from chai_export.runtime.runner import Runner, load
 from chai_export.runtime.tensorrt_device import CudaDevice
 from chai_export.runtime.tensorrt_session import TensorRtSession
 from tests.helpers.fake_tensorrt import TENSORRT, FakeEngine, HostDevice
@@ -208,3 +208,57 @@ def test_other_threads_may_allocate_while_a_graph_is_captured(monkeypatch):
     assert CudaDevice().capture(lambda: work.append("done"))() == "replayed"
     assert work == ["done"]
     assert captures == [{"stream": stream, "capture_error_mode": "thread_local"}]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "whole"),
+    [
+        ({}, 0),
+        ({"temperature": 1.0, "top_k": 5, "seed": 3}, 0),
+        ({"temperature": 1.0, "top_k": 0, "seed": 3}, 12),
+        ({"repetition_penalty": 1.3}, 12),
+    ],
+    ids=str,
+)
+def test_logits_come_to_the_host_where_the_likeliest_do_not_decide(bundles, sampling, whole, monkeypatch):
+    """Texts are those of ONNX Runtime, whatever travels."""
+    steps: list[int] = []
+    real = TensorRtSession.step
+
+    def step(self: TensorRtSession, *arguments: Any, **options: Any) -> Any:
+        steps.append(1)
+        return real(self, *arguments, **options)
+
+    asked: list[int] = []
+    monkeypatch.setattr(TensorRtSession, "step", step)
+    row = TensorRtSession._whole_row
+    monkeypatch.setattr(
+        TensorRtSession, "_whole_row", lambda self, line: (asked.append(line), row(self, line))[1]
+    )
+    opened = Opened(bundles["8/4"])
+    options = {"max_new_tokens": 12, "ignore_eos": True, **sampling}
+    (made,) = opened.runner.generate([PROMPTS[1]], **options)
+    (wanted,) = load(bundles["8/4"].path).generate([PROMPTS[1]], **options)
+    assert made.token_ids == wanted.token_ids
+    assert len(steps) == whole
+    assert not asked
+    opened.session.begin(2, 64)
+    ids = np.array([PROMPTS[1], PROMPTS[1][::-1]], np.int64)
+    lengths = np.full(2, 6, np.int32)
+    best = opened.session.step_top(3, ids, lengths, np.zeros(2, np.int32), np.full((2, 1), 5, np.int64))
+    opened.session.begin(2, 64)
+    logits = opened.session.step(ids, lengths, np.zeros(2, np.int32), np.full((2, 1), 5, np.int64))[:, 0]
+    for each, line in zip(best, logits, strict=True):
+        np.testing.assert_array_equal(each.tokens, np.argsort(-line)[:3])
+        np.testing.assert_array_equal(each.logits, np.sort(line)[::-1][:3])
+
+
+def test_all_logits_can_be_had_until_the_next_step(bundles):
+    session = Opened(bundles["mha"]).session
+    session.begin(2, 64)
+    ids = np.array([PROMPTS[1], PROMPTS[1][::-1]], np.int64)
+    arguments = (ids, np.full(2, 6, np.int32), np.zeros(2, np.int32), np.full((2, 1), 5, np.int64))
+    best = session.step_top(3, *arguments)
+    every = [each.every() for each in best]
+    session.begin(2, 64)
+    np.testing.assert_array_equal(every, session.step(*arguments)[:, 0])

@@ -20,6 +20,7 @@ from transformers.generation.logits_process import (
 from chai_export.bundle.environment import save_environment
 from chai_export.bundle.manifest import GenerationSettings
 from chai_export.errors import ChaiError, UsageError
+from chai_export.runtime.likeliest import Likeliest
 from chai_export.runtime.sampling import Sampler, SamplingSettings, candidates
 
 TABLE = json.loads((Path(__file__).parents[1] / "data/sampling_cases.json").read_text())
@@ -150,3 +151,40 @@ def test_a_models_own_setting_that_no_sampler_can_use_is_left_out_with_a_note(ba
     assert name not in json.loads((tmp_path / "generation_config.json").read_text())
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"generation_config.json of the model has {name} ")
+
+
+@pytest.mark.parametrize(
+    "settings", [(0.0, 0), (0.0, 40), (1.0, 1), (0.7, 5), (1.3, 50), (1.0, 300)], ids=str
+)
+@pytest.mark.parametrize("levels", [0, 7], ids=["all different", "many equal"])
+def test_the_likeliest_decide_what_all_logits_decide(settings, levels):
+    """With equals at the edge, and fewer tokens than are asked for, too."""
+    temperature, top_k = settings
+    random = np.random.default_rng(levels)
+    samplers = [Sampler(SamplingSettings(temperature, top_k, 0.9, seed=5)) for _ in range(2)]
+    assert samplers[0].top is not None
+    asked = 0
+    for _ in range(100):
+        logits = random.standard_normal(200).astype(np.float32)
+        if levels:
+            logits = np.floor(logits * levels) / levels
+        order = np.argsort(-logits)[: samplers[0].top + 1]
+        order = random.permutation(order)
+        order = order[np.argsort(-logits[order], kind="stable")]  # equals in any order
+
+        def every(logits: np.ndarray = logits) -> np.ndarray:
+            nonlocal asked
+            asked += 1
+            return logits
+
+        likeliest = Likeliest(order.astype(np.int64), logits[order], every)
+        assert samplers[0].choose(likeliest, []) == samplers[1].choose(logits, [])
+    assert (asked > 0) == (levels > 0 and samplers[0].top < 200)
+
+
+def test_what_the_likeliest_do_not_decide_is_asked_for():
+    assert Sampler(SamplingSettings(1.0)).top is None
+    assert Sampler(SamplingSettings(0.0, repetition_penalty=1.1)).top is None
+    likeliest = Likeliest(np.array([3, 1]), np.array([np.nan, 1], np.float32), lambda: np.full(4, np.nan))
+    with pytest.raises(ChaiError, match="not finite"):
+        Sampler(SamplingSettings()).choose(likeliest, [])
