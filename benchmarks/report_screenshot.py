@@ -2,13 +2,13 @@
 
     make demo && python benchmarks/report_screenshot.py    # writes docs/images/report.png
 
-Needs Chromium (apt-get install chromium) and benchmarks/results/quality_tradeoff.json for the trade-off.
+Needs Chromium (apt-get install chromium). Other methods stand on the plan's chart where
+`python benchmarks/scoreboard.py demo` has left its result.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from chai_export.report.stage import report
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "engines" / "out" / "demo"
-TRADEOFF = ROOT / "benchmarks" / "results" / "quality_tradeoff.json"
+SCOREBOARD = ROOT / "benchmarks" / "results" / "scoreboard-demo-512.json"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -33,13 +33,12 @@ def main() -> None:
     if browser is None:
         sys.exit("no Chromium found: apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder:
-        page, comparison = Path(folder) / "report.html", Path(folder) / "compare.json"
-        rows = json.loads(TRADEOFF.read_text(encoding="utf-8"))["tradeoff"]
-        comparison.write_text(json.dumps({"results": rows}), encoding="utf-8")
+        page = Path(folder) / "report.html"
         given = {"evaluation": "eval.json", "verification": "verify.json"}
         files = {name: arguments.demo / file for name, file in given.items()}
         report(
-            arguments.demo / "bundle", page, reference=ROOT / "examples" / "pydoc-5m", comparison=comparison,
+            arguments.demo / "bundle", page, reference=ROOT / "examples" / "pydoc-5m",
+            comparison=SCOREBOARD if SCOREBOARD.is_file() else None,
             **{name: file for name, file in files.items() if file.is_file()},
         )  # fmt: skip
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

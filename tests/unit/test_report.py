@@ -176,7 +176,7 @@ def test_a_bundle_without_a_plan_has_the_chart_of_others_too():
 
 def test_sample_texts_stand_side_by_side_with_what_differs_marked():
     page = render(data())
-    assert "token 2 of 5 is the first that differs" in page
+    assert "the first 2 of 5 tokens are the same" in page
     assert '<div class="text">a &lt;b&gt; <mark>d e</mark></div>' in page
     assert "all 7 tokens are the same" in page
     assert "What it writes" not in render(data(texts=None))
