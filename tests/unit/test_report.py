@@ -150,6 +150,7 @@ def test_other_methods_stand_on_the_chart_of_the_plan_by_letter():
     places = [float(x) for x in re.findall(r"peer \w+\".*? c?x=\"([\d.]+)\"", chart)]
     assert places == sorted(places)
     assert "h2o 100 positions 10 %, +40.00 %" in re.search(r'aria-label="([^"]*)"', chart)[1]
+    assert re.search(r"chosen for: loss 0\.01\.\s+Rings: plans", page)
     assert "Left out above the chart: 1." in page  # +400 %
     assert re.search(r'<b class="op">a</b> bits.*<b class="other">b</b> h2o', page)
 
