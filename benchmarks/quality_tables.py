@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from scoreboard_tables import section as scoreboard_section
+
 from chai_export.op.probe import MEASURED_PROBE_TOKENS, PAPER_PROBE_TOKENS
 from chai_export.quality.methods import METHODS
 
 Row = dict[str, Any]
 
 
-def page(results: dict[str, Any]) -> str:
-    """The whole page, Markdown."""
+def page(results: dict[str, Any], boards: Sequence[dict[str, Any]] = ()) -> str:
+    """The whole page, Markdown; ``boards`` are results of scoreboard.py."""
     methods, probes = results["methods"], results["probes"]
     parts = [
         _head(results),
+        *map(scoreboard_section, boards),
         "## Bytes against quality\n\n" + _tradeoff(results),
         "## Methods at equal bytes\n\n" + _methods(methods),
         "## The op against K-Means and the reference code\n\n" + _paired(results["paired"]),
@@ -42,9 +45,9 @@ a token (perplexity {results["perplexity_all"]:.2f}). Heads per layer were chose
 *Loss* is the change of nats per token against all heads, ± its standard error over windows; 0.010 is 1 % of
 perplexity. *KL* is the mean divergence from the model with all heads, in nats per token. *Probe* is the
 number of first tokens that decide the head map and attend exactly. Your own model:
-`chai-export compare MODEL --text FILE`, and a bundle: `chai-export eval BUNDLE --text FILE`, which also
-shows KL by position in the sequence and where greedy texts first leave those of all heads. From Python:
-`chai_export.quality.method_comparison.compare` and `chai_export.evaluate`."""
+`chai-export compare MODEL --text FILE --keep RULE`, and a bundle: `chai-export eval BUNDLE --text FILE`,
+which also shows KL by position in the sequence and where greedy texts first leave those of all heads. From
+Python: `chai_export.quality.method_comparison.compare` and `chai_export.evaluate`."""
 
 
 def _tradeoff(results: dict[str, Any]) -> str:
@@ -74,7 +77,7 @@ def _methods(rows: Sequence[Row]) -> str:
     lengths = sorted({row["probe_tokens"] for row in rows})
     parts = [
         "All methods keep the same number of heads in each layer, so the same bytes. The op's rule is "
-        "`chai`; `chai-export compare` prints this table for any model.",
+        "`chai`; `chai-export compare --keep RULE` prints this table for any model.",
     ]
     for kept in keeps:
         here = {(row["method"], row["probe_tokens"]): row for row in rows if tuple(row["kept_heads"]) == kept}

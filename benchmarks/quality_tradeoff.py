@@ -69,7 +69,15 @@ def main() -> None:
             partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     results = json.loads(arguments.output.read_text(encoding="utf-8"))
     with atomic_file(ROOT / "docs" / "quality.md") as partial:
-        partial.write_text(quality_tables.page(results), encoding="utf-8")
+        partial.write_text(quality_tables.page(results, _boards()), encoding="utf-8")
+
+
+def _boards() -> list[dict[str, Any]]:
+    """What scoreboard.py measured: the demo model first, short sequences first."""
+    found = (
+        json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.parent.glob("scoreboard-*.json")
+    )
+    return sorted(found, key=lambda board: (board["model"], board["seq_len"]))
 
 
 def measure(windows: int, seq_len: int) -> dict[str, Any]:

@@ -237,6 +237,56 @@ def scoreboard(
     )
 
 
+def greedy_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    prompts: Sequence[str],
+    count: int,
+    *,
+    calibration: Text | Iterable[Text],
+    share: float = 0.4,
+) -> list[dict[str, Any]]:
+    """What some methods write, the most probable token each time, by prefills of what there is so far.
+
+    Args:
+        model: a supported decoder in float32.
+        tokenizer: of the model.
+        plan: with measurements.
+        prompts: texts to go on from.
+        count: new tokens.
+        calibration: what methods choose by.
+        share: of float16's bytes, for methods that can be set to any.
+
+    Returns:
+        By prompt the text of the exact cache and of every method, by its name and setting.
+    """
+    geometry = describe_model(model)
+    known, leading = read_tokens(calibration, tokenizer), leading_special_tokens(tokenizer)
+    longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts) + count
+    windows = spread_windows(known, leading, 1, max(_OBSERVED_TOKENS, longest))
+    found, _ = methods(
+        ("plan", "bits", "kivi", "duo", "h2o", "squeeze"), plan,
+        observe(model, geometry, windows, windows.shape[1]), geometry,
+        shares=(share,), tokens=longest, heads_for=lambda saved: (),
+        static_maps=lambda kept: np.zeros(0, np.int32), probe_tokens=MEASURED_PROBE_TOKENS,
+    )  # fmt: skip
+    results = []
+    for prompt in track(list(prompts), "writing texts", total=len(prompts)):
+        ids = [int(token) for token in tokenizer(prompt)["input_ids"]]
+        made: dict[str, str] = {}
+        for method in (None, *found):
+            tokens = list(ids)
+            for _ in range(count):
+                row = np.array(tokens, np.int32)
+                logits = model_logits(model, row) if method is None else _logits(model, row, method)
+                tokens.append(int(logits[-1].argmax()))
+            name = "exact" if method is None else f"{method.name}, {method.setting}"
+            made[name] = str(tokenizer.decode(tokens[len(ids) :]))
+        results.append({"prompt": prompt, "texts": made})
+    return results
+
+
 def _texts(
     text: Text | Iterable[Text],
     calibration: Text | Iterable[Text] | None,
