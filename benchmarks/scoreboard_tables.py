@@ -50,8 +50,8 @@ def section(board: dict[str, Any]) -> str:
         f"Made by `python benchmarks/scoreboard.py {board['model']} --seq-len {board['seq_len']}` on "
         f"{machine['date']} (torch {board['versions']['torch']}, {machine['processor']}): "
         f"{board['windows']} windows of `examples/text/heldout.txt`, {board['tokens']} predictions; plans, "
-        "heads and ranges from `examples/text/calibration.txt`. *Of float16* is what a row takes at the end of "
-        "a sequence with all that it takes to read it back; each method's source is in its docstring in "
+        "heads and ranges from `examples/text/calibration.txt`. *Of float16* is what a row takes at the end "
+        "of a sequence with all that it takes to read it back; each method's source is in its docstring in "
         "`chai_export/quality/scoreboard/`.",
         _table(columns, lines),
         _verdict(board),
