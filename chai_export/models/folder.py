@@ -57,7 +57,7 @@ _OTHERS = (
         "merge the adapter first: peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
         ".save_pretrained(MERGED)",
     ),
-    _Other(("*.gguf",), "GGUF weights, which are not read", _ORIGINAL),
+    _Other(("*.gguf",), "GGUF weights beside a configuration", "give the GGUF file itself"),
     _Other(("model_index.json",), "a diffusers pipeline, not a language model", "give a language model"),
     _Other(("*.nemo",), "a NeMo checkpoint", "convert it to a Hugging Face model with NeMo's own export"),
     _Other(("consolidated*",), "weights in their authors' own format", _ORIGINAL),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from chai_export.arguments import path_of
 from chai_export.errors import ChaiError, reason
 from chai_export.files import read_json
 from chai_export.models.folder import CONFIG, no_folder, require_config, require_weights
+from chai_export.models.gguf_source import as_floats, gguf_of, our_progress, pretrained, require_gguf
 from chai_export.models.quiet import quiet
 from chai_export.models.support import require_supported
 from chai_export.op.dtypes import Dtype
@@ -30,7 +32,7 @@ def load_model(
     """Load a decoder-only language model that the op can express.
 
     Args:
-        source: a directory, a hub id, or a model (used as it is, copied if its dtype differs).
+        source: a directory, a GGUF file, a hub id, or a model (used as it is, copied if its dtype differs).
         dtype: "float32", "float16" or "bfloat16" of the weights.
         trust_remote_code: run Python code that the model brings along.
 
@@ -52,13 +54,15 @@ def load_model(
     where, offline = resolve_source(source)
     config = load_config(source, trust_remote_code=trust_remote_code, offline=offline)
     require_supported(config)
-    if isinstance(where, Path):
+    if isinstance(where, Path) and where.is_dir():
         require_weights(where)
+    place, further = pretrained(where)
+    given = further or {"config": config}  # transformers makes that of a GGUF file again, and needs to
     try:
-        with quiet(), torch.device("cpu"):
+        with quiet(), our_progress() if further else nullcontext(), torch.device("cpu"):
             loaded, info = AutoModelForCausalLM.from_pretrained(
-                where,
-                config=config,
+                place,
+                **given,
                 dtype=wanted,
                 trust_remote_code=trust_remote_code,
                 local_files_only=offline,
@@ -69,6 +73,8 @@ def load_model(
             f"the weights of {source} cannot be read ({reason(error)}); download the model again"
         ) from error
     _require_whole(source, config, info)
+    if further:
+        as_floats(loaded)
     return loaded.eval()
 
 
@@ -81,13 +87,17 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False, offline:
     from transformers import AutoConfig
 
     where, unreachable = resolve_source(source)
-    if isinstance(where, Path):
+    if isinstance(where, Path) and where.is_file():
+        require_gguf(where)
+    elif isinstance(where, Path):
         require_config(where)
         _require_own_code(where, trust_remote_code)
+    place, further = pretrained(where)
     try:
         with quiet():
             return AutoConfig.from_pretrained(
-                where,
+                place,
+                **further,
                 trust_remote_code=trust_remote_code,
                 local_files_only=unreachable if offline is None else offline,
             )
@@ -95,14 +105,13 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False, offline:
         if "trust_remote_code" in str(error):
             raise ChaiError(_remote_code_message(source)) from error
         if isinstance(where, Path):
-            raise ChaiError(
-                f"{where / 'config.json'} cannot be used ({reason(error)}); correct or replace it"
-            ) from error
+            file = where if where.is_file() else where / CONFIG
+            raise ChaiError(f"{file} cannot be used ({reason(error)}); correct or replace it") from error
         raise ChaiError(_hub_message(where, error)) from error
 
 
 def resolve_source(source: str | Path) -> tuple[Path | str, bool]:
-    """(directory or hub id, whether only the local hub cache can be used).
+    """(directory, GGUF file or hub id, whether only the local hub cache can be used).
 
     Raises:
         ChaiError: it reads like a path and no such directory exists.
@@ -110,8 +119,11 @@ def resolve_source(source: str | Path) -> tuple[Path | str, bool]:
     text = str(path_of(source, "the model"))
     path = Path(text).expanduser()
     if path.is_dir():
-        return path, False
+        return gguf_of(path) or path, False
     if path.is_file():
+        found = gguf_of(path)
+        if found is not None:
+            return found, False
         raise ChaiError(no_folder(path))
     if isinstance(source, Path) or path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
         raise ChaiError(f"there is no model directory {text}; check the path or give a hub id (owner/name)")

@@ -9,6 +9,7 @@ from chai_export.bundle.text_tokenizer import WHOLE
 from chai_export.bundle.tokenizer import encode, tried
 from chai_export.errors import ChaiError
 from chai_export.models.folder import has_tokenizer
+from chai_export.models.gguf_source import pretrained, require_gguf
 from chai_export.models.loading import resolve_source
 from chai_export.models.quiet import quiet
 
@@ -26,9 +27,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
         ChaiError: the tokenizer files are there but cannot be read, or transformers reads them wrongly.
     """
     where, offline = resolve_source(source)
-    if isinstance(where, Path) and not has_tokenizer(where):
+    if isinstance(where, Path) and where.is_file():
+        require_gguf(where)
+    elif isinstance(where, Path) and not has_tokenizer(where):
         return None
-    tokenizer = tried(lambda: _load("AutoTokenizer", where, offline), where)
+    named: Path | str = str(where) if isinstance(where, Path) and where.is_file() else where
+    tokenizer = tried(lambda: _load("AutoTokenizer", where, offline), named)
     pieces = _pieces_alone(where)
     if pieces is None:
         return tokenizer
@@ -38,8 +42,9 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
 def _load(kind: str, where: Path | str, offline: bool) -> PreTrainedTokenizerBase:
     import transformers
 
+    place, further = pretrained(where)
     with quiet():
-        loaded = getattr(transformers, kind).from_pretrained(where, local_files_only=offline)
+        loaded = getattr(transformers, kind).from_pretrained(place, **further, local_files_only=offline)
     return cast("PreTrainedTokenizerBase", loaded)
 
 

@@ -84,8 +84,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...], str, str]] = {
     ),
     "adapter with a config": (CONFIG, ("adapter_config.json",), "holds a LoRA adapter beside a model", MERGE),
     "adapter beside its base": (ALL, ("adapter_config.json",), "holds a LoRA adapter beside a model", MERGE),
-    "gguf": (NONE, ("Tiny-Q4_K_M.GGUF", "README.md"), "holds GGUF weights, which are not read", GIVE),
-    "gguf with config": (CONFIG, ("tiny-q8_0.gguf",), "but GGUF weights, which are not read", GIVE),
+    "gguf": (NONE, ("Tiny-Q4_K_M.GGUF", "README.md"), "is no GGUF file, in spite of its name", "again"),
+    "gguf with config": (
+        CONFIG, ("tiny-q8_0.gguf",), "but GGUF weights beside a configuration", "give the GGUF file itself",
+    ),
     "diffusers": (
         NONE, ("model_index.json", "unet/config.json"),
         "a diffusers pipeline", "give a language model",
@@ -183,7 +185,7 @@ def test_a_damaged_index_is_named(sharded, tmp_path, content):
 @pytest.mark.parametrize(
     ("name", "cause"),
     [
-        ("tiny-q4_0.gguf", "is GGUF weights, which are not read; give the folder of the Hugging Face model"),
+        ("tiny-q4_0.gguf", "is no GGUF file, in spite of its name; download it again"),
         ("model.onnx", "is an ONNX model; compile it with: chai-export rewrite"),
         ("model.tar.gz", "is an archive; unpack it first"),
         ("adapter_config.json", "is a LoRA adapter, not a whole model; merge the adapter first"),
