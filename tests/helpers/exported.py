@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
+import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from transformers import PreTrainedModel
 from chai_export.bundle.bundle import Bundle
 from chai_export.clustering.clusters import Clusters
 from chai_export.exporter.stage import export
-from chai_export.exporter.torch_export import DEFAULT_OPSET, export_onnx
+from chai_export.exporter.torch_export import DECODER_FILE, DEFAULT_OPSET, export_onnx
 from chai_export.graph.stage import rewrite
 from chai_export.models.geometry import describe
 from tests.helpers.families import MIXED, family_config, family_model
@@ -26,6 +29,20 @@ def scratch() -> Path:
     """A directory for this process, removed when it ends."""
     path = Path(tempfile.mkdtemp(prefix="chai-tests-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first process of the test run that asks for it makes; the others wait for it."""
+    path = Path(os.environ["CHAI_TESTS_SHARED"]) / name
+    with path.with_name(f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            unfinished = path.with_name(f"{name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(path)
     return path
 
 
@@ -54,9 +71,10 @@ def exported(name: str, opset: int = DEFAULT_OPSET, attention: str = "sdpa") -> 
 
 @lru_cache
 def _exported(name: str, opset: int, attention: str) -> Path:
-    directory = scratch() / f"{name}-{opset}-{attention}"
-    directory.mkdir()
-    return export_onnx(model_of(name), directory, opset=opset, attention=attention)
+    def make(directory: Path) -> None:
+        export_onnx(model_of(name), directory, opset=opset, attention=attention)
+
+    return made_once(f"{name}-{opset}-{attention}", make) / DECODER_FILE
 
 
 @lru_cache
@@ -74,7 +92,11 @@ def bundle_of(name: str, opset: int = DEFAULT_OPSET, attention: str = "sdpa") ->
 @lru_cache
 def _bundle_of(name: str, opset: int, attention: str) -> Bundle:
     path = exported(name, opset, attention)
-    return rewrite(path, Clusters(kept_of(name)), path.parent / "bundle")
+
+    def make(directory: Path) -> None:
+        rewrite(path, Clusters(kept_of(name)), directory / "bundle")
+
+    return Bundle.load(made_once(f"{path.parent.name}-rewritten", make) / "bundle")
 
 
 def bundle_in(name: str, dtype: str, place: Path, **options: Any) -> Bundle:
