@@ -84,7 +84,10 @@ def quantise_products(model: ir.Model, form: WeightFormat, *, head: bool = True)
         if result.is_graph_output():
             new.name, result.name = result.name, None
         ir.convenience.replace_all_uses_with(result, new, replace_graph_outputs=True)
+        turn = None if node.inputs[1] is None else node.inputs[1].producer()
         graph.remove(node, safe=True)
+        if turn is not None and not turn.outputs[0].uses():
+            graph.remove(turn, safe=True)
         if not weight.uses():
             del graph.initializers[str(weight.name)]
         made += 1
@@ -103,6 +106,9 @@ def _products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value, str]]:
         if node.domain != "" or node.op_type not in ("MatMul", "Gemm") or not _is_plain(node):
             continue
         weight = node.inputs[1]
+        turn = None if weight is None else weight.producer()
+        if turn is not None and turn.op_type == "Transpose":
+            weight = turn.inputs[0]  # a tied embedding
         if weight is None or weight.const_value is None or weight.dtype not in _HALVES:
             continue
         if weight.shape is None or len(weight.shape) != 2:
@@ -123,8 +129,11 @@ def _is_plain(node: ir.Node) -> bool:
 
 
 def _is_transposed(node: ir.Node) -> bool:
+    """Whether the weight is [out, in]."""
+    if node.op_type == "MatMul":
+        return node.inputs[1] is not None and node.inputs[1].producer() is not None
     turned = node.attributes.get("transB")
-    return node.op_type == "Gemm" and turned is not None and bool(turned.as_int())
+    return turned is not None and bool(turned.as_int())
 
 
 def _width(node: ir.Node, weight: ir.Value) -> int:

@@ -16,6 +16,8 @@ TRANSPOSED = ".transposed"
 def fold_weight_transposes(model: ir.Model) -> int:
     """Replace each Transpose of an initializer with an initializer that is transposed when it is read.
 
+    One whose source is read as it is too stays where it is: a tied embedding is stored once.
+
     Returns:
         How many were replaced.
     """
@@ -28,6 +30,8 @@ def fold_weight_transposes(model: ir.Model) -> int:
             continue
         if source.is_graph_output() or node.outputs[0].is_graph_output():
             continue
+        if any(reader.op_type != "Transpose" for reader in source.consumers()):
+            continue  # a tied embedding: the file would hold it twice
         tensor = source.const_value
         given = node.attributes.get("perm")
         perm = tuple(given.as_ints()) if given is not None else tuple(reversed(range(len(tensor.shape))))

@@ -72,7 +72,7 @@ def test_weights_lie_outside_in_the_layout_that_matmul_reads() -> None:
         assert node.op_type != "Transpose" or not node.inputs[0].is_initializer()
 
 
-def test_a_weight_that_is_read_in_both_layouts_is_kept_in_both() -> None:
+def test_a_weight_that_is_read_in_both_layouts_is_kept_once() -> None:
     """Tied embeddings: gathered as they are, multiplied transposed."""
     weight = ir.Value(name="w", const_value=ir.Tensor(np.arange(6, dtype=np.float32).reshape(2, 3), name="w"))
     weight.shape, weight.type = ir.Shape([2, 3]), ir.TensorType(ir.DataType.FLOAT)
@@ -87,12 +87,9 @@ def test_a_weight_that_is_read_in_both_layouts_is_kept_in_both() -> None:
         initializers=[weight],
         opset_imports={"": 20},
     )
-    assert fold_weight_transposes(ir.Model(graph, ir_version=10)) == 1
-    assert [node.op_type for node in graph] == ["Gather", "MatMul"]
-    folded = product.inputs[1].const_value
-    assert folded is not None
-    np.testing.assert_array_equal(folded.numpy(), np.arange(6).reshape(2, 3).T)
-    assert "w" in graph.initializers
+    assert fold_weight_transposes(ir.Model(graph, ir_version=10)) == 0
+    assert [node.op_type for node in graph] == ["Gather", "Transpose", "MatMul"]
+    assert list(graph.initializers) == ["w"]
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:

@@ -59,3 +59,17 @@ def test_nothing_is_left_of_an_interrupted_export(tmp_path: Path, monkeypatch: p
         export(model_of(NAME), Clusters((1,)), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
     assert stage._WORK.startswith(".")
+
+
+def test_a_tied_embedding_is_stored_once_and_multiplied_as_it_is_stored(tmp_path: Path) -> None:
+    model = model_of("gpt2")
+    assert model.config.tie_word_embeddings
+    bundle = export(model, None, tmp_path / "bundle")
+    graph = ir.load(bundle.model_path).graph
+    (head,) = [node for node in graph if node.op_type == "Gemm" and node.outputs[0].shape is not None
+               and node.inputs[1].name.endswith("lm_head.weight")]  # fmt: skip
+    assert head.attributes["transB"].as_int() == 1
+    assert any(node.op_type == "Gather" and node.inputs[0] is head.inputs[1] for node in graph)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    floats = [value for value in graph.initializers.values() if value.dtype == ir.DataType.FLOAT]
+    assert sum(value.const_value.size for value in floats) < 1.05 * numbers

@@ -32,6 +32,7 @@ from chai_export.graph.rewrite.rope_rows import choose_by_row, prove_edges
 from chai_export.graph.rewrite.rope_switch import RopeSwitch
 from chai_export.graph.rewrite.rotary_heads import state_rotary_heads
 from chai_export.graph.rewrite.select_outputs import select_outputs
+from chai_export.graph.rewrite.tied_head import read_tied_weights
 from chai_export.op.schema import DOMAIN
 
 
@@ -83,6 +84,7 @@ def transform(
     require_no_uses(old)
     graph.inputs.clear()
     graph.inputs.extend(inputs.values())
+    read_tied_weights(builder)
     add_bodies(model)
     model.opset_imports[DOMAIN] = draft.op_version
     graph.opset_imports[DOMAIN] = draft.op_version
