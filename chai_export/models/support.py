@@ -122,9 +122,15 @@ def _caches(config: Any, layers: int) -> list[str]:
 
 def _weights(config: Any) -> list[str]:
     """Weights that cannot be exported."""
-    if not any(getattr(config, name, None) for name in ("quantization_config", "quantization")):
+    given = [getattr(config, name, None) for name in ("quantization_config", "quantization")]
+    found = next(filter(None, given), None)
+    if found is None:
         return []
-    return ["its weights are quantised; use the original float checkpoint"]
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    by = "" if method is None else f" by {getattr(method, 'value', method)}"
+    return [
+        f"its weights are quantised{by}; use the original float checkpoint (export --weights quantises it)"
+    ]
 
 
 def _no_interface(config: Any) -> list[str]:

@@ -223,6 +223,15 @@ def test_a_model_without_an_output_head_is_named(tmp_path):
     assert "lacks 1 of its weights (lm_head.weight); it is a LlamaForSequenceClassification" in message
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_quantised_checkpoints_are_refused_by_their_method(method, whole, tmp_path):
+    directory = shutil.copytree(whole, tmp_path / "model")
+    changed_config(directory, quantization_config={"quant_method": method, "bits": 4, "group_size": 128})
+    message = refusal(directory)
+    assert f"its weights are quantised by {method}; use the original float checkpoint" in message
+    assert "export --weights" in message
+
+
 def test_weights_quantised_by_mlx_are_refused(whole, tmp_path):
     directory = shutil.copytree(whole, tmp_path / "model")
     changed_config(directory, quantization={"group_size": 64, "bits": 4})
