@@ -77,7 +77,11 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
         "--weight-method", choices=("rtn", "hqq"), default="rtn",
         help="nearest codes, or Half-Quadratic Quantization (default %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--float-head", action="store_true", help="with --weights, leave the head in --dtype")
+    parser.add_argument(
+        "--float-head",
+        action="store_true",
+        help="with --weights, leave the head in --dtype (default: 8 bits)",
+    )
 
 
 def add_storage_options(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -51,7 +52,8 @@ def quantise_products(model: ir.Model, form: WeightFormat, *, head: bool = True)
     Args:
         model: a traced and optimised graph; float matrices that nothing reads any more leave it.
         form: what is quantised to.
-        head: the product that makes the logits too.
+        head: the product that makes the logits too, in 8 bits: 4 cost there as much as in half of all layers
+            (benchmarks/weight_bits.py).
 
     Returns:
         How many products there are now.
@@ -60,17 +62,22 @@ def quantise_products(model: ir.Model, form: WeightFormat, *, head: bool = True)
         ChaiError: the graph has none that can be quantised.
     """
     graph = model.graph
-    head_node = None if head else _head(graph)
+    last = _head(graph)
+    head_form = replace(form, bits=8)
     made = 0
     for node, weight, name in list(_products(graph)):
-        if node is head_node or _ROUTER.search(name) or _width(node, weight) < form.block:
+        if (node is last and not head) or _ROUTER.search(name) or _width(node, weight) < form.block:
             continue
         matrix = _matrix(node, weight)
         activations, result = node.inputs[0], node.outputs[0]
         assert activations is not None
         bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
         product = block_product(
-            graph, activations, form.quantise(matrix), name, accuracy_level=ACCURACY_LEVEL
+            graph,
+            activations,
+            (head_form if node is last else form).quantise(matrix),
+            name,
+            accuracy_level=ACCURACY_LEVEL,
         )
         del matrix
         new = product.outputs[0]

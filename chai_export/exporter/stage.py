@@ -73,7 +73,7 @@ def export(
             multiplies by; None leaves them in ``dtype``. The embedding stays as it is.
         weight_block: codes that share a scale, 32 or 128.
         weight_method: "rtn" (the nearest code) or "hqq".
-        quantise_head: store the head like the other matrices.
+        quantise_head: store the head in 8 bits.
         trust_remote_code: run Python code that the model brings along.
 
     Raises:

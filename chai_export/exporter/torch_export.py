@@ -51,7 +51,7 @@ def export_onnx(
         attention: transformers' implementation to trace, "sdpa" or "eager". Families with attention code of
             their own are traced eagerly: torch.onnx cannot express their one KV head for many queries.
         weights: what matrices are quantised to, one at a time; None leaves them floats.
-        quantise_head: the head too.
+        quantise_head: the head too, in 8 bits.
 
     Returns:
         The path of decoder.onnx.

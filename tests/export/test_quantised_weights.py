@@ -83,6 +83,7 @@ def test_matrices_have_their_names_and_their_floats_are_gone():
     assert len(found) == 15
     assert not any(node.op_type in ("MatMul", "Gemm") for node in graph)
     parameters = dict(model_of(LLAMA).named_parameters(remove_duplicate=False))
+    assert {name: weight.bits for name, weight in found.items() if weight.bits != 4} == {"lm_head.weight": 8}
     for name, weight in found.items():
         away = np.abs(parameters[name].detach().numpy() - weight.dequantised())
         assert away.max() <= weight.scales.max()
