@@ -7,7 +7,7 @@ Storage and optional inputs change what a body is made of, so there is one for e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -85,15 +85,22 @@ def function_proto(opset: int, form: Form, op_type: str = OP_TYPE) -> onnx.Funct
     if opset < MIN_OPSET:
         raise ValueError(f"the function body needs opset {MIN_OPSET} or newer, got {opset}")
     of = signature(op_type)
-    header = (
-        f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">\n'
-        f"{op_type} <{', '.join(of.attribute_names)}>"
-        f" ({', '.join(of.input_names)}) => ({', '.join(of.output_names)})\n"
-    )
     body = _shared_cache(form) if op_type == SHARED_OP_TYPE else _own_cache(form)
     # Every output of a function has a maker; nobody reads those that nodes of this form do not have.
     body += "".join(
         f"  {name} = Identity (zero_f)\n" for name in of.output_names if name in form.absent(op_type)
+    )
+    return parsed(op_type, of.input_names, of.output_names, body, opset, form)
+
+
+def parsed(
+    op_type: str, inputs: Sequence[str], outputs: Sequence[str], body: str, opset: int, form: Form
+) -> onnx.FunctionProto:
+    """A function from ONNX's text form, without what none of its outputs needs."""
+    header = (
+        f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">\n'
+        f"{op_type} <{', '.join(signature(op_type).attribute_names)}>"
+        f" ({', '.join(inputs)}) => ({', '.join(outputs)})\n"
     )
     function = onnx.parser.parse_function(header + "{\n" + body + "}\n")
     function.overload = form.overload
@@ -127,11 +134,12 @@ def _own_cache(form: Form) -> str:
     terms = {"sinks": form.sinks, "slopes": form.slopes, "softcap": form.softcap}
     return (
         text_map.CONSTANTS
+        + text_map.PAGE_SIZES
         + text_map.SIZES
         + text_map.ROWS
         + text_cache.WINDOW
         + text_attend.probe(**terms)
-        + text_map.CHOSEN_MAP
+        + text_map.chosen_map(text_map.STEPS_IF_FRESH)
         + text_map.slots("map")
         + text_cache.WIDTHS
         + text_cache.OWNERS
@@ -146,6 +154,7 @@ def _shared_cache(form: Form) -> str:
     terms = {"sinks": form.sinks, "slopes": form.slopes, "softcap": form.softcap}
     return (
         text_map.CONSTANTS
+        + text_map.PAGE_SIZES
         + text_map.SIZES
         + text_map.ROWS
         + text_cache.WINDOW

@@ -3,7 +3,7 @@
 Names are values of the function: each piece reads what earlier ones made. Two things are deliberate:
 
 * K and V are masked with ``Where`` before the products (0 * NaN is NaN); scores get a finite -1e30.
-* The head map is int64 arithmetic, the choice of KV heads a ``Loop`` of no steps where no row is fresh.
+* The head map is int64 arithmetic, the choice of KV heads a ``Loop`` of no steps where none is needed.
   ``stamp`` is the step in which a KV head was last chosen: those of the last R steps are kept.
 """
 
@@ -40,6 +40,15 @@ CONSTANTS = """
   masked_score = Constant <value_float: float = -1.0e30> ()
 """
 
+PAGE_SIZES = """
+  N = Shape <start: int = 0, end: int = 1> (key_cache)
+  L = Shape <start: int = 2, end: int = 3> (key_cache)
+  M = Shape <start: int = 1, end: int = 2> (page_table)
+  C = Mul (M, L)
+  L_0 = Squeeze (L)
+"""
+"""Sizes of caches in pages."""
+
 SIZES = """
   B = Shape <start: int = 0, end: int = 1> (query)
   H = Shape <start: int = 1, end: int = 2> (query)
@@ -47,16 +56,11 @@ SIZES = """
   D = Shape <start: int = 3, end: int = 4> (query)
   G = Shape <start: int = 1, end: int = 2> (key)
   Dv = Shape <start: int = 3, end: int = 4> (value)
-  N = Shape <start: int = 0, end: int = 1> (key_cache)
   R = Shape <start: int = 1, end: int = 2> (key_cache)
-  L = Shape <start: int = 2, end: int = 3> (key_cache)
-  M = Shape <start: int = 1, end: int = 2> (page_table)
-  C = Mul (M, L)
   H_0 = Squeeze (H)
   S_0 = Squeeze (S)
   G_0 = Squeeze (G)
   R_0 = Squeeze (R)
-  L_0 = Squeeze (L)
   C_0 = Squeeze (C)
   group_0 = Div (H_0, G_0)
   group = Div (H, G)
@@ -73,7 +77,7 @@ SIZES = """
   scale_is_zero = Equal (attr_scale, zero_f)
   score_scale = Where (scale_is_zero, default_scale, attr_scale)
 """
-"""Sizes and index vectors."""
+"""Sizes and index vectors, for caches of C positions a row."""
 
 ROWS = """
   n = Cast <to: int = 7> (past_lengths)
@@ -122,16 +126,56 @@ _MAP_DISTANCES = f"""
   dist = ReduceSum <keepdims: int = 0> (absolute, axis3)
 """
 
+_STEPS = """
+  steps_in_all = Mul (R_0, two)
+  stamp_shape = Concat <axis: int = 0> (B, G)
+  never = Neg (R_0)
+"""
+
+STEPS_IF_FRESH = (
+    _STEPS
+    + """
+  steps_now = Mul (steps_in_all, any_fresh)
+  stamp_start = Expand (never, stamp_shape)
+"""
+)
+"""KV heads are chosen where a row is fresh."""
+
+
+def steps_by_shape(*, sinks: bool) -> str:
+    """KV heads are chosen where there is more than one token, whatever stands in the rows.
+
+    All of one token's probabilities are 1, if no sink takes a part, so all distances are 0 and the choice is
+    the first R.
+    """
+    if sinks:
+        return (
+            _STEPS
+            + """
+  steps_now = Identity (steps_in_all)
+  stamp_start = Expand (never, stamp_shape)
+"""
+        )
+    return (
+        _STEPS
+        + """
+  further_tokens = Sub (S_0, one)
+  is_longer = Min (further_tokens, one)
+  steps_now = Mul (steps_in_all, is_longer)
+  is_alone = Equal (S_0, one)
+  is_low = Less (kv, R_0)
+  is_preset = And (is_low, is_alone)
+  stamp_of_kv = Where (is_preset, R_0, never)
+  stamp_start = Expand (stamp_of_kv, stamp_shape)
+"""
+    )
+
+
 _CHOICE = f"""
   far = Constant <value_int: int = {UNASSIGNED_DISTANCE}> ()
   grouped_shape = Concat <axis: int = 0> (B, H, G, group)
   dist_grouped = Reshape (dist, grouped_shape)
   dist_kv = ReduceMin <keepdims: int = 0> (dist_grouped, axis3)
-  steps_in_all = Mul (R_0, two)
-  steps_now = Mul (steps_in_all, any_fresh)
-  stamp_shape = Concat <axis: int = 0> (B, G)
-  never = Neg (R_0)
-  stamp_start = Expand (never, stamp_shape)
   always = Constant <value = bool {{1}}> ()
   stamp_end = Loop (steps_now, always, stamp_start) <
     body = choose (int64 step, bool go_on, int64[batch, kv_heads] stamp)
@@ -173,8 +217,11 @@ _ASSIGNMENT = """
   map = Min (map_low, last_head)
 """
 
-CHOSEN_MAP = _MAP_DISTANCES + _CHOICE + _ASSIGNMENT.replace("KEPT", "chosen_kv")
-"""The head map of fresh rows with KV heads chosen among all: as an output, and in bounds as an index."""
+
+def chosen_map(steps: str) -> str:
+    """The head map of fresh rows with KV heads chosen among all: as an output, and in bounds as an index."""
+    return _MAP_DISTANCES + steps + _CHOICE + _ASSIGNMENT.replace("KEPT", "chosen_kv")
+
 
 GIVEN_MAP = _MAP_DISTANCES + _ASSIGNMENT.replace("KEPT", "kept_kv")
 """The head map of fresh rows with the KV heads that ``slots`` found."""

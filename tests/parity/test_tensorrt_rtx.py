@@ -16,12 +16,14 @@ import pytest
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from chai_export.bundle.bundle import Bundle
+from chai_export.bundle.graph_io import BATCH, OUTPUTS, TOKENS
 from chai_export.clustering.clusters import Clusters
+from chai_export.engines.plain_network import CAPACITY, plain_network
 from chai_export.engines.tensorrt import save
 from chai_export.engines.tensorrt_lowering import lower_operators
 from chai_export.engines.tensorrt_profiles import Range
 from chai_export.graph.stage import rewrite
-from tests.helpers.exported import bundle_in
+from tests.helpers.exported import bundle_in, bundle_of
 from tests.helpers.families import FAMILIES
 from tests.helpers.onnx_fixtures import REWRITTEN, Fixture
 from tests.helpers.tensorrt_rtx import MODULE, build_cut, in_worker, write_cut
@@ -148,6 +150,26 @@ def test_integer_weights_of_every_kind_are_built(
     path = one_node(tmp_path, "MatMulNBits", {"x": ["B", "S", depth]}, constants, dtype, **sizes)
     shape = Range((1, 1, depth), (1, 8, depth), (4, 8, depth))
     assert in_worker(lowered(path), ({"x": shape},)).refused == ""
+
+
+def test_the_op_in_plain_onnx_is_built_with_a_profile_for_prefill_and_one_for_decode() -> None:
+    bundle = bundle_of("llama-gqa")
+    model = plain_network(bundle)
+    path = bundle.path / "plain.onnx"
+    save(model, path)
+    least = {BATCH: 1, TOKENS: 1, OUTPUTS: 1, CAPACITY: 1}
+    largest = [{BATCH: 4, TOKENS: tokens, OUTPUTS: tokens, CAPACITY: 64} for tokens in (64, 1)]
+
+    def shape(value: onnx.ValueInfoProto, at: dict[str, int]) -> tuple[int, ...]:
+        return tuple(at.get(dim.dim_param, dim.dim_value) for dim in value.type.tensor_type.shape.dim)
+
+    def ranges(most: dict[str, int]) -> dict[str, Range]:
+        values = model.graph.input
+        return {v.name: Range(shape(v, least), shape(v, most), shape(v, most)) for v in values}
+
+    built = in_worker(path, tuple(map(ranges, largest)))
+    assert built.refused == ""
+    assert built.layers > 1000
 
 
 def test_a_graph_that_ends_the_parser_ends_no_test(tmp_path: Path) -> None:
