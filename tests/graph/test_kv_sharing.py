@@ -29,6 +29,7 @@ from chai_export.quality.method_comparison import compare
 from chai_export.runtime.native import ONNXRUNTIME_LIBRARY, SWITCH, find_library
 from chai_export.runtime.pages import PAGE_LENGTH
 from tests.cla.modeling_cla import ClaConfig, ClaForCausalLM
+from tests.helpers.contiguous_runner import ContiguousRunner
 from tests.helpers.families import family_model
 from tests.helpers.graph_runner import GraphRunner
 
@@ -302,3 +303,12 @@ def test_a_plan_gives_layers_of_one_cache_one_choice_and_counts_its_bytes_once(d
         plan.kv_bytes_share
     )
     assert plan.kv_bytes_share <= 0.5
+
+
+def test_the_ops_in_plain_onnx_give_the_same_maps_and_logits(bundle):
+    runners = [kind(bundle, 2, 16, "chai") for kind in (GraphRunner, ContiguousRunner)]
+    for rows in ([[5, 11, 7, 40, 3, 3, 21], [17, 2, 40]], [[10], []], [[11], [21, 9]]):
+        wanted, got = (runner.step(rows) for runner in runners)
+        np.testing.assert_array_equal(runners[1].head_map, runners[0].head_map)
+        for row, new in enumerate(rows):
+            np.testing.assert_allclose(got[row, : len(new)], wanted[row, : len(new)], atol=TOLERANCE)
