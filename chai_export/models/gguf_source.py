@@ -15,6 +15,8 @@ from chai_export.progress import track
 
 _SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
+_PACKAGES = ("gguf", "accelerate")
+"""What transformers reads such files with."""
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$", re.IGNORECASE)
 _ARCHITECTURE = "general.architecture"
 _AGAIN = "download it again"
@@ -65,8 +67,11 @@ def require_gguf(path: Path) -> None:
         raise ChaiError(f"{path} is a Git LFS pointer, not the file itself; run in its folder: git lfs pull")
     if start != _MAGIC:
         raise ChaiError(f"{path} is no GGUF file, in spite of its name; {_AGAIN}")
-    if importlib.util.find_spec("gguf") is None:
-        raise ChaiError(f"reading {path.name} needs the package gguf; pip install 'chai-export[gguf]'")
+    for package in _PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise ChaiError(
+                f"reading {path.name} needs the package {package}; pip install 'chai-export[gguf]'"
+            )
     architecture = _architecture(path)
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 

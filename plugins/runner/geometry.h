@@ -11,11 +11,6 @@
 
 namespace chai {
 
-// Name of the graph's input with the pages of the layers that have this window; 0: of those that have none.
-inline std::string page_table_name(std::int64_t window) {
-  return window == 0 ? "page_table" : "page_table." + std::to_string(window);
-}
-
 struct Geometry {
   std::int64_t num_layers = 0;
   std::int64_t num_query_heads = 0;

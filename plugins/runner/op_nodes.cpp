@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "chai/op_schema.h"
+#include "runner/graph_names.h"
 #include "support/error.h"
 
 namespace chai {
@@ -200,7 +201,7 @@ std::size_t cache_layer(const Node& node, const Geometry& geometry) {
   for (std::size_t layer = 0; layer < geometry.kept_heads.size(); ++layer) {
     const std::string cache = "key." + std::to_string(layer);
     if (geometry.has_cache(static_cast<std::int64_t>(layer)) &&
-        (name == "past_" + cache || name == "present_" + cache))
+        (name == graph::kPast + cache || name == graph::kPresent + cache))
       return layer;
   }
   throw std::runtime_error("node '" + node.name + "' reads '" + (name.empty() ? "nothing" : name) +

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import chai_export as ce
 from chai_export.models.gguf_source import gguf_of
 from chai_export.models.loading import load_model
 from chai_export.models.tokenizer import load_tokenizer
@@ -45,31 +45,27 @@ def test_the_model_is_what_the_file_s_blocks_hold(model, files, tmp_path, kind):
         np.testing.assert_array_equal(state[name].numpy(), expected, err_msg=name)
 
 
-def test_a_file_and_its_folder_are_exported_verified_and_run(command, files, tmp_path, monkeypatch):
-    for number, source in enumerate((files["Q4_0"], files["Q4_0"].parent)):
-        bundle = tmp_path / f"bundle-{number}"
-        assert command("export", source, "-o", bundle).code == 0
-        checked = command("verify", bundle, "--reference", source, "--json")
-        assert checked.code == 0, checked.err
-        assert json.loads(checked.out)["ok"]
+def test_a_folder_with_one_is_exported_verified_and_run(command, files, tmp_path, monkeypatch):
+    source, bundle = files["Q4_0"].parent, tmp_path / "bundle"
+    assert command("export", source, "-o", bundle).code == 0
+    checked = command("verify", bundle, "--reference", files["Q4_0"], "--json")
+    assert checked.code == 0, checked.err
+    assert json.loads(checked.out)["ok"]
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["generation"]["eos_token_ids"] == [2]
     # What runs needs no package for GGUF.
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     ran = command("run", bundle, "--prompt", "the heads", "--max-new-tokens", 4, "--json")
     assert ran.code == 0, ran.err
-    (result,) = json.loads(ran.out)["results"]
-    ids = ce.load(bundle).generate(["the heads"], 4)[0].token_ids
-    assert result["token_ids"] == ids
+    assert len(json.loads(ran.out)["results"][0]["token_ids"]) in range(1, 5)
 
 
-def test_the_tokenizer_and_ids_of_the_file_are_those_of_the_bundle(command, files, tmp_path):
+def test_the_tokenizer_is_that_of_the_file(files):
     tokenizer = load_tokenizer(files["F32"])
     assert tokenizer is not None
     assert tokenizer.eos_token_id == 2
     assert tokenizer.chat_template is not None
-    bundle = tmp_path / "bundle"
-    assert command("export", files["F32"], "-o", bundle).code == 0
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    assert manifest["generation"]["eos_token_ids"] == [2]
+    assert tokenizer.decode(tokenizer("the heads")["input_ids"], skip_special_tokens=True) == "the heads"
 
 
 def test_what_cannot_be_read_is_one_line(command, model, files, tmp_path, monkeypatch):
@@ -99,11 +95,14 @@ def test_what_cannot_be_read_is_one_line(command, model, files, tmp_path, monkey
         assert message in outcome.err
         assert not (tmp_path / "out").exists()
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else find(name, *rest)
-    )
-    outcome = command("export", files["F32"], "-o", tmp_path / "out")
-    assert "needs the package gguf; pip install 'chai-export[gguf]'" in outcome.err
+    for absent in ("gguf", "accelerate"):
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name, *rest, absent=absent: None if name == absent else find(name, *rest),
+        )
+        outcome = command("export", files["F32"], "-o", tmp_path / "out")
+        assert f"needs the package {absent}; pip install 'chai-export[gguf]'" in outcome.err
 
 
 def test_a_folder_with_a_configuration_is_not_a_gguf_file(tmp_path):

@@ -31,7 +31,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
     torch.manual_seed(5)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=len(SPECIAL) + len(LETTERS), max_position_embeddings=512,
         rope_theta=10000.0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
     )  # fmt: skip

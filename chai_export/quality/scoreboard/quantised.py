@@ -124,6 +124,6 @@ def _levels(numbers: Tensor, bits: int, rounds: int = 12) -> Tensor:
 
 def _with_outliers(rows: Tensor, low: Tensor, high: Tensor, levels: Tensor) -> Tensor:
     scaled = (rows - low) / (high - low).clamp_min(1e-12)
-    coded = levels[torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)]
+    coded = levels[torch.bucketize(scaled.contiguous(), (levels[1:] + levels[:-1]) / 2)]
     outside = (scaled < 0) | (scaled > 1)
     return torch.where(outside, rows.half().float(), coded * (high - low) + low)

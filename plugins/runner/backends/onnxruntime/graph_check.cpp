@@ -8,6 +8,7 @@
 
 #include "runner/backends/onnxruntime/model.h"
 #include "runner/caches.h"
+#include "runner/graph_names.h"
 #include "support/error.h"
 
 namespace chai {
@@ -55,27 +56,27 @@ void check_graph(const Ort::Session& session, const Manifest& manifest) {
   const auto int64 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
   const auto int32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
   const Tensor map{int32, {geometry.num_layers, kAny, geometry.num_query_heads}};
-  expect(inputs, "input_ids", {int64, {kAny, kAny}});
-  expect(inputs, "lengths", {int32, {kAny}});
-  expect(inputs, "past_lengths", {int32, {kAny}});
-  expect(inputs, "output_positions", {int64, {kAny, kAny}});
-  expect(inputs, "head_map", map);
-  expect(outputs, "present_head_map", map);
+  expect(inputs, graph::kInputIds, {int64, {kAny, kAny}});
+  expect(inputs, graph::kLengths, {int32, {kAny}});
+  expect(inputs, graph::kPastLengths, {int32, {kAny}});
+  expect(inputs, graph::kOutputPositions, {int64, {kAny, kAny}});
+  expect(inputs, graph::kHeadMap, map);
+  expect(outputs, graph::kPresentHeadMap, map);
   // A model's head may compute in float32 whatever the type of its caches.
-  const auto logits = outputs.find("logits");
+  const auto logits = outputs.find(graph::kLogits);
   const bool wide = logits != outputs.end() && logits->second.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   const auto item = onnx_type(manifest.item_type);
-  expect(outputs, "logits",
+  expect(outputs, graph::kLogits,
          {wide ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : item, {kAny, kAny, geometry.vocab_size}});
   const std::set<std::int64_t> windows = geometry.cache_windows();
-  for (const std::int64_t window : windows) expect(inputs, page_table_name(window), {int32, {kAny, kAny}});
+  for (const std::int64_t window : windows) expect(inputs, graph::page_table(window), {int32, {kAny, kAny}});
   const std::vector<CacheTensor> caches = cache_tensors(manifest, Heads::kChai);
   for (const CacheTensor& cache : caches) {
     // The K cache's second size is free: it decides between kept heads and all heads.
     const std::int64_t heads = cache.name.rfind("key", 0) == 0 ? kAny : cache.heads;
     const Tensor tensor{onnx_type(cache.type), {kAny, heads, kAny, cache.columns}};
-    expect(inputs, "past_" + cache.name, tensor);
-    expect(outputs, "present_" + cache.name, tensor);
+    expect(inputs, graph::kPast + cache.name, tensor);
+    expect(outputs, graph::kPresent + cache.name, tensor);
   }
   require(inputs.size() == 5 + windows.size() + caches.size(), "it has further inputs");
 }

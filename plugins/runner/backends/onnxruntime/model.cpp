@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "runner/backends/onnxruntime/graph_check.h"
+#include "runner/graph_names.h"
 #include "support/error.h"
 #include "support/half.h"
 
@@ -33,7 +34,7 @@ Ort::Session open_session(const Ort::Env& environment, const std::string& model,
 bool has_half_logits(const Ort::Session& session) {
   const Ort::AllocatorWithDefaultOptions allocator;
   for (std::size_t i = 0; i < session.GetOutputCount(); ++i) {
-    if (std::strcmp(session.GetOutputNameAllocated(i, allocator).get(), "logits") != 0) continue;
+    if (std::strcmp(session.GetOutputNameAllocated(i, allocator).get(), graph::kLogits) != 0) continue;
     const Ort::TypeInfo info = session.GetOutputTypeInfo(i);
     return info.GetTensorTypeAndShapeInfo().GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
   }
@@ -81,7 +82,8 @@ void Logits::bind(Ort::IoBinding& binding, const OnnxRuntimeModel& model, std::i
   values_.resize(static_cast<std::size_t>(batch * vocab_size));
   raw_.resize(model.half_logits() ? values_.size() : 0);
   const std::vector<std::int64_t> shape{batch, 1, vocab_size};
-  binding.BindOutput("logits", model.half_logits() ? model.value(raw_, shape) : model.value(values_, shape));
+  binding.BindOutput(graph::kLogits,
+                     model.half_logits() ? model.value(raw_, shape) : model.value(values_, shape));
 }
 
 const std::vector<float>& Logits::read() {

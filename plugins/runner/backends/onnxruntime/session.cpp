@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "runner/graph_names.h"
+
 namespace chai {
 
 OnnxRuntimeSession::OnnxRuntimeSession(Ort::Env& environment, const std::string& bundle,
@@ -64,8 +66,8 @@ void OnnxRuntimeSession::allocate(std::int64_t pages) {
         return model_.value(tensor.type, caches[i].data(), caches[i].bytes(),
                             {pages, tensor.heads, settings_.page_length, tensor.columns});
       };
-      binding.BindInput(("past_" + tensor.name).c_str(), value(caches_[turn]));
-      binding.BindOutput(("present_" + tensor.name).c_str(), value(caches_[(turn + 1) % sets()]));
+      binding.BindInput((graph::kPast + tensor.name).c_str(), value(caches_[turn]));
+      binding.BindOutput((graph::kPresent + tensor.name).c_str(), value(caches_[(turn + 1) % sets()]));
     }
     bindings_.push_back(std::move(binding));
   }
@@ -103,14 +105,15 @@ void OnnxRuntimeSession::run(const Step& step, const std::vector<std::int64_t>& 
   std::vector<std::int32_t> maps(past_maps.size());
   const std::vector<std::int64_t> map_shape{geometry_.num_layers, batch, geometry_.num_query_heads};
   Ort::IoBinding& binding = bindings_[turn_];
-  binding.BindInput("input_ids", model_.value(step.input_ids, {batch, tokens}));
-  binding.BindInput("lengths", model_.value(step.lengths, {batch}));
-  binding.BindInput("past_lengths", model_.value(step.past_lengths, {batch}));
-  binding.BindInput("output_positions", model_.value(step.output_positions, {batch, 1}));
+  binding.BindInput(graph::kInputIds, model_.value(step.input_ids, {batch, tokens}));
+  binding.BindInput(graph::kLengths, model_.value(step.lengths, {batch}));
+  binding.BindInput(graph::kPastLengths, model_.value(step.past_lengths, {batch}));
+  binding.BindInput(graph::kOutputPositions, model_.value(step.output_positions, {batch, 1}));
   for (const std::int64_t window : geometry_.cache_windows())
-    binding.BindInput(page_table_name(window).c_str(), model_.value(table, {batch, pool_.most_pages(rows)}));
-  binding.BindInput("head_map", model_.value(past_maps, map_shape));
-  binding.BindOutput("present_head_map", model_.value(maps, map_shape));
+    binding.BindInput(graph::page_table(window).c_str(),
+                      model_.value(table, {batch, pool_.most_pages(rows)}));
+  binding.BindInput(graph::kHeadMap, model_.value(past_maps, map_shape));
+  binding.BindOutput(graph::kPresentHeadMap, model_.value(maps, map_shape));
   logits_.bind(binding, model_, batch, geometry_.vocab_size);
   model_.session().Run(Ort::RunOptions(), binding);
   maps_.keep(rows, maps.data());

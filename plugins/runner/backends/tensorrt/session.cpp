@@ -10,6 +10,7 @@
 
 #include "op/cuda/cuda_error.h"
 #include "op/tensorrt/names.h"
+#include "runner/graph_names.h"
 #include "runner/memory.h"
 #include "support/error.h"
 #include "support/half.h"
@@ -54,9 +55,6 @@ std::int64_t item_bytes(nvinfer1::DataType type) {
 
 // What TensorRT asks of addresses.
 constexpr std::size_t kAlignment = 256;
-
-constexpr const char* kPast = "past_";
-constexpr const char* kPresent = "present_";
 
 std::string layer_name(const char* kind, std::int64_t layer) {
   return kind + ("." + std::to_string(layer));
@@ -110,15 +108,15 @@ void TensorRtSession::read_geometry(Heads heads) {
   const auto most = [&](const std::string& name) {
     return engine_->getProfileShape(name.c_str(), kPrefill, nvinfer1::OptProfileSelector::kMAX);
   };
-  const nvinfer1::Dims head_map = most("head_map");
-  const nvinfer1::Dims input_ids = most("input_ids");
+  const nvinfer1::Dims head_map = most(graph::kHeadMap);
+  const nvinfer1::Dims input_ids = most(graph::kInputIds);
   for (std::int32_t i = 0; i < engine_->getNbIOTensors(); ++i) {
     const std::string input = engine_->getIOTensorName(i);
-    if (input.rfind("page_table", 0) == 0) page_tables_.push_back(input);
+    if (input.rfind(graph::kPageTable, 0) == 0) page_tables_.push_back(input);
   }
   require(!page_tables_.empty(), "the engine has no page_table; build it again");
   const nvinfer1::Dims table = most(page_tables_[0]);
-  const nvinfer1::Dims value = most("past_value.0");
+  const nvinfer1::Dims value = most(layer_name(graph::kPastValue, 0));
   require(head_map.nbDims == 3 && input_ids.nbDims == 2 && table.nbDims == 2 && value.nbDims == 4,
           "the engine is not one of chai_export with caches in pages; build it again");
   geometry_.num_layers = head_map.d[0];
@@ -128,9 +126,9 @@ void TensorRtSession::read_geometry(Heads heads) {
   max_row_pages_ = table.d[1];
   geometry_.num_kv_heads = value.d[1];
   page_length_ = value.d[2];
-  geometry_.vocab_size = engine_->getTensorShape("logits").d[2];
+  geometry_.vocab_size = engine_->getTensorShape(graph::kLogits).d[2];
   for (std::int64_t layer = 0; layer < geometry_.num_layers; ++layer) {
-    const std::string name = layer_name("past_key", layer);
+    const std::string name = layer_name(graph::kPastKey, layer);
     // The profile's least number of kept heads is the bundle's.
     const nvinfer1::Dims least =
         engine_->getProfileShape(name.c_str(), kPrefill, nvinfer1::OptProfileSelector::kMIN);
@@ -142,12 +140,12 @@ void TensorRtSession::read_geometry(Heads heads) {
 }
 
 void TensorRtSession::read_pools() {
-  const std::size_t prefix = std::strlen(kPast);
+  const std::size_t prefix = std::strlen(graph::kPast);
   for (std::int32_t i = 0; i < engine_->getNbIOTensors(); ++i) {
     const std::string input = engine_->getIOTensorName(i);
     const std::size_t dot = input.find('.');
-    if (input.rfind(kPast, 0) != 0 || dot == std::string::npos) continue;
-    const bool is_key = input.rfind("past_key", 0) == 0;
+    if (input.rfind(graph::kPast, 0) != 0 || dot == std::string::npos) continue;
+    const bool is_key = input.rfind(graph::kPastKey, 0) == 0;
     const auto layer = static_cast<std::size_t>(std::stoul(input.substr(dot + 1)));
     require(layer < cached_heads_.size(), "the engine has no layer of " + input);
     const nvinfer1::Dims shape = engine_->getTensorShape(input.c_str());
@@ -224,18 +222,18 @@ TensorRtSession::Feeds TensorRtSession::make_feeds(const Sizes& sizes) const {
   };
   const nvinfer1::Dims maps = dims({geometry_.num_layers, sizes.rows, geometry_.num_query_heads});
   std::size_t fed = 0;
-  feeds.inputs = {lay(fed, "input_ids", dims({sizes.rows, sizes.tokens}), sizeof(std::int64_t)),
-                  lay(fed, "lengths", dims({sizes.rows}), sizeof(std::int32_t)),
-                  lay(fed, "past_lengths", dims({sizes.rows}), sizeof(std::int32_t)),
-                  lay(fed, "output_positions", dims({sizes.rows, sizes.outputs}), sizeof(std::int64_t)),
-                  lay(fed, "head_map", maps, sizeof(std::int32_t))};
+  feeds.inputs = {lay(fed, graph::kInputIds, dims({sizes.rows, sizes.tokens}), sizeof(std::int64_t)),
+                  lay(fed, graph::kLengths, dims({sizes.rows}), sizeof(std::int32_t)),
+                  lay(fed, graph::kPastLengths, dims({sizes.rows}), sizeof(std::int32_t)),
+                  lay(fed, graph::kOutputPositions, dims({sizes.rows, sizes.outputs}), sizeof(std::int64_t)),
+                  lay(fed, graph::kHeadMap, maps, sizeof(std::int32_t))};
   for (const std::string& name : page_tables_)
     feeds.inputs.push_back(lay(fed, name.c_str(), dims({sizes.rows, sizes.row_pages}), sizeof(std::int32_t)));
   feeds.fed = DeviceMemory(fed);
   std::size_t made = 0;
-  feeds.logits = lay(made, "logits", dims({sizes.rows, sizes.outputs, geometry_.vocab_size}),
-                     item_bytes(engine_->getTensorDataType("logits")));
-  feeds.head_map = lay(made, "present_head_map", maps, sizeof(std::int32_t));
+  feeds.logits = lay(made, graph::kLogits, dims({sizes.rows, sizes.outputs, geometry_.vocab_size}),
+                     item_bytes(engine_->getTensorDataType(graph::kLogits)));
+  feeds.head_map = lay(made, graph::kPresentHeadMap, maps, sizeof(std::int32_t));
   feeds.made = DeviceMemory(made);
   return feeds;
 }
@@ -272,9 +270,9 @@ void TensorRtSession::bind(nvinfer1::IExecutionContext& context, const Feeds& fe
   for (const Part& part : feeds.inputs) input(part.name, part.shape, feeds.fed.data() + part.offset);
   for (const Pool& pool : pools_) {
     // In place: the plugin appends to the pool it reads.
-    input(kPast + pool.name, dims({pool_.pages(), pool.heads, page_length_, pool.columns}),
+    input(graph::kPast + pool.name, dims({pool_.pages(), pool.heads, page_length_, pool.columns}),
           pool.memory.data());
-    address(kPresent + pool.name, pool.memory.data());
+    address(graph::kPresent + pool.name, pool.memory.data());
   }
   for (const Part& part : {feeds.logits, feeds.head_map}) address(part.name, feeds.made.data() + part.offset);
 }
@@ -385,7 +383,7 @@ const std::vector<float>& TensorRtSession::read(const Feeds& feeds, const Step& 
     std::memcpy(maps.data(), raw + feeds.head_map.offset, feeds.head_map.bytes);
     maps_.keep(rows, maps.data());
   }
-  const nvinfer1::DataType type = engine_->getTensorDataType("logits");
+  const nvinfer1::DataType type = engine_->getTensorDataType(graph::kLogits);
   logits_.resize(feeds.logits.bytes / static_cast<std::size_t>(item_bytes(type)));
   if (type == nvinfer1::DataType::kFLOAT) {
     std::memcpy(logits_.data(), raw, feeds.logits.bytes);

@@ -70,7 +70,7 @@ class TensorRtSession final : public Session {
  private:
   // A pool of pages: [pages][heads][page_length][columns].
   struct Pool {
-    std::string name;  // of the engine's input and output, without "past_" and "present_"
+    std::string name;  // of the engine's input and output, without graph::kPast and graph::kPresent
     std::int64_t heads = 0;
     std::int64_t columns = 0;
     std::int64_t item_bytes = 0;
