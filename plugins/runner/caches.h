@@ -13,7 +13,7 @@ namespace chai {
 
 // [pages][heads][positions of a page][columns].
 struct CacheTensor {
-  std::string name;  // of the graph's input and output, without "past_" and "present_"
+  std::string name;  // of the graph's input and output, without graph::kPast and graph::kPresent
   ItemType type = ItemType::kFloat32;
   std::int64_t heads = 0;
   std::int64_t columns = 0;
