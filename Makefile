@@ -40,10 +40,10 @@ demo: $(RUN_STAMP)
 	$(BIN)/chai-export make engines/demo.yaml
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder tests/unit
 
 gpu:
 	@[ -n "$$TensorRT_ROOT" ] || echo "TensorRT_ROOT names no headers of TensorRT: its plugin is not built (docs/tensorrt.md)"
