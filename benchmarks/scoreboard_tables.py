@@ -57,7 +57,11 @@ def section(board: dict[str, Any]) -> str:
         _verdict(board),
     ]
     if board["missing"]:
-        parts.append(" ".join(f"Not in the table: {name} ({why})." for name, why in board["missing"].items()))
+        parts.append(
+            " ".join(
+                f"Not there, or not at every size: {name} ({why})." for name, why in board["missing"].items()
+            )
+        )
     if board.get("greedy"):
         parts.append("### Greedy texts\n\n" + "\n\n".join(_text(each) for each in board["greedy"]))
     return "\n\n".join(parts)

@@ -104,7 +104,7 @@ def _scoreboard(arguments: argparse.Namespace) -> int:
         ],
     )
     for name, why in result.missing.items():
-        note(f"{name} is not there: {why}")
+        note(f"{name} is not there, or not at every size: {why}")
     _judge(result)
     return 0
 

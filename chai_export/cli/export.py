@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from chai_export.bundle.choices import Membership
 from chai_export.cli.inspect import print_bundle
@@ -12,6 +13,7 @@ from chai_export.cli.storage_options import (
     add_storage_options,
     add_weight_options,
     bits_asked,
+    weights_asked,
 )
 from chai_export.op.dtypes import Dtype
 from chai_export.op.probe import PAPER_PROBE_TOKENS
@@ -52,20 +54,16 @@ def execute(arguments: argparse.Namespace) -> int:
     """Export, rewrite, prove and write."""
     from chai_export.exporter.stage import export
 
-    bits = bits_asked(arguments)
+    asked: dict[str, Any] = {**bits_asked(arguments), **weights_asked(arguments)}
     bundle = export(
         arguments.model,
         arguments.clusters,
         arguments.output,
         dtype=arguments.dtype,
         probe_tokens=arguments.probe_tokens,
-        **bits,
+        **asked,
         membership=arguments.membership,
         text=arguments.text,
-        weights=arguments.weights,
-        weight_block=arguments.weight_block,
-        weight_method=arguments.weight_method,
-        quantise_head=not arguments.float_head,
         trust_remote_code=arguments.trust_remote_code,
     )
     print_bundle(bundle, as_json=arguments.json)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from chai_export.errors import UsageError
 from chai_export.op.precision import SAFE_BITS
 from chai_export.progress import note
 
@@ -70,18 +71,32 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
         help="store matrices in blocks of 4- or 8-bit codes (default: in --dtype)",
     )  # fmt: skip
     parser.add_argument(
-        "--weight-block", type=int, choices=(32, 128), default=32, metavar="N",
-        help="codes that share a scale: 32 or 128 (default %(default)s)",
+        "--weight-block", type=int, choices=(32, 128), metavar="N",
+        help="with --weights: codes that share a scale, 32 or 128 (default 32)",
     )  # fmt: skip
     parser.add_argument(
-        "--weight-method", choices=("rtn", "hqq"), default="rtn",
-        help="nearest codes, or Half-Quadratic Quantization (default %(default)s)",
+        "--weight-method", choices=("rtn", "hqq"),
+        help="with --weights: nearest codes, or Half-Quadratic Quantization (default rtn)",
     )  # fmt: skip
     parser.add_argument(
         "--float-head",
         action="store_true",
         help="with --weights, leave the head in --dtype (default: 8 bits)",
     )
+
+
+def weights_asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``export`` for what :func:`add_weight_options` added.
+
+    Raises:
+        UsageError: an option of quantised weights is given, and --weights is not.
+    """
+    asked = {"weight_block": arguments.weight_block, "weight_method": arguments.weight_method}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if arguments.weights is None and (given or arguments.float_head):
+        flag = f"--{next(iter(given), 'float_head').replace('_', '-')}"
+        raise UsageError(f"{flag} is for quantised weights; give --weights int4 or int8 too")
+    return {"weights": arguments.weights, **given, "quantise_head": not arguments.float_head}
 
 
 def add_storage_options(parser: argparse.ArgumentParser) -> None:

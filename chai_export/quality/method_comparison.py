@@ -18,15 +18,13 @@ from chai_export.clustering.measured_budget import spend
 from chai_export.clustering.static_maps import static_head_maps
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.geometry import Geometry
-from chai_export.models.kv_sources import describe_model
-from chai_export.models.loading import load_model
 from chai_export.models.oracle import model_logits
-from chai_export.models.text import Text, leading_special_tokens, read_tokens, require_in_vocabulary
-from chai_export.models.tokenizer import load_tokenizer
+from chai_export.models.text import Text
 from chai_export.models.windows import spread_windows
 from chai_export.op.probe import MEASURED_PROBE_TOKENS
 from chai_export.progress import track
 from chai_export.quality.clustered_run import fixed_maps, logits_with_maps, method_maps
+from chai_export.quality.compared import compared
 from chai_export.quality.divergence import Divergence
 from chai_export.quality.methods import METHODS, Method, methods_named
 
@@ -149,25 +147,10 @@ def compare(
 
     chosen = methods_named(list(METHODS) if methods is None else methods)
     _check_settings(probe_tokens, windows, seq_len)
-    loaded = load_model(model, trust_remote_code=trust_remote_code)
-    geometry = describe_model(loaded)
-    if geometry.kv_source_layers is not None:
-        raise ChaiError(
-            "layers of this model read another layer's KV cache, and the methods compared here choose heads "
-            "for each layer by itself; compare on a model whose layers have their own"
-        )
-    if tokenizer is None:
-        source = str(loaded.config.name_or_path) if not isinstance(model, (str, Path)) else model
-        tokenizer = load_tokenizer(source) if source else None
-    tokens = read_tokens(text, tokenizer)
-    require_in_vocabulary(tokens, loaded)
-    if calibration is None:
-        known, measured = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
-    else:
-        known, measured = read_tokens(calibration, tokenizer), tokens
-    leading = leading_special_tokens(tokenizer)
-    sequences = spread_windows(measured, leading, windows, seq_len)
-    allocations = _allocations(loaded, geometry, clusters, known, tokenizer, keep, probe_tokens)
+    on = compared(model, text, calibration, tokenizer, trust_remote_code=trust_remote_code)
+    loaded, geometry, known, leading = on.model, on.geometry, on.known, on.leading
+    sequences = spread_windows(on.measured, leading, windows, seq_len)
+    allocations = _allocations(loaded, geometry, clusters, known, on.tokenizer, keep, probe_tokens)
     setups = [
         _Setup(method, rule, kept, probe)
         for rule, kept in allocations
@@ -176,17 +159,16 @@ def compare(
         if method.rule is not None or probe == probe_tokens[0]
     ]
     starts = spread_windows(known, leading, _STATIC_WINDOWS, min(_STATIC_TOKENS, seq_len))
-    skip = max(0, len(leading) - 1)
     for setup in setups:
         if setup.method.rule is None:
             setup.static = static_head_maps(loaded, starts, setup.kept)
     for number, sequence in enumerate(track(sequences, "comparing", total=len(sequences))):
-        every, targets = model_logits(loaded, sequence)[skip:-1], sequence[skip + 1 :]
+        every, targets = model_logits(loaded, sequence)[on.skip : -1], sequence[on.skip + 1 :]
         for setup in setups:
-            shared = setup.logits(loaded, sequence, seed + number)[skip:-1]
+            shared = setup.logits(loaded, sequence, seed + number)[on.skip : -1]
             setup.add(every, shared, targets)
     return Comparison(
-        model=Path(str(loaded.config.name_or_path)).name or geometry.model_type,
+        model=on.name,
         tokens=setups[0].sums.tokens,
         windows=len(sequences),
         seq_len=seq_len,

@@ -141,6 +141,14 @@ def test_run_reads_prompts_from_a_file(command: Command, bundle, tmp_path):
     assert [result["prompt"] for result in results] == ["a b c", "d e f"]
 
 
+@pytest.mark.parametrize("option", [("--weight-block", 128), ("--weight-method", "hqq"), ("--float-head",)])
+def test_an_option_of_quantised_weights_alone_is_wrong_usage(command, tiny_model, tmp_path, option):
+    outcome = command("export", tiny_model, *option, "-o", tmp_path / "bundle")
+    assert outcome.code == 2
+    assert outcome.err == f"error: {option[0]} is for quantised weights; give --weights int4 or int8 too\n"
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_build_records_the_engine(command: Command, tmp_path, tiny_model, clusters):
     bundle = tmp_path / "bundle"
     assert command("export", tiny_model, "--clusters", clusters, "-o", bundle).code == 0

@@ -73,6 +73,18 @@ def test_every_method_has_a_row_or_a_reason(model, plan):
     assert len(data["at_equal_bytes"]) == 2
 
 
+def test_one_kv_head_and_sizes_out_of_reach_are_told(plan):
+    tiny = planted_model(groups=("A", "A"), query_heads=4)
+    own = calibrate(tiny, TOKENS, bytes_share=0.5, force=True, samples=4, seq_len=32)
+    result = scoreboard(tiny, TOKENS, plan=own, windows=1, seq_len=96, shares=(0.02, 0.6))
+    assert "chai" not in {row.method for row in result.rows}
+    assert "no keys to share" in result.missing["chai"]
+    assert "no plan takes 2%" in result.missing["plan"]
+    assert [row.bytes_share for row in result.rows if row.method == "plan"] == [pytest.approx(0.6, abs=0.1)]
+    with pytest.raises(ChaiError, match="slim is not for this model: Slim attention needs"):
+        scoreboard(tiny, TOKENS, plan=own, windows=1, seq_len=96, wanted=["slim"])
+
+
 def test_a_row_is_what_its_logits_say(model, plan):
     window = np.array(TOKENS[800:896], np.int32)
     result = scoreboard(model, TOKENS, plan=plan, windows=1, seq_len=96, wanted=["kivi"])

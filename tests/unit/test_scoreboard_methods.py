@@ -162,6 +162,17 @@ def test_h2o_forgets_as_its_paper_does_token_by_token(rows):
     assert method.cache_bytes(3) == float16_bytes(heads(), 3)
 
 
+def test_h2o_counts_the_weights_that_the_layer_gives(rows):
+    """A layer with a window gives none to what lies behind it, which is then forgotten first."""
+    query, key, _ = rows
+    windowed = Scoring(DIM**-0.5, window=3)
+    gone = evicted.unseen_by_h2o(query, key, windowed, 8)[0, :, -1]
+    plain = evicted.unseen_by_h2o(query, key, SCORING, 8)[0, :, -1]
+    assert not gone[:, -4:].any()
+    assert gone.sum() == plain.sum()
+    assert (gone != plain).any()
+
+
 def test_streaming_heads_see_sinks_and_the_last_positions():
     unseen = evicted.unseen_by_streaming(8, 2)[0]
     assert [i for i in range(8) if not unseen[7, i]] == [0, 1, 2, 3, 6, 7]

@@ -39,6 +39,17 @@ def names() -> tuple[str, ...]:
     )
 
 
+def check_names(wanted: Sequence[str]) -> None:
+    """Raise unless there is a method of each name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for name in wanted:
+        if name not in names():
+            raise UsageError(f"--methods: there is no method {name!r}; choose from {', '.join(names())}")
+
+
 def methods(
     wanted: Sequence[str],
     plan: Plan,
@@ -65,14 +76,8 @@ def methods(
         probe_tokens: P.
 
     Returns:
-        The methods, and why those that are not there are not, by name.
-
-    Raises:
-        UsageError: there is no method of a name.
+        The methods, and by name why some, or some of their settings, are not there.
     """
-    for name in wanted:
-        if name not in names():
-            raise UsageError(f"--methods: there is no method {name!r}; choose from {', '.join(names())}")
     heads = observed.heads
     made: dict[str, list[Callable[[], CacheMethod]]] = {name: [] for name in wanted}
 
@@ -81,6 +86,8 @@ def methods(
             made[name].extend(settings)
 
     def by_heads(build: Callable[[tuple[int, ...]], CacheMethod], share: float) -> CacheMethod:
+        if heads.num_kv_heads == 1:
+            raise ChaiError("a layer of one KV head has no keys to share")
         return build(heads_for(1 - share))
 
     def online(name: str, kept: tuple[int, ...]) -> CacheMethod:
@@ -106,8 +113,8 @@ def methods(
     for share in shares:
         add("plan", partial(ours.planned, plan, heads, share))
         add("duo", partial(evicted.duo, observed, max(0.0, share - 0.15), max(8, int(0.15 * tokens))))
-        add("h2o", partial(evicted.h2o, heads, int(share * tokens)))
-        add("squeeze", partial(evicted.squeeze, observed, int(share * tokens)))
+        add("h2o", partial(evicted.h2o, heads, max(2, int(share * tokens))))
+        add("squeeze", partial(evicted.squeeze, observed, max(2, int(share * tokens))))
     for share in (shares[-1], 0.9):
         add("deja-vu", partial(pruned.deja_vu, observed, share))
         add("spatten", partial(pruned.spatten, observed, share))
@@ -130,5 +137,4 @@ def _build(made: dict[str, list[Callable[[], CacheMethod]]]) -> tuple[list[Cache
                 found.append(build())
             except ChaiError as error:
                 missing[name] = str(error)
-    built = {method.name for method in found}
-    return found, {name: why for name, why in missing.items() if name not in built}
+    return found, missing

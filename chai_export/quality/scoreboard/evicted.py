@@ -76,7 +76,7 @@ def unseen_by_h2o(query: Tensor, key: Tensor, scoring: Scoring, budget: int) -> 
     """Which positions have been forgotten when each token attends: bool [1, G, S, S]."""
     tokens, groups = key.shape[2], key.shape[1]
     recent = max(1, budget // 2)
-    scores = scoring.scores(query.float() @ per_query_head(key, query).transpose(2, 3))
+    products = query.float() @ per_query_head(key, query).transpose(2, 3)
     gone = torch.zeros(groups, tokens, dtype=torch.bool)
     unseen = torch.zeros(groups, tokens, tokens, dtype=torch.bool)
     given = torch.zeros(groups, tokens)
@@ -84,7 +84,8 @@ def unseen_by_h2o(query: Tensor, key: Tensor, scoring: Scoring, budget: int) -> 
     for token in range(tokens):
         unseen[:, token, : token + 1] = gone[:, : token + 1]
         hidden = gone[:, : token + 1].repeat_interleave(group, 0)
-        weights = torch.softmax(scores[0, :, token, : token + 1].masked_fill(hidden, float("-inf")), dim=-1)
+        row = products[0, :, token : token + 1, : token + 1]
+        weights = scoring.probabilities(row, token, unseen=hidden[:, None])
         given[:, : token + 1] += weights.reshape(groups, group, -1).sum(1)
         if token + 1 > budget:  # one more than fits when the next comes
             old = token + 1 - recent

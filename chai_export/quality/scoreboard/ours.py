@@ -80,7 +80,10 @@ def _group(plan: Plan) -> int:
 def _by_layers(
     name: str, setting: str, layers: Sequence[LayerPlan], heads: DecoderHeads, plan: Plan
 ) -> CacheMethod:
-    storage = storage_of(layers, heads, _group(plan))
+    try:
+        storage = storage_of(layers, heads, _group(plan))
+    except ValueError as error:
+        raise ChaiError(f"these bits do not fit this model: {error}") from None
     kept = [layer.kept_heads for layer in layers]
     factors = equalisers(plan.key_peaks, storage.key_bits)
     probe_tokens = plan.probe_tokens or MEASURED_PROBE_TOKENS

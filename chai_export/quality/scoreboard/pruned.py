@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -160,4 +159,4 @@ def slim(observed: Observed, hidden_size: int) -> CacheMethod:
 def least_share(heads: DecoderHeads) -> float:
     """Of float16's bytes that methods which share keys but keep all values can reach."""
     keys = heads.head_dim / (heads.head_dim + heads.value_head_dim)
-    return 1 - keys + keys / heads.num_kv_heads if heads.num_kv_heads > 1 else math.inf
+    return 1 - keys + keys / heads.num_kv_heads

@@ -18,15 +18,14 @@ from chai_export.clustering.static_maps import static_head_maps
 from chai_export.errors import ChaiError, UsageError
 from chai_export.models.attention import attention_of
 from chai_export.models.kv_sources import describe_model
-from chai_export.models.loading import load_model
 from chai_export.models.oracle import model_logits
-from chai_export.models.text import Text, leading_special_tokens, read_tokens, require_in_vocabulary
-from chai_export.models.tokenizer import load_tokenizer
+from chai_export.models.text import Text, leading_special_tokens, read_tokens
 from chai_export.models.whole_plan import Distance, add_logits
 from chai_export.models.windows import spread_windows
 from chai_export.op.probe import MEASURED_PROBE_TOKENS
 from chai_export.progress import track
-from chai_export.quality.scoreboard.catalogue import SHARES, methods, names
+from chai_export.quality.compared import compared
+from chai_export.quality.scoreboard.catalogue import SHARES, check_names, methods, names
 from chai_export.quality.scoreboard.method import CacheMethod, float16_bytes
 from chai_export.quality.scoreboard.observed import observe
 
@@ -87,7 +86,7 @@ class Scoreboard:
         windows: sequences; each starts afresh.
         seq_len: tokens per sequence.
         rows: by method and setting.
-        missing: methods that this model has nothing for, and why.
+        missing: methods and settings that this model has nothing for, and why.
     """
 
     model: str
@@ -171,24 +170,12 @@ def scoreboard(
     if not shares or not all(0 < share <= 1 for share in shares):
         raise UsageError("--bytes must be shares of float16's cache, more than 0 and at most 1, such as 0.4")
     chosen = names() if wanted is None else tuple(wanted)
-    for name in chosen:
-        if name not in names():
-            raise UsageError(f"--methods: there is no method {name!r}; choose from {', '.join(names())}")
-    loaded = load_model(model, trust_remote_code=trust_remote_code)
-    geometry = describe_model(loaded)
-    if geometry.kv_source_layers is not None:
-        raise ChaiError(
-            "layers of this model read another layer's KV cache, which the methods compared here do not "
-            "know; compare on a model whose layers have their own"
-        )
-    if tokenizer is None:
-        source = str(loaded.config.name_or_path) if not isinstance(model, (str, Path)) else model
-        tokenizer = load_tokenizer(source) if source else None
-    known, measured = _texts(text, calibration, loaded, tokenizer)
-    leading = leading_special_tokens(tokenizer)
-    sequences = spread_windows(measured, leading, windows, seq_len)
+    check_names(chosen)
+    on = compared(model, text, calibration, tokenizer, trust_remote_code=trust_remote_code)
+    loaded, geometry, known, leading = on.model, on.geometry, on.known, on.leading
+    sequences = spread_windows(on.measured, leading, windows, seq_len)
     if plan is None:
-        plan = calibrate(loaded, known, bytes_share=max(shares), force=True, tokenizer=tokenizer)
+        plan = calibrate(loaded, known, bytes_share=max(shares), force=True, tokenizer=on.tokenizer)
     elif not isinstance(plan, Plan):
         plan = Plan.load(plan)
     plan.check(geometry)
@@ -204,7 +191,7 @@ def scoreboard(
             curves.append(
                 calibrate(
                     loaded, known, keep="all", samples=_CURVE_SAMPLES, seq_len=min(256, len(known)),
-                    tokenizer=tokenizer,
+                    tokenizer=on.tokenizer,
                 ).error_curves
             )  # fmt: skip
         return Budget(saved).choose(curves[0], geometry)
@@ -218,17 +205,18 @@ def scoreboard(
         shares=shares, tokens=seq_len, heads_for=heads_for, static_maps=static_maps,
         probe_tokens=MEASURED_PROBE_TOKENS,
     )  # fmt: skip
+    if not found:
+        raise ChaiError("; ".join(f"{name} is not for this model: {why}" for name, why in missing.items()))
     setups = [_Setup(method) for method in found]
-    skip = max(0, len(leading) - 1)
     steps = [(sequence, setup) for sequence in sequences for setup in setups]
     exact: NDArray[np.float32] | None = None
     for sequence, setup in track(steps, "comparing", total=len(steps)):
         if setup is setups[0]:
             exact = model_logits(loaded, sequence)
         assert exact is not None
-        setup.add(exact, _logits(loaded, sequence, setup.method), sequence, skip)
+        setup.add(exact, _logits(loaded, sequence, setup.method), sequence, on.skip)
     return Scoreboard(
-        model=Path(str(loaded.config.name_or_path)).name or geometry.model_type,
+        model=on.name,
         tokens=setups[0].whole.total_tokens,
         windows=len(sequences),
         seq_len=seq_len,
@@ -285,22 +273,6 @@ def greedy_texts(
             made[name] = str(tokenizer.decode(tokens[len(ids) :]))
         results.append({"prompt": prompt, "texts": made})
     return results
-
-
-def _texts(
-    text: Text | Iterable[Text],
-    calibration: Text | Iterable[Text] | None,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Tokens to choose by and tokens to measure on."""
-    tokens = read_tokens(text, tokenizer)
-    require_in_vocabulary(tokens, model)
-    if calibration is None:
-        return tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
-    known = read_tokens(calibration, tokenizer)
-    require_in_vocabulary(known, model)
-    return known, tokens
 
 
 def _logits(model: PreTrainedModel, sequence: NDArray[np.int32], method: CacheMethod) -> NDArray[np.float32]:
